@@ -1,0 +1,229 @@
+"""Attention Interaction Alignment (AIA): the method, in one sitting.
+
+How much attention does one modality pay to the other, layer by layer (Eq. 1)?  Ask for the pattern of single-task
+models with a Huber term per layer (Eq. 2), and add it to next-token prediction with a weight lambda (Eq. 3).
+Paper: "Architecture Decoupling Is Not All You Need For Unified Multimodal Model", arXiv 2511.22663.
+
+    python -m pytest tests/test_aia.py        # every claim below, checked
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+# Legend: B samples, H heads, T tokens, L layers. Tasks: "gen" draws a picture from text, "und" answers about one.
+TASKS = ("gen", "und")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line with place and remedy; commands exit with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 1: intensity
+# ---------------------------------------------------------------------------------------------------------------------
+# The condition are the keys of the other modality, the queries the rows that are averaged. Both are (B, T) bool masks:
+#   generation      queries: image tokens that predict another image token     condition: all prompt text
+#   understanding   queries: answer tokens that predict another answer token   condition: all image tokens
+# Tags around a picture, row ends and size text belong to neither modality, padding to none. data.py marks the masks,
+# model.py returns the mass: the sum over the condition of the post-softmax attention of every token and head.
+
+
+def intensity(mass, queries):
+    """Eq. 1 of one layer: mean over heads, then over query tokens, of the attention mass on the condition.
+
+    mass (B, H, T) in [0, 1], queries (B, T) bool -> (B,) float32 in [0, 1]; 0 for a sample without queries.
+    Averaged in float32: under bfloat16 a token's mass carries rounding, the mean must not add to it.
+    """
+    # I_l = 1/(H Q) sum_h sum_{q in queries} sum_{k in condition} A_l(h, q, k)
+    per_token = mass.float().mean(1)                                            # (B, T)
+    return (per_token * queries).sum(1) / queries.sum(1).clamp(min=1)           # (B,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's constants, once
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: first layer of the stage (counted from 0, of 32), Huber delta, target share T.         Table S4 (Emu3)
+STAGES = {
+    "gen": ((0, 0.20, 0.40), (10, 0.10, 0.40), (20, 0.10, 0.40), (25, 0.05, 0.20), (31, 0.05, 0.20)),
+    "und": ((0, 0.05, 0.10), (10, 0.05, 0.15), (20, 0.05, 0.30), (25, 0.05, 0.30), (31, 0.05, 0.20)),
+}
+# Same deltas and targets, other first layers. A last stage at 30 is never reached by Janus-Pro-7B's 30 layers; it is
+# kept because the paper prints it ("l > 29"). The released code differs from Table S5 in one layer: 20 still aims at
+# 0.15 in understanding.
+FIRST_LAYERS = {                                  # name: (layers, first layers of generation, of understanding)
+    "S4": (32, (0, 10, 20, 25, 31), (0, 10, 20, 25, 31)),                     # Table S4, as printed
+    "S5": (30, (0, 10, 20, 25, 30), (0, 10, 20, 25, 30)),                     # Table S5, as printed
+    "released": (30, (0, 10, 20, 25, 30), (0, 10, 21, 25, 30)),               # the authors' training code
+}
+# Weights by name: the paper's text says 40 (Sec. 3.2), the released code uses 5 and 10. The default is neither but the
+# ratio NTP : lambda AIA = 50 : 1 at the start (best row of the paper's ablation); see weight_for_ratio.
+WEIGHTS = {"paper": {"gen": 40.0, "und": 40.0}, "released": {"gen": 5.0, "und": 10.0}, "off": {"gen": 0.0, "und": 0.0}}
+RHO = 50.0
+
+# Reference curves of single-task models, digitised from the paper's figures: where each stands in the curve file.
+CURVES = Path(__file__).parent / "assets" / "paper_curves.json"
+REFERENCES = {                                                                # table of attention-pattern selection
+    "hunyuan-image-3": ("fig1", "hunyuan_image_3", "T2I"),
+    "simplear": ("fig4", "simplear", "T2I"),
+    "qwen-image": ("fig4", "qwen_image", "T2I"),
+    "flux": ("fig4", "flux", "T2I"),
+}
+RAW = {"gen": REFERENCES["hunyuan-image-3"], "und": ("fig1", "qwen3_vl_8b", "I2T")}
+RULE_STAGES = (0, 10, 25)       # first layers (of 32) of the three stages in which a generation reference is averaged
+VARIANTS = ("full", "raw", "no-huber")                                        # Table 3: what happens without a part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets
+# ---------------------------------------------------------------------------------------------------------------------
+def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
+    """Target share and Huber delta of every layer: (target, delta), each (L,) float32.
+
+    table    "depth": Table S4 by relative depth, for any model (equal to "S4" at 32 layers)
+             "S4", "S5", "released": layer indices as printed, an error for a model of another depth
+             "hunyuan-image-3", "simplear", "qwen-image", "flux": generation stages made from that reference by one
+             rule (mean of each stage, rounded to 0.05); understanding stays as in "depth"
+             a path: JSON {task: [[first_depth, delta, target], ...]}, first_depth from 0 to below 1
+    variant  "full"; "raw": the reference curve itself, layer by layer, instead of stages (delta as in `table`);
+             "no-huber": delta is infinite, so that every term is e^2/2
+    curves   JSON file of reference curves, laid out as assets/paper_curves.json
+    """
+    if task not in TASKS:
+        raise InputError(f"task {task!r} is unknown: use one of {', '.join(TASKS)}")
+    if variant not in VARIANTS:
+        raise InputError(f"AIA variant {variant!r} is unknown: use one of {', '.join(VARIANTS)}")
+    target, delta = zip(*_per_layer(_stages(n_layers, task, table, curves), n_layers), strict=True)
+    if variant == "raw":
+        target = resample(reference_curve(RAW[task], curves), n_layers)
+    if variant == "no-huber":
+        delta = [math.inf] * n_layers
+    return torch.tensor(target), torch.tensor(delta)
+
+
+def _stages(n_layers, task, table, curves):
+    """Rows (first relative depth, delta, target) of one task."""
+    if table == "depth" or (table in REFERENCES and task == "und"):
+        return [(first / 32, delta, target) for first, delta, target in STAGES[task]]
+    if table in REFERENCES:
+        return stages_from_curve(reference_curve(REFERENCES[table], curves))
+    if table in FIRST_LAYERS:
+        layers, *firsts = FIRST_LAYERS[table]
+        if n_layers != layers:
+            raise InputError(f"targets {table} are printed for {layers} layers, this model has {n_layers}: use 'depth'")
+        rows = zip(firsts[TASKS.index(task)], STAGES[task], strict=True)
+        return [(first / layers, delta, target) for first, (_, delta, target) in rows]
+    return _own_stages(table, task)
+
+
+def _own_stages(path, task):
+    names = ", ".join(["depth", *FIRST_LAYERS, *REFERENCES])
+    table = _read_json(path, f"targets (known by name: {names})")
+    try:
+        rows = [(float(first), float(delta), float(target)) for first, delta, target in table[task]]
+    except (KeyError, TypeError, ValueError) as error:
+        layout = '{"gen": [[first_depth, delta, target], ...], "und": ...}'
+        raise InputError(f"targets {path}: no usable rows for task {task!r}, expected {layout}") from error
+    depths = [first for first, _, _ in rows]
+    good = all(0 <= first < 1 and delta > 0 and 0 <= target <= 1 for first, delta, target in rows)
+    if not (rows and depths[0] == 0 and depths == sorted(set(depths)) and good):
+        raise InputError(f"targets {path}, task {task!r}: depths must start at 0 and rise to below 1, "
+                         "delta must be above 0, targets within 0..1")
+    return rows
+
+
+def _per_layer(stages, n_layers):
+    """(target, delta) of each layer: the last stage that begins at or before its relative depth (l + 0.5) / L."""
+    for layer in range(n_layers):
+        # The middle of a layer, so that 32 layers meet the bounds 10, 20, 25, 31 of Table S4 exactly.
+        depth = (layer + 0.5) / n_layers
+        _, delta, target = [row for row in stages if row[0] <= depth][-1]
+        yield target, delta
+
+
+def stages_from_curve(curve):
+    """Generation stages of a reference curve: mean of its layers in each of three stages, rounded to 0.05."""
+    bounds = [first / 32 for first in RULE_STAGES] + [1.0]
+    rows = []
+    for first, end, delta in zip(bounds, bounds[1:], (0.20, 0.10, 0.05), strict=False):
+        inside = [value for i, value in enumerate(curve) if first <= (i + 0.5) / len(curve) < end]
+        rows.append((first, delta, round(sum(inside) / len(inside) / 0.05) * 0.05))
+    return rows
+
+
+def reference_curve(place, curves=CURVES):
+    """One digitised curve as a list with a value for each of its own layers. place: (figure, model, direction)."""
+    figure, model, direction = place
+    try:
+        return [float(value) for value in _read_json(curves, "reference curves")[figure][model][direction]]
+    except (KeyError, TypeError) as error:
+        where = f"{figure}/{model}/{direction}"
+        raise InputError(f"curve file {curves} has no {where}: lay it out as assets/paper_curves.json") from error
+
+
+def resample(curve, n):
+    """Linear interpolation of a curve over normalised depth to n layers, both end layers kept (as in Fig. 5)."""
+    values = torch.tensor(curve, dtype=torch.float32)[None, None]
+    return torch.nn.functional.interpolate(values, size=n, mode="linear", align_corners=True)[0, 0].tolist()
+
+
+def _read_json(path, what):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{what}: cannot read {path} ({error.strerror}); give the path of a JSON file") from error
+    except ValueError as error:
+        raise InputError(f"{what}: {path} is not JSON ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 2: the loss
+# ---------------------------------------------------------------------------------------------------------------------
+def loss(intensity, target, delta, valid, reduction="mean"):
+    """Eq. 2: Huber distance of each sample's intensity to the target, averaged over layers and valid samples.
+
+    intensity (B, L), target (L,), delta (L,), valid (B,) bool -> scalar.
+    reduction "mean" divides by the valid samples (0 if there are none); "sum" leaves that to the caller, who knows
+    the count of the whole step. Not by the batch: the released code does, which weakens AIA by the share of dropped
+    prompts. Invalid samples (dropped prompt, no keys or no queries) add exactly nothing.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction {reduction!r} is unknown: use 'mean' or 'sum'")
+    target, delta = target.to(intensity), delta.to(intensity)
+    error = (intensity - target).abs()                                          # (B, L)
+    # h(e, d) = e^2/2 if |e| <= d, else d (|e| - d/2); with c = min(|e|, d) both are c (|e| - c/2)
+    capped = torch.minimum(error, delta)                                        # (B, L)
+    per_sample = (capped * (error - capped / 2)).mean(1)                        # (B,)
+    total = torch.where(valid, per_sample, 0.0).sum()
+    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 3: the weight
+# ---------------------------------------------------------------------------------------------------------------------
+# L = L_NTP + lambda L_AIA, for each task on its own. lambda is fixed before the first update and then kept.
+def weight_for_ratio(ntp, aia, rho=RHO):
+    """lambda such that next-token loss : weighted AIA loss is rho : 1; ntp and aia are means before any update.
+
+    Measure on a trained model: at random weights the intensity is just the share of keys, and the ratio means nothing.
+    """
+    # lambda = NTP_0 / (rho * L_AIA_0)
+    return ntp / (rho * aia) if aia > 0 else 0.0
+
+
+def fixed_weights(text):
+    """--aia-weight as {task: lambda}: a name in WEIGHTS, one number, or two as "gen,und". None for "rho": calibrate."""
+    if text == "rho":
+        return None
+    if text in WEIGHTS:
+        return dict(WEIGHTS[text])
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(0 <= number < math.inf for number in numbers):
+        known = ", ".join(["rho", *WEIGHTS])
+        raise InputError(f"--aia-weight {text!r}: give {known}, a number >= 0, or two as GEN,UND")
+    return dict(zip(TASKS, numbers if len(numbers) == 2 else numbers * 2, strict=True))

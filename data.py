@@ -1,0 +1,972 @@
+"""What the model eats: a world drawn by code, your own pictures, prompt templates, and the masks that AIA needs.
+
+A record (a picture with a conversation) becomes tokens with a role each; from the roles follow the labels of next-token
+prediction and the two masks of Eq. 1, by one rule for both models (see `spans`).
+
+    python data.py export FOLDER --n 200      # draw world data as pictures + JSON lines, the layout of --data
+"""
+
+import argparse
+import functools
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image
+
+import aia
+import model
+from aia import InputError
+
+# Legend: B samples of one task, T tokens, N image tokens of one picture, S side of a picture in pixels.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: a dataclass is defaults, flags, help and log
+# ---------------------------------------------------------------------------------------------------------------------
+def opt(default, help, choices=None):
+    """A field of a settings dataclass, with the help text of its flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse(cls, argv=None, prog=None):
+    """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2."""
+    positional = getattr(cls, "POSITIONAL", ())
+    cli = argparse.ArgumentParser(prog=prog, description=cls.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    for f in fields(cls):
+        kind = {"default": f.default, "help": f.metadata["help"]}
+        if isinstance(f.default, bool):
+            kind["action"] = argparse.BooleanOptionalAction
+        else:
+            kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
+            kind |= {} if f.name in positional else {"metavar": type(f.default).__name__.upper()}
+        name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
+        cli.add_argument(name, **kind | ({"nargs": "?"} if f.name in positional and f.default else {}))
+    return cls(**vars(cli.parse_args(argv)))
+
+
+def run(command):
+    """Run a command line: bad input is one clear line on stderr and exit status 2, never a traceback."""
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world: scenes, drawing, reading
+# ---------------------------------------------------------------------------------------------------------------------
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
+           "purple": (175, 60, 205)}
+BACKGROUND = (245, 245, 245)
+CELL = 8                                        # pixels; a picture is 3 x 3 cells
+SIZES = {"small": 2.7, "big": 3.6}              # half the extent of a shape in pixels; captions do not mention it
+PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right")
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NUMBERS = ("zero", "one", "two", "three")
+UNREADABLE = 0.13                               # root mean square distance (of 1) beyond which a cell is like no shape
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    """One object of a scene. place counts the cells row by row."""
+
+    shape: str
+    colour: str
+    size: str
+    place: int
+
+
+def sprites():
+    """All (shape, colour, size), and their smooth-edged cells (n, 8, 8, 3) in 0..255. Entry 0 is the empty cell."""
+    fine = 8
+    at = (np.arange(CELL * fine) + 0.5) / fine - CELL / 2
+    y, x = np.meshgrid(at, at, indexing="ij")
+    names, cells = [None], [np.broadcast_to(np.float32(BACKGROUND), (CELL, CELL, 3))]
+    for size, r in SIZES.items():
+        inside = {
+            "circle": x * x + y * y < r * r,
+            "square": (abs(x) < 0.95 * r) & (abs(y) < 0.95 * r),
+            "triangle": (y < 0.9 * r) & (y > -r) & (abs(x) < 0.62 * (y + r)),
+            "cross": ((abs(x) < 0.34 * r) | (abs(y) < 0.34 * r)) & (abs(x) < r) & (abs(y) < r),
+        }
+        for shape in SHAPES:
+            cover = inside[shape].reshape(CELL, fine, CELL, fine).mean((1, 3))[..., None]
+            for colour, rgb in COLOURS.items():
+                names.append((shape, colour, size))
+                cells.append(cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND))
+    return names, np.stack(cells).astype(np.float32)
+
+
+SPRITE_NAMES, SPRITES = sprites()
+SPRITE_OF = {name: i for i, name in enumerate(SPRITE_NAMES)}
+WORLD_SIZE = 3 * CELL
+
+
+def draw(scenes):
+    """Scenes (sequences of Thing) -> pictures (n, 24, 24, 3) uint8."""
+    cells = np.zeros((len(scenes), 9), int)
+    for row, scene in zip(cells, scenes, strict=True):
+        for thing in scene:
+            row[thing.place] = SPRITE_OF[thing.shape, thing.colour, thing.size]
+    tiles = SPRITES[cells].reshape(-1, 3, 3, CELL, CELL, 3)
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, WORLD_SIZE, WORLD_SIZE, 3).round().astype(np.uint8)
+
+
+def read(pictures):
+    """Find the things in pictures (n, 24, 24, 3) uint8: list of scenes, and clear (n,) bool.
+
+    Each cell is compared with every sprite. A cell like none of them holds no thing and makes its picture unclear.
+    """
+    n = len(pictures)
+    tiles = pictures.reshape(n, 3, CELL, 3, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n * 9, -1) / np.float32(255)
+    known = SPRITES.reshape(len(SPRITES), -1) / 255
+    square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (9 n, sprites)
+    best = square.argmin(1)
+    good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
+    best = np.where(good, best, 0).reshape(n, 9)
+    scenes = [tuple(Thing(*SPRITE_NAMES[i], place) for place, i in enumerate(row) if i) for row in best]
+    return scenes, good.reshape(n, 9).all(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world: combinations, wordings, held-out split
+# ---------------------------------------------------------------------------------------------------------------------
+# A skill of drawing (the six of GenEval) mentions one combination of words; what a picture shows is the set of its
+# combinations. A sixth of each kind is held out: no training picture shows any of them.
+SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
+QUESTIONS = ("existence", "count", "position", "colour", "choice")
+HELD_OUT = 1 / 6
+PREFIXES = ("", "a picture of ", "draw ", "there is ")
+
+
+def relations(a, b):
+    """Which relations hold between things a and b, by their cells."""
+    step = [divmod(a.place, 3)[i] - divmod(b.place, 3)[i] for i in (0, 1)]
+    return [name for name, (row, column) in RELATIONS.items() if row * step[0] > 0 or column * step[1] > 0]
+
+
+def combinations(scene):
+    """All combinations that a scene shows: {(skill, words...)}, each in one canonical order."""
+    shown = {("one object", t.shape, t.place) for t in scene} | {("colours", t.colour, t.shape, t.place) for t in scene}
+    if len(scene) > 1 and len({(t.shape, t.colour) for t in scene}) == 1:
+        shown.add(("counting", len(scene), scene[0].colour, scene[0].shape))
+    for a in scene:
+        for b in scene:
+            if a.shape < b.shape:
+                shown.add(("two objects", a.shape, b.shape))
+                shown.add(("colour attribution", *sorted([(a.colour, a.shape), (b.colour, b.shape)])))
+                shown |= {canonical_relation(a.shape, name, b.shape) for name in relations(a, b)}
+    return shown
+
+
+def canonical_relation(first, name, second):
+    """A relation and its mirror image are one combination: ("position", shape, relation, shape)."""
+    return ("position", first, name, second) if first < second else ("position", second, OPPOSITE[name], first)
+
+
+def all_combinations():
+    """{skill: every combination of it}, in a fixed order."""
+    pairs = [(a, b) for a in SHAPES for b in SHAPES if a < b]
+    objects = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    return {
+        "one object": [("one object", s, p) for s in SHAPES for p in range(9)],
+        "two objects": [("two objects", *pair) for pair in pairs],
+        "counting": [("counting", n, *o) for n in (2, 3) for o in objects],
+        "colours": [("colours", *o, p) for o in objects for p in range(9)],
+        "position": [("position", a, name, b) for a, b in pairs for name in RELATIONS],
+        "colour attribution": [("colour attribution", *sorted([x, y])) for x in objects for y in objects
+                               if x[1] < y[1]],
+    }
+
+
+def prompt_text(combination, rng):
+    """A caption that mentions exactly this combination."""
+    skill, *words = combination
+    swap = rng.random() < 0.5
+    if skill == "one object":
+        text = f"a {words[0]} {PLACES[words[1]]}"
+    elif skill == "colours":
+        text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
+    elif skill == "counting":
+        text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
+    elif skill == "position":
+        a, name, b = words if swap else (words[2], OPPOSITE[words[1]], words[0])
+        text = f"a {a} {name} a {b}"
+    else:
+        a, b = (w if skill == "two objects" else " ".join(w) for w in (words[::-1] if swap else words))
+        text = f"a {a} and a {b}"
+    return PREFIXES[rng.integers(len(PREFIXES))] + text
+
+
+def fulfils(combination, scene):
+    """Does a scene show what the combination says, and nothing else?"""
+    number = {"one object": 1, "colours": 1, "counting": combination[1]}.get(combination[0], 2)
+    return len(scene) == number and combination in combinations(scene)
+
+
+def plural(word):
+    return word + ("es" if word.endswith("s") else "s")
+
+
+class World:
+    """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them."""
+
+    def __init__(self, seed):
+        rng = np.random.default_rng([seed, 1])
+        self.combinations, held = all_combinations(), []
+        for every in self.combinations.values():
+            held += [every[i] for i in rng.permutation(len(every))[:round(len(every) * HELD_OUT)]]
+        self.held_out = frozenset(held)
+
+    def scene(self, rng):
+        """A training scene: one object, a group of two or three equal ones, or two different ones."""
+        while True:
+            scene = random_scene(rng, ("one", "group", "two")[rng.integers(3)])
+            if not combinations(scene) & self.held_out:
+                return scene
+
+    def held_out_scene(self, skill, rng):
+        """A scene and the held-out combination of this skill that it shows."""
+        mine = [c for c in self.combinations[skill] if c in self.held_out]
+        wanted = mine[rng.integers(len(mine))]
+        kind = {"one object": "one", "colours": "one", "counting": "group"}.get(skill, "two")
+        while True:
+            scene = random_scene(rng, kind, wanted)
+            if wanted in combinations(scene):
+                return scene, wanted
+
+
+def random_scene(rng, kind, wanted=None):
+    """One, a group or two things at random cells; `wanted` fixes the words of a combination, to be found sooner."""
+    places = rng.permutation(9)[:3].tolist()
+    sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=3)]
+    colours = [list(COLOURS)[i] for i in rng.integers(len(COLOURS), size=2)]
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
+    number = {"one": 1, "two": 2}.get(kind) or int(rng.integers(2, 4))
+    skill, *words = wanted or (None,)
+    if skill in ("one object", "colours"):
+        *_, shapes[0], places[0] = words
+        colours[0] = words[0] if skill == "colours" else colours[0]
+    elif skill == "counting":
+        number, colours[0], shapes[0] = words
+    elif skill == "colour attribution":
+        colours, shapes = [list(pair) for pair in zip(*words, strict=True)]
+    elif skill:
+        shapes = [words[0], words[-1]]
+    return tuple(sorted((Thing(shapes[i * (kind == "two")], colours[i * (kind == "two")], sizes[i], places[i])
+                         for i in range(number)), key=lambda thing: thing.place))
+
+
+def caption(scene, rng):
+    """A caption of a random skill that fits the scene."""
+    shown = sorted(combinations(scene), key=repr)
+    skills = sorted({c[0] for c in shown if fulfils(c, scene)})
+    skill = skills[rng.integers(len(skills))]
+    mine = [c for c in shown if c[0] == skill]
+    return prompt_text(mine[rng.integers(len(mine))], rng)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world: questions
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Question:
+    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty."""
+
+    kind: str
+    text: str
+    answer: str
+    options: tuple = ()
+
+
+def yes_no(kind, text, truth):
+    return Question(kind, text, "yes" if truth else "no")
+
+
+def question(scene, kind, rng, truth=None):
+    """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice")."""
+    closed = truth is not None or kind == "existence" or rng.random() < 0.5
+    truth = bool(rng.random() < 0.5) if truth is None else truth
+    thing = scene[rng.integers(len(scene))]
+    return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
+            "choice": ask_choice}[kind](scene, thing, rng, closed, truth)
+
+
+def other(rng, known, *present):
+    """A random member of `known` that is not present."""
+    absent = [word for word in known if word not in present]
+    return absent[rng.integers(len(absent))]
+
+
+def ask_existence(scene, thing, rng, closed, truth):
+    if rng.random() < 0.5:
+        shape = thing.shape if truth else other(rng, SHAPES, *(t.shape for t in scene))
+        return yes_no("existence", f"is there a {shape}?", truth)
+    colour, shape = thing.colour, thing.shape
+    if not truth:                                   # a near miss: one word is right, the pair is not in the picture
+        near = [(c, s) for c in COLOURS for s in SHAPES if (c == colour) != (s == shape)]
+        colour, shape = other(rng, near, *((t.colour, t.shape) for t in scene))
+    return yes_no("existence", f"is there a {colour} {shape}?", truth)
+
+
+def ask_count(scene, thing, rng, closed, truth):
+    number = sum(t.shape == thing.shape for t in scene)
+    if not closed:
+        return Question("count", f"how many {plural(thing.shape)} are there?", NUMBERS[number])
+    said = number if truth else other(rng, (1, 2, 3), number)
+    shapes = plural(thing.shape) if said > 1 else thing.shape
+    return yes_no("count", f"{'are' if said > 1 else 'is'} there {NUMBERS[said]} {shapes}?", truth)
+
+
+def ask_position(scene, thing, rng, closed, truth):
+    others = [t for t in scene if t.shape != thing.shape]
+    if others:
+        holds = relations(thing, others[0])
+        name = holds[rng.integers(len(holds))]
+        name = name if truth else OPPOSITE[name]
+        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
+    if not closed:
+        if len(scene) == 1:
+            return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
+        free = other(rng, range(9), *(t.place for t in scene))
+        place = thing.place if truth else free
+        return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
+    place = thing.place if truth else other(rng, range(9), *(t.place for t in scene))
+    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
+
+
+def ask_colour(scene, thing, rng, closed, truth):
+    several = sum(t.shape == thing.shape for t in scene) > 1
+    verb, noun = ("are", plural(thing.shape)) if several else ("is", thing.shape)
+    if not closed:
+        return Question("colour", f"what colour {verb} the {noun}?", thing.colour)
+    colour = thing.colour if truth else other(rng, COLOURS, thing.colour)
+    return yes_no("colour", f"{verb} the {noun} {colour}?", truth)
+
+
+def ask_choice(scene, thing, rng, closed, truth):
+    name = "colour" if rng.random() < 0.5 else "shape"
+    right = getattr(thing, name)
+    shown = {getattr(t, name) for t in scene}
+    absent = [word for word in (COLOURS if name == "colour" else SHAPES) if word not in shown]
+    wrong = [absent[i] for i in rng.permutation(len(absent))[:3]]
+    options = wrong + [right] if len(wrong) == 3 else wrong + ["nothing"] + [right]
+    options = [options[i] for i in rng.permutation(4)]
+    return choice_question(f"which {name} is there?", options, right)
+
+
+def choice_question(stem, options, right):
+    """Four lettered options, answered by the letter (in the manner of MMBench)."""
+    text = stem + "".join(f" {letter} {option}" for letter, option in zip("ABCD", options, strict=True))
+    return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
+
+
+def rotations(asked):
+    """The same multiple-choice question with its options moved round: four questions (circular evaluation)."""
+    stem = asked.text[:asked.text.index("?") + 1]
+    right = asked.options["ABCD".index(asked.answer)]
+    return [choice_question(stem, asked.options[i:] + asked.options[:i], right) for i in range(4)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+class Text:
+    """Encode and decode text with a tokenizer.json; special ids come from the file, by string."""
+
+    def __init__(self, file, kind):
+        self.file, self.ids = Path(file), model.special_ids(file, kind)
+        self.core = tokenizers.Tokenizer.from_file(str(file))
+        # Special strings inside a user's text stay text: they never turn into control tokens.
+        self.core.encode_special_tokens = True
+        self.encode = functools.lru_cache(maxsize=100_000)(self._encode)
+
+    def _encode(self, text):
+        return tuple(self.core.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids):
+        """Ids up to the first EOS -> text without special tokens."""
+        ids = [int(i) for i in ids]
+        ids = ids[:ids.index(self.ids["eos"])] if self.ids["eos"] in ids else ids
+        return self.core.decode(ids, skip_special_tokens=True)
+
+
+def train_tokenizer(file, config):
+    """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    world, rng, lines = World(0), np.random.default_rng(0), []
+    for _ in range(2000):
+        scene = world.scene(rng)
+        asked = question(scene, QUESTIONS[rng.integers(len(QUESTIONS))], rng)
+        lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT, caption(scene, rng), " " + caption(scene, rng)]
+        lines += [asked.text, asked.answer, " " + asked.answer, f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(lines, trainer)
+    if core.get_vocab_size() != model.TINY_TEXT:
+        raise RuntimeError(f"the world's text gives {core.get_vocab_size()} tokens, not {model.TINY_TEXT}")
+    special = list(model.SPECIAL[config.kind].values())
+    if config.kind == "emu3":
+        special += [f"<|visual token {code:06d}|>" for code in range(1, config.codebook)]
+    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    core.save(str(file))
+    return Text(file, config.kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates: a conversation as tokens with roles
+# ---------------------------------------------------------------------------------------------------------------------
+TEXT, CONTROL, IMAGE, ANSWER, PADDING = range(5)
+EMU3_SYSTEM = "You are a helpful assistant."
+EMU3_USER, EMU3_ASSISTANT = " USER: ", ". ASSISTANT:"        # the template itself adds the full stop
+JANUS_USER, JANUS_ASSISTANT, JANUS_TURN = ": ", ":", "\n\n"
+JANUS_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
+                "the user provides, and assist the user with a variety of tasks using natural language.")
+
+
+def spans(roles, task):
+    """The rule of Eq. 1: roles (B, T) -> condition (B, T), queries (B, T), both bool.
+
+    Queries are tokens of the answer that predict another token of the same answer: image tokens in generation (a row
+    end between two of them is neither), text up to the one before EOS in understanding.
+    """
+    answer, condition = (IMAGE, TEXT) if task == "gen" else (ANSWER, IMAGE)
+    following = torch.nn.functional.pad(roles[:, 1:], (0, 1), value=PADDING)
+    return roles == condition, (roles == answer) & (following == answer)
+
+
+class Emu3Template:
+    """One stream: pictures are tokens like any other."""
+
+    def __init__(self, config, text):
+        self.config, self.text, self.ids = config, text, text.ids
+
+    def block(self, codes):
+        """A picture, codes (h, w): begin, size as text, rows each with a row end, frame end, end."""
+        h, w = codes.shape
+        pieces = [*self.opening(h, w)]
+        for row in codes.tolist():
+            pieces += [([self.ids["visual"] + code for code in row], IMAGE), ([self.ids["eol"]], CONTROL)]
+        return [*pieces, ([self.ids["eof"], self.ids["eoi"]], CONTROL)]
+
+    def opening(self, h, w):
+        """What stands before the first code: begin of image, height*width of the code grid, image token."""
+        yield [self.ids["boi"], *self.text.encode(f"{h}*{w}"), self.ids["img"]], CONTROL
+
+    def prompt(self, prompt, size, dropped=False):
+        """Generation, up to the first code."""
+        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), *self.opening(*size)]
+
+    def generation(self, prompt, codes, dropped=False):
+        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), *self.block(codes)]
+
+    def understanding(self, turns, pictures):
+        """turns [(question, answer or None)], question a list of text and picture numbers; None: up to the answer."""
+        pieces = [([self.ids["bos"], *self.text.encode(EMU3_SYSTEM + EMU3_USER)], TEXT)]
+        for i, (asked, answer) in enumerate(turns):
+            if i:
+                pieces.append((self.text.encode(EMU3_USER), TEXT))
+            for part in asked:
+                pieces += [(self.text.encode(part), TEXT)] if isinstance(part, str) else self.block(pictures[part])
+            pieces.append((self.text.encode(EMU3_ASSISTANT), TEXT))
+            if answer is not None:
+                pieces.append(([*self.text.encode(answer), self.ids["eos"]], ANSWER))
+        return pieces
+
+
+class JanusTemplate:
+    """Roles and blank lines in the DeepSeek manner; pictures are placeholders that the model fills."""
+
+    def __init__(self, config, text, system=""):
+        self.config, self.text, self.ids, self.system = config, text, text.ids, system
+
+    def prompt(self, prompt, size=None, dropped=False):
+        """Generation, up to begin-of-image. Dropped: every token between BOS and begin-of-image becomes a pad."""
+        ids = [self.ids["bos"], self.ids["user"], *self.text.encode(JANUS_USER + prompt.strip() + JANUS_TURN),
+               self.ids["assistant"], *self.text.encode(JANUS_ASSISTANT)]
+        ids = [ids[0], *[self.ids["pad"]] * (len(ids) - 1)] if dropped else ids
+        return [(ids, TEXT), ([self.ids["boi"]], CONTROL)]
+
+    def generation(self, prompt, codes, dropped=False):
+        return [*self.prompt(prompt, dropped=dropped), ([self.ids["placeholder"]] * codes.numel(), IMAGE)]
+
+    def understanding(self, turns, pictures):
+        """As Emu3Template.understanding; a picture is followed by a line break."""
+        n = (self.config.image_size // self.config.vit_patch) ** 2
+        picture = [([self.ids["boi"]], CONTROL), ([self.ids["placeholder"]] * n, IMAGE), ([self.ids["eoi"]], CONTROL)]
+        system = self.text.encode(self.system + JANUS_TURN) if self.system else []
+        pieces = [([self.ids["bos"], *system], TEXT)]
+        for asked, answer in turns:
+            pieces.append(([self.ids["user"]], TEXT))
+            before = JANUS_USER                      # text in front of a picture, and the line break after it, belong
+            for part in asked:                       # to one piece, as the tokenizer would cut the whole string
+                if isinstance(part, str):
+                    before += part
+                else:
+                    pieces += [(self.text.encode(before), TEXT), *picture]
+                    before = "\n"
+            pieces += [(self.text.encode(before + JANUS_TURN), TEXT), ([self.ids["assistant"]], TEXT),
+                       (self.text.encode(JANUS_ASSISTANT), TEXT)]
+            if answer is not None:                   # a non-empty message follows ": " in this template
+                pieces.append(([*self.text.encode(" " + answer), self.ids["eos"]], ANSWER))
+        return pieces
+
+
+TEMPLATES = {"emu3": Emu3Template, "janus": JanusTemplate}
+DROP = {"emu3": 0.05, "janus": 0.10}             # share of generation prompts that are dropped, for guidance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+MAX_RATIO = {"emu3": 5, "janus": 27}             # Emu3's own limit; Janus-Pro shrinks the short side to 14 of 384
+
+
+def check_size(width, height, kind):
+    """Refuse pictures that no transform handles sensibly."""
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(f"the picture has {width} x {height} pixels (limit {Image.MAX_IMAGE_PIXELS}): shrink it first")
+    if max(width, height) > MAX_RATIO[kind] * min(width, height):
+        raise InputError(f"the picture is {width} x {height}, one side over {MAX_RATIO[kind]} times the other: crop it")
+
+
+def smart_resize(height, width, config):
+    """Emu3's target sides: multiples of the code size, area within min_pixels..max_pixels."""
+    f, area = config.factor, height * width
+    new = [f * round(side / f) for side in (height, width)]                     # Python rounds half to even
+    if new[0] * new[1] > config.max_pixels:
+        shrink = (area / config.max_pixels) ** 0.5
+        new = [f * int(side / shrink / f) for side in (height, width)]
+    elif new[0] * new[1] < config.min_pixels:
+        grow = (config.min_pixels / area) ** 0.5
+        new = [f * -int(-side * grow // f) for side in (height, width)]
+    return tuple(new)
+
+
+def to_tensor(picture):
+    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1) * 2 - 1
+
+
+def to_picture(pixels):
+    """(3, H, W) in [-1, 1] -> uint8 array (H, W, 3), truncated as both models do."""
+    return ((pixels.float() + 1) / 2 * 255).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def emu3_picture(picture, config, area=None):
+    """Resize for Emu3, keeping the ratio: to `area` pixels first where given (training), then to its code grid."""
+    width, height = picture.size
+    if area:
+        scale = (area / (width * height)) ** 0.5
+        width, height = max(round(width * scale), 1), max(round(height * scale), 1)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    height, width = smart_resize(height, width, config)
+    return to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def janus_reading(picture, config):
+    """Resize for SigLIP: the longer side to S with *truncated* sides, centred on grey 127."""
+    size, longest = config.image_size, max(picture.size)
+    width, height = (max(int(side / longest * size), config.min_side) for side in picture.size)
+    square = Image.new("RGB", (size, size), (127, 127, 127))
+    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return to_tensor(square)
+
+
+def janus_drawing(picture, config):
+    """Resize for the codes of Janus-Pro: halve with a box filter while large, short side to S, centre crop."""
+    size = config.image_size
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize(tuple(round(side * scale) for side in picture.size), Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in picture.size)
+    return to_tensor(picture.crop((left, top, left + size, top + size)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records and where they come from
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Record:
+    """One example: a picture (or several, for questions) with a conversation. `place` names it in messages."""
+
+    place: str
+    task: str
+    turns: tuple                  # ((human, assistant), ...); <image> marks stay in the human text
+    pictures: tuple               # paths, or uint8 arrays (S, S, 3)
+
+
+class WorldSource:
+    """Training data of a World: a pool of pictures, each with fresh words whenever it is met."""
+
+    def __init__(self, world, n, seed, turns=4):
+        rng = np.random.default_rng([seed, 2])
+        self.world, self.turns = world, turns
+        self.scenes = [world.scene(rng) for _ in range(n)]
+        self.pictures = draw(self.scenes)
+
+    def count(self, task):
+        return len(self.scenes)
+
+    def record(self, task, index, rng):
+        scene = self.scenes[index]
+        if task == "gen":
+            turns = ((caption(scene, rng), "<image>"),)
+        else:
+            kinds = [QUESTIONS[i] for i in rng.permutation(len(QUESTIONS))[:self.turns]]
+            turns = tuple((q.text, q.answer) for q in (question(scene, kind, rng) for kind in kinds))
+        return Record(f"world picture {index}", task, turns, (self.pictures[index],))
+
+
+class FileSource:
+    """Records of a JSON-lines file, checked on loading: each bad one is named with file, line and remedy."""
+
+    def __init__(self, file, kind, on_bad_record="stop"):
+        self.bad, self.records = [], {task: [] for task in aia.TASKS}
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--data {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = parse_record(line, f"{file}:{number}", Path(file).parent)
+                for path in record.pictures:
+                    check_size(*open_picture(path).size, kind)
+                self.records[record.task].append(record)
+            except InputError as error:
+                self.bad.append(f"{file}:{number}: {error}")
+                if on_bad_record == "stop":
+                    raise InputError(f"{self.bad[-1]} (--on-bad-record skip leaves such records out)") from error
+        if not any(self.records.values()):
+            raise InputError(f"--data {file} holds no usable record: see README, 'Your own pictures'")
+
+    def count(self, task):
+        return len(self.records[task])
+
+    def record(self, task, index, rng):
+        return self.records[task][index]
+
+
+def parse_record(line, place, folder):
+    """One JSON line -> Record. A generation record has <image> as (or in) the assistant's answer."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"not JSON ({error}): write one object per line") from error
+    known = {"id", "image", "conversations", "task"}
+    if not isinstance(entry, dict) or not {"image", "conversations"} <= set(entry):
+        raise InputError('a record needs "image" and "conversations"')
+    if set(entry) - known:
+        raise InputError(f"unknown field {sorted(set(entry) - known)[0]!r}: known are {', '.join(sorted(known))}")
+    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+    said = entry["conversations"]
+    good = isinstance(said, list) and len(said) >= 2 and len(said) % 2 == 0 and all(
+        isinstance(turn, dict) and turn.get("from") == ("human", "gpt")[i % 2] and isinstance(turn.get("value"), str)
+        for i, turn in enumerate(said))
+    if not good or not images or not all(isinstance(path, str) and path for path in images):
+        raise InputError('"image" must be a path or a list of paths, "conversations" human and gpt turns in turn, '
+                         'each {"from": ..., "value": text}')
+    turns = tuple((said[i]["value"], said[i + 1]["value"].strip()) for i in range(0, len(said), 2))
+    task = check_turns(turns, len(images), entry.get("task"))
+    return Record(place, task, turns, tuple(folder / path for path in images))
+
+
+def check_turns(turns, n_images, named):
+    """The task of a conversation; refuse what neither task can use."""
+    if any(not answer for _, answer in turns):
+        raise InputError("an answer is empty: every gpt turn needs text, or <image> to be drawn")
+    task = "gen" if any("<image>" in answer for _, answer in turns) else "und"
+    if named not in (None, *aia.TASKS):
+        raise InputError(f"unknown task {named!r}: use one of {', '.join(aia.TASKS)}, or leave it out")
+    if named not in (None, task):
+        raise InputError(f"task is {named!r}, but the conversation is of {task!r}: <image> in an answer means drawing")
+    marks = sum(asked.count("<image>") for asked, _ in turns)
+    if task == "gen" and (len(turns) != 1 or n_images != 1 or marks or turns[0][1] != "<image>"):
+        raise InputError("a drawing record has one human turn with the prompt, and <image> alone as the answer")
+    if task == "und" and marks not in (0, n_images):
+        raise InputError(f"{marks} <image> marks in the questions for {n_images} pictures: write one each, or none")
+    return task
+
+
+def open_picture(path):
+    """Open a picture file; its pixels are read later."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise InputError(f"picture {path} is missing: paths are relative to the JSON file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"picture {path} is too large to open safely ({error}): shrink it first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"picture {path} cannot be opened ({error}): is it a picture, and complete?") from error
+
+
+def load_picture(source, kind):
+    """Path or uint8 array -> RGB picture."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    picture = open_picture(source)
+    check_size(*picture.size, kind)
+    try:
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"picture {source} is broken ({error}): replace it") from error
+
+
+def question_parts(turns, n_images):
+    """Human texts with <image> marks -> [([text or picture number, ...], answer)]. No mark: the pictures come first."""
+    if not any("<image>" in asked for asked, _ in turns):
+        turns = [("<image>" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
+    number, result = 0, []
+    for asked, answer in turns:
+        parts = []
+        for i, text in enumerate(asked.strip().split("<image>")):
+            if i:
+                parts.append(number)
+                number += 1
+            text = text.strip() if i else text      # the templates set the line breaks around a picture
+            parts += [text] if text else []
+        result.append((parts, answer))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """B samples of one task, T tokens, padded on the right. Image positions hold a placeholder for Janus-Pro, which has
+    no ids for them."""
+
+    task: str
+    tokens: torch.Tensor                     # (B, T) ids
+    labels: torch.Tensor                     # (B, T) ids (Janus-Pro generation: codes), -100 where not trained
+    condition: torch.Tensor                  # (B, T) bool: keys of the other modality
+    queries: torch.Tensor                    # (B, T) bool: rows that are averaged
+    aia_valid: torch.Tensor                  # (B,) bool: false for a dropped prompt, or without keys or queries
+    pixels: torch.Tensor | None = None       # Janus-Pro understanding: (n, 3, S, S)
+    codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
+    places: tuple = ()                       # where each sample comes from, for messages
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+
+class Preparer:
+    """Records -> Batch for one model: pictures through its transforms and tokenizer, texts through its template."""
+
+    def __init__(self, m, text, training=True):
+        self.m, self.config, self.text, self.training = m, m.config, text, training
+        self.template = TEMPLATES[m.config.kind](m.config, text)
+        self.known = {}                                                         # codes of world pictures, by content
+
+    def codes(self, pictures):
+        """Codes of pictures, each a CPU tensor; equal-sized ones are encoded together, known ones are not."""
+        keys = [p.tobytes() if isinstance(p, np.ndarray) else None for p in pictures]
+        missing = [i for i, key in enumerate(keys) if key is None or key not in self.known]
+        fresh, shapes = {}, {}
+        for i in missing:
+            pixels = self.drawing_pixels(load_picture(pictures[i], self.config.kind))
+            shapes.setdefault(tuple(pixels.shape), []).append((i, pixels))
+        for group in shapes.values():
+            for start in range(0, len(group), 64):
+                part = group[start:start + 64]
+                stack = torch.stack([pixels for _, pixels in part]).to(next(self.m.vq.parameters()).device)
+                for (i, _), codes in zip(part, self.m.encode_images(stack).cpu(), strict=True):
+                    fresh[i] = codes.clone()
+                    if keys[i] is not None:
+                        self.known[keys[i]] = fresh[i]
+        return [fresh[i] if i in fresh else self.known[keys[i]] for i in range(len(pictures))]
+
+    def drawing_pixels(self, picture):
+        if self.config.kind == "janus":
+            return janus_drawing(picture, self.config)
+        return emu3_picture(picture, self.config, self.config.image_size**2 if self.training else None)
+
+    def batch(self, records, rngs=None, drop=0.0):
+        """Records of one task -> Batch. rngs (one a record) decide which generation prompts are dropped."""
+        task, janus = records[0].task, self.config.kind == "janus"
+        sources = [p for r in records for p in r.pictures]
+        codes = self.codes(sources) if task == "gen" or not janus else None
+        pixels = None
+        if janus and task == "und":
+            pixels = torch.stack([janus_reading(load_picture(p, "janus"), self.config) for p in sources])
+        samples, valid, first = [], [], 0
+        for i, record in enumerate(records):
+            dropped = task == "gen" and rngs is not None and bool(rngs[i].random() < drop)
+            mine = None if codes is None else codes[first:first + len(record.pictures)]
+            first += len(record.pictures)
+            if task == "gen":
+                pieces = self.template.generation(record.turns[0][0], mine[0], dropped)
+            else:
+                pieces = self.template.understanding(question_parts(record.turns, len(record.pictures)), mine)
+            samples.append(self.checked(pieces, record))
+            valid.append(not dropped)
+        codes = torch.stack(codes) if task == "gen" and janus else None
+        return collate(task, samples, torch.tensor(valid), self.text.ids["pad"], pixels, codes,
+                       tuple(record.place for record in records))
+
+    def checked(self, pieces, record):
+        length = sum(len(ids) for ids, _ in pieces)
+        if length > self.config.context:
+            raise InputError(f"{record.place}: {length} tokens, but the model takes {self.config.context}: "
+                             "shorten the text or split the conversation")
+        return pieces
+
+
+def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
+    """Pieces [(ids, role), ...] of each sample -> Batch; labels and masks follow from the roles."""
+    length = max(sum(len(ids) for ids, _ in pieces) for pieces in samples)
+    tokens = torch.full((len(samples), length), pad)                            # (B, T)
+    roles = torch.full_like(tokens, PADDING)                                    # (B, T)
+    for b, pieces in enumerate(samples):
+        ids = [i for part, _ in pieces for i in part]
+        tokens[b, :len(ids)] = torch.tensor(ids)
+        roles[b, :len(ids)] = torch.tensor([role for part, role in pieces for _ in part])
+    condition, queries = spans(roles, task)
+    answer = roles == (IMAGE if task == "gen" else ANSWER)
+    labels = torch.where(answer, tokens, -100)
+    if codes is not None:                                                       # Janus-Pro: gen_head predicts codes
+        labels = labels.masked_scatter(answer, codes)
+    valid = valid & condition.any(1) & queries.any(1)
+    return Batch(task, tokens, labels, condition, queries, valid, pixels, codes, places)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which samples make a step
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_ratio(text):
+    """--ratio GEN:UND as two numbers."""
+    try:
+        gen, und = (int(part) for part in text.split(":"))
+    except ValueError:
+        gen = und = -1
+    if min(gen, und) < 0 or gen + und == 0:
+        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
+    return gen, und
+
+
+def samples_before(step, batch_size, ratio):
+    """How many samples of each task all steps before `step` have used: the mix honours the ratio over any window."""
+    total = step * batch_size
+    gen = total * ratio[0] // sum(ratio)
+    return {"gen": gen, "und": total - gen}
+
+
+class Schedule:
+    """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
+
+    def __init__(self, source, preparer, seed, batch_size, ratio, micro_batch, drop=None, on_bad_record="stop"):
+        self.source, self.preparer, self.seed, self.batch_size = source, preparer, seed, batch_size
+        self.ratio, self.micro_batch, self.on_bad_record = ratio, micro_batch, on_bad_record
+        self.drop = DROP[preparer.config.kind] if drop is None else drop
+        self.bad = []
+        self.order = functools.lru_cache(maxsize=4)(self._order)
+        for task, share in zip(aia.TASKS, ratio, strict=True):
+            if share and not source.count(task):
+                other = "1:0" if task == "und" else "0:1"
+                raise InputError(f"the data hold no record for task {task!r}: add some, or train with --ratio {other}")
+
+    def _order(self, task, epoch):
+        return np.random.default_rng([self.seed, 3, aia.TASKS.index(task), epoch]).permutation(self.source.count(task))
+
+    def record(self, task, position):
+        """The record at a position of the task's endless stream, and its random numbers."""
+        epoch, place = divmod(position, self.source.count(task))
+        rng = np.random.default_rng([self.seed, 4, aia.TASKS.index(task), position])
+        return self.source.record(task, int(self.order(task, epoch)[place]), rng), rng
+
+    def step(self, step):
+        """The micro-batches of a step: generation first, then understanding, each of one task."""
+        start, end = (samples_before(s, self.batch_size, self.ratio) for s in (step, step + 1))
+        batches = []
+        for task in aia.TASKS:
+            for first in range(start[task], end[task], self.micro_batch):
+                batches.append(self.prepare(task, range(first, min(first + self.micro_batch, end[task]))))
+        return [batch for batch in batches if batch is not None]
+
+    def prepare(self, task, positions):
+        pairs = [self.record(task, position) for position in positions]
+        try:
+            return self.preparer.batch([r for r, _ in pairs], [rng for _, rng in pairs], self.drop)
+        except InputError:
+            return self.prepare_one_by_one(task, positions)
+
+    def prepare_one_by_one(self, task, positions):
+        """Find the bad record of a batch: stop there, or leave it out and go on with the others."""
+        good = []
+        for position in positions:
+            record, rng = self.record(task, position)
+            try:
+                self.preparer.batch([record], [rng], self.drop)
+                good.append(position)
+            except InputError as error:
+                text = str(error) if record.place in str(error) else f"{record.place}: {error}"
+                if self.on_bad_record == "stop":
+                    raise InputError(f"{text} (--on-bad-record skip leaves such records out)") from error
+                self.bad += [text] if text not in self.bad else []
+        pairs = [self.record(task, position) for position in good]
+        return self.preparer.batch([r for r, _ in pairs], [rng for _, rng in pairs], self.drop) if good else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Export:
+    """Draw world data as pictures and JSON lines, in the layout that `train.py --data` reads."""
+
+    POSITIONAL = ("folder",)
+    folder: str = opt("", "folder to write; must be empty or new")
+    n: int = opt(200, "records, half of each task")
+    seed: int = opt(0, "world and order")
+
+
+def export(settings):
+    """Write n records: pictures/NNNNN.png and train.jsonl."""
+    folder = Path(settings.folder)
+    if not settings.folder or settings.n < 2:
+        raise InputError("export needs a folder and --n of at least 2: python data.py export FOLDER --n 200")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: choose another or empty it")
+    (folder / "pictures").mkdir(parents=True)
+    source = WorldSource(World(settings.seed), settings.n, settings.seed)
+    lines = []
+    for i in range(settings.n):
+        record = source.record(aia.TASKS[i % 2], i, np.random.default_rng([settings.seed, 5, i]))
+        path = f"pictures/{i:05d}.png"
+        Image.fromarray(source.pictures[i]).save(folder / path)
+        said = [{"from": who, "value": text} for turn in record.turns for who, text in zip(("human", "gpt"), turn,
+                                                                                           strict=True)]
+        lines.append(json.dumps({"id": f"{i:05d}", "image": path, "conversations": said}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{settings.n} records in {folder / 'train.jsonl'}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] != ["export"]:
+        if argv[:1] in (["-h"], ["--help"]):
+            print(__doc__)
+            return
+        raise InputError("data.py knows one command: python data.py export FOLDER --n 200")
+    export(parse(Export, argv[1:], "data.py export"))
+
+
+if __name__ == "__main__":
+    run(main)

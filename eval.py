@@ -1,0 +1,465 @@
+"""How a trained model is judged: pictures from prompts, answers about pictures, scores, and the curves of the paper.
+
+Drawn pictures are read back exactly (data.read) and scored in GenEval's six skills; answers are scored in the manner of
+POPE, MME and MMBench. Everything is asked about held-out combinations (data.World).
+
+    python eval.py score    --checkpoint runs/tiny-emu3-seed0
+    python eval.py generate --checkpoint runs/tiny-emu3-seed0 --prompt "a red circle above a blue square" --out red.png
+    python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a red circle?"
+    python eval.py curves   --checkpoint runs/tiny-emu3-seed0
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import aia
+import data
+import model
+from aia import InputError
+from data import opt
+
+# Legend: B samples, T tokens, L layers; scores are shares in 0..1.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking the model
+# ---------------------------------------------------------------------------------------------------------------------
+def left_padded(samples, pad, device):
+    """Pieces of each prompt -> ids (B, T) and mask (B, T), padded in front."""
+    rows = [[i for ids, _ in pieces for i in ids] for pieces in samples]
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, batch=128):
+    """Prompts -> pixels (n, 3, S, S) in [-1, 1], on the CPU. Same seed, same pictures."""
+    preparer, device = data.Preparer(m, text, training=False), next(m.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    size, config, pixels = size or m.config.grid, m.config, []
+    negative = None
+    if config.kind == "emu3" and guidance != 1:
+        negative = left_padded([preparer.template.prompt(config.negative, size)], text.ids["pad"], device)[0]
+    for start in range(0, len(prompts), batch):
+        pieces = [preparer.template.prompt(prompt + config.suffix, size) for prompt in prompts[start:start + batch]]
+        ids, mask = left_padded(pieces, text.ids["pad"], device)
+        codes = m.generate_images(ids, mask, size, negative, guidance, temperature, generator=generator)
+        pixels.append(m.decode_images(codes).cpu())
+    return torch.cat(pixels)
+
+
+def answer(m, text, asked, max_new_tokens=16, temperature=0.0, batch=128):
+    """Questions [(picture, question)] -> answers. A picture is a path or an array (S, S, 3) uint8."""
+    preparer, device = data.Preparer(m, text, training=False), next(m.parameters()).device
+    answers = []
+    for start in range(0, len(asked), batch):
+        part = asked[start:start + batch]
+        pictures, pixels = [picture for picture, _ in part], None
+        if m.config.kind == "janus":
+            loaded = [data.janus_reading(data.load_picture(p, "janus"), m.config) for p in pictures]
+            pixels, codes = torch.stack(loaded).to(device), [None] * len(part)
+        else:
+            codes = preparer.codes(pictures)
+        turns = [data.question_parts([(question, None)], 1) for _, question in part]
+        pieces = [preparer.template.understanding(turn, [code]) for turn, code in zip(turns, codes, strict=True)]
+        ids, mask = left_padded(pieces, text.ids["pad"], device)
+        new = m.generate_text(ids, pixels, mask, max_new_tokens, temperature)
+        answers += [text.decode(row).strip() for row in new.tolist()]
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+# Which held-out combinations the pictures of a question kind show.
+SHOWN = {"existence": ("two objects", "colour attribution", "colours"), "count": ("counting", "two objects"),
+         "position": ("position", "one object"), "colour": ("colours", "colour attribution"),
+         "choice": ("colours", "two objects")}
+
+
+def score_understanding(m, text, world, n, seed=0):
+    """Plain accuracy per question kind on n held-out pictures each, and the stricter measures of the three benchmarks.
+
+    existence  yes/no, balanced; f1 with "yes" as positive (POPE)
+    count, position, colour  a true and a false yes/no question about each picture; acc+ wants both right (MME)
+    choice     four options; circular wants the right letter under all four rotations (MMBench)
+    """
+    rng = np.random.default_rng([seed, 6])
+    asked = []                                                                  # (kind, group, picture, question)
+    for kind in data.QUESTIONS:
+        for i in range(n):
+            scene, _ = world.held_out_scene(SHOWN[kind][i % len(SHOWN[kind])], rng)
+            picture = data.draw([scene])[0]
+            if kind == "choice":
+                questions = data.rotations(data.question(scene, kind, rng))
+            else:
+                truths = [i % 4 < 2] if kind == "existence" else [True, False]
+                questions = [data.question(scene, kind, rng, truth) for truth in truths]
+            asked += [(kind, i, picture, question) for question in questions]
+    said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
+    right = {}
+    for (kind, group, _, question), reply in zip(asked, said, strict=True):
+        right.setdefault(kind, {}).setdefault(group, []).append(reply == question.answer)
+    # The accuracy of a choice is that of its first order; the other three count for circular only.
+    first = {kind: [g[:1] if kind == "choice" else g for g in groups.values()] for kind, groups in right.items()}
+    kinds = {kind: float(np.mean(np.concatenate(groups))) for kind, groups in first.items()}
+    strict = {kind: float(np.mean([all(g) for g in groups.values()])) for kind, groups in right.items()}
+    pairs = [(reply == "yes", question.answer == "yes") for (kind, _, _, question), reply
+             in zip(asked, said, strict=True) if kind == "existence"]
+    hits, claimed, true = (sum(x) for x in ([a and b for a, b in pairs], [a for a, _ in pairs], [b for _, b in pairs]))
+    return {"und": float(np.mean(list(kinds.values()))), "und_by_kind": kinds, "f1": 2 * hits / max(claimed + true, 1),
+            "acc_plus": float(np.mean([strict[kind] for kind in ("count", "position", "colour")])),
+            "circular": strict["choice"]}
+
+
+def score_generation(m, text, world, n, seed=0):
+    """One guided picture for each of n held-out prompts per skill, read back from its pixels -> scores, samples."""
+    rng = np.random.default_rng([seed, 7])
+    goals = [world.held_out_scene(skill, rng)[1] for skill in data.SKILLS for _ in range(n)]
+    prompts = [data.prompt_text(goal, rng) for goal in goals]
+    pictures = np.stack([data.to_picture(pixels) for pixels in draw(m, text, prompts, seed)])
+    scenes, clear = data.read(pictures)
+    right = [bool(ok) and data.fulfils(goal, scene) for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
+    skills = {skill: float(np.mean(right[i * n:(i + 1) * n])) for i, skill in enumerate(data.SKILLS)}
+    return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills}, (prompts, pictures, right)
+
+
+def score_tokenizer(m, world, n, seed=0):
+    """Encode and decode n held-out pictures: psnr in dB, and the share that is read exactly as it was drawn."""
+    rng = np.random.default_rng([seed, 8])
+    scenes = [world.held_out_scene(data.SKILLS[i % len(data.SKILLS)], rng)[0] for i in range(n)]
+    drawn = data.draw(scenes)
+    pixels = torch.stack([data.to_tensor(picture) for picture in drawn]).to(next(m.parameters()).device)
+    again = torch.cat([m.decode_images(m.encode_images(part)).cpu() for part in pixels.split(64)])
+    again = np.stack([data.to_picture(picture) for picture in again])
+    back, clear = data.read(again)
+    error = ((drawn.astype(np.float32) - again) ** 2).mean((1, 2, 3))
+    right = [bool(ok) and a == b for a, b, ok in zip(scenes, back, clear, strict=True)]
+    return {"psnr": float((10 * np.log10(255**2 / np.maximum(error, 1e-6))).mean()), "reader": float(np.mean(right))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+# ---------------------------------------------------------------------------------------------------------------------
+class HeldOut:
+    """Samples of held-out scenes of a world, as a source of records (see data.WorldSource)."""
+
+    def __init__(self, world, seed):
+        self.world, self.seed = world, seed
+
+    def batches(self, preparer, task, n, batch=25):
+        rng = np.random.default_rng([self.seed, 9, aia.TASKS.index(task)])
+        records = []
+        for i in range(n):
+            scene, combination = self.world.held_out_scene(data.SKILLS[i % len(data.SKILLS)], rng)
+            kinds = [data.QUESTIONS[k] for k in rng.permutation(len(data.QUESTIONS))[:4]]
+            asked = [data.question(scene, kind, rng) for kind in kinds]
+            turns = [(q.text, q.answer) for q in asked] if task == "und" else [(data.prompt_text(combination, rng),
+                                                                                 "<image>")]
+            records.append(data.Record(f"held-out picture {i}", task, tuple(turns), (data.draw([scene])[0],)))
+        for start in range(0, n, batch):
+            yield preparer.batch(records[start:start + batch])
+
+
+class FileBatches:
+    """The first samples of a JSON-lines file, for curves and losses on a user's own pictures."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def batches(self, preparer, task, n, batch=8):
+        records = self.source.records[task][:n]
+        for start in range(0, len(records), batch):
+            yield preparer.batch(records[start:start + batch])
+
+
+def uniform_share(batch):
+    """The intensity of a model that spreads its attention evenly: share of the condition among visible keys (B,)."""
+    keys = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
+    return aia.intensity((batch.condition.cumsum(1) / keys)[:, None], batch.queries)
+
+
+@torch.inference_mode()
+def measure(m, preparer, samples, task, n, target, delta):
+    """One task on n samples: intensity per layer (mean and standard deviation over samples), without the first token of
+    the sequence (an attention sink), share of keys, next-token loss and L_AIA."""
+    device = next(m.parameters()).device
+    found, sinkless, uniform, ntp, tokens = [], [], [], 0.0, 0
+    for batch in samples.batches(preparer, task, n):
+        batch = batch.to(device)
+        out = m(batch)
+        ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
+        rest = batch.condition.clone()
+        rest[:, 0] = False
+        found.append(out.intensity[batch.aia_valid].cpu())
+        sinkless.append(m(replace(batch, condition=rest)).intensity[batch.aia_valid].cpu())
+        uniform.append(uniform_share(batch)[batch.aia_valid].cpu())
+    if not tokens:
+        return None
+    found = torch.cat(found)                                                    # (n, L)
+    valid = torch.ones(len(found), dtype=torch.bool)
+    return {"intensity": found.mean(0).tolist(), "std": found.std(0, correction=0).tolist(),
+            "without_first_token": torch.cat(sinkless).mean(0).tolist(), "uniform": torch.cat(uniform).mean().item(),
+            "ntp": ntp / tokens, "aia": aia.loss(found, target, delta, valid).item(), "samples": len(found)}
+
+
+def curves(models, preparer, samples, targets, n=100):
+    """Both tasks of several models {name: m}, with their targets -> one JSON-ready dict."""
+    result = {}
+    for task in aia.TASKS:
+        target, delta = targets[task]
+        result[task] = {"target": target.tolist(), "delta": delta.tolist()}
+        for name, m in models.items():
+            preparer.m = m
+            result[task][name] = measure(m, preparer, samples, task, n, target, delta)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of results
+# ---------------------------------------------------------------------------------------------------------------------
+COLOUR = {"before": "#999999", "control": "#56B4E9", "after": "#D55E00", "target": "#0072B2"}      # Okabe and Ito
+LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": "with AIA", "target": "target"}
+PANEL = {"gen": "generation: image to text", "und": "understanding: text to image"}
+
+
+def plot_curves(result, file):
+    """Intensity per layer of both tasks: before, after and target, with the share of keys as a dotted line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for panel, task in zip(panels, aia.TASKS, strict=True):
+        rows = result[task]
+        layers = range(len(rows["target"]))
+        panel.step(layers, rows["target"], where="mid", color=COLOUR["target"], linestyle="--", label=LABEL["target"])
+        for name in ("before", "control", "after"):
+            if rows.get(name):
+                mean, std = np.array(rows[name]["intensity"]), np.array(rows[name]["std"])
+                panel.plot(layers, mean, color=COLOUR[name], marker="o", markersize=4, label=LABEL[name])
+                panel.fill_between(layers, mean - std, mean + std, color=COLOUR[name], alpha=0.15, linewidth=0)
+        if rows.get("after"):
+            even = rows["after"]["uniform"]
+            panel.axhline(even, color="black", linewidth=0.8, linestyle=":", label="share of the keys")
+        panel.set(title=PANEL[task], xlabel="layer", ylim=(0, None))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set_ylabel("attention on the other modality")
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def plot_samples(samples, file, per_skill=4):
+    """Drawn pictures under their prompts, a row per skill; framed green and ticked if right, red and crossed if not."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    prompts, pictures, right = samples
+    n = len(prompts) // len(data.SKILLS)
+    per_skill = min(per_skill, n)
+    figure, panels = plt.subplots(len(data.SKILLS), per_skill, figsize=(2.2 * per_skill, 2.35 * len(data.SKILLS)),
+                                  layout="constrained", squeeze=False)
+    for row, skill in enumerate(data.SKILLS):
+        for column in range(per_skill):
+            i, panel = row * n + column, panels[row, column]
+            panel.imshow(pictures[i], interpolation="nearest")
+            colour, mark = ("#009E73", "right") if right[i] else ("#D55E00", "wrong")
+            panel.set_title(f"{wrap(prompts[i])}\n{mark}", fontsize=8, color=colour)
+            panel.set(xticks=[], yticks=[])
+            for spine in panel.spines.values():
+                spine.set(color=colour, linewidth=2)
+        panels[row, 0].set_ylabel(skill, fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def wrap(text, width=26):
+    """Break a prompt into lines for a picture's title."""
+    lines = [""]
+    for word in text.split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
+    return "\n".join(lines)
+
+
+def write_json(content, file):
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = Path(f"{file}.part")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+def device_of(name):
+    """--device: "auto" takes CUDA where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not available here: use cpu, or auto") from error
+    return name
+
+
+def load_run(settings, file="checkpoint.pt"):
+    """Model, text tokenizer and settings of a run folder."""
+    folder = Path(settings.checkpoint)
+    m = model.load(folder, device=device_of(settings.device), file=file)
+    return m, data.Text(m.tokenizer_file, m.config.kind), json.loads((folder / "settings.json").read_text())
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score a run on held-out combinations of the built-in world."""
+
+    checkpoint: str = opt("", "run folder of train.py")
+    n: int = opt(100, "pictures for each question kind, and prompts for each skill")
+    seed: int = opt(0, "draws questions, prompts and codes")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    out: str = opt("", "JSON file; empty: scores.json in the run folder")
+
+
+def score(settings):
+    """Scores of one run, printed and stored."""
+    m, text, run = load_run(settings)
+    world = data.World(run["seed"])
+    scores = {**score_understanding(m, text, world, settings.n, settings.seed),
+              **score_generation(m, text, world, settings.n, settings.seed)[0],
+              **score_tokenizer(m, world, 2 * settings.n, settings.seed)}
+    print_scores(scores)
+    write_json(scores, settings.out or Path(settings.checkpoint) / "scores.json")
+    return scores
+
+
+def print_scores(scores):
+    """Scores as two short tables."""
+    for title, key in (("understanding", "und"), ("generation", "gen")):
+        rows = scores["und_by_kind" if key == "und" else "gen_by_skill"]
+        print(f"{title:20s} {scores[key]:.3f}   " + "   ".join(f"{name} {value:.2f}" for name, value in rows.items()))
+    print(f"stricter: f1 {scores['f1']:.3f}, acc+ {scores['acc_plus']:.3f}, circular {scores['circular']:.3f}")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw a picture from a prompt."""
+
+    checkpoint: str = opt("", "run folder of train.py")
+    prompt: str = opt("a red circle above a blue square", "what to draw")
+    out: str = opt("picture.png", "PNG file to write")
+    guidance: float = opt(0.0, "classifier-free guidance; 0: the model's own, 1: none")
+    temperature: float = opt(1.0, "0 takes the likeliest code")
+    seed: int = opt(0, "draws the codes")
+    scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+def generate(settings):
+    """Write one PNG."""
+    m, text, _ = load_run(settings)
+    pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature)[0]
+    picture = Image.fromarray(data.to_picture(pixels))
+    scale = settings.scale or max(240 // max(picture.size), 1)
+    size = tuple(side * scale for side in picture.size)
+    picture.resize(size, Image.Resampling.NEAREST).save(settings.out)
+    print(f"{settings.out}: {picture.width} x {picture.height}, each pixel shown {scale} times, from "
+          f"{settings.prompt!r} with seed {settings.seed}")
+    return {"out": settings.out, "width": size[0], "height": size[1]}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Answer a question about a picture."""
+
+    checkpoint: str = opt("", "run folder of train.py")
+    image: str = opt("", "picture file")
+    question: str = opt("", "what to ask")
+    max_new_tokens: int = opt(64, "longest answer in tokens")
+    temperature: float = opt(0.0, "0 is greedy")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+def chat(settings):
+    """Print one answer."""
+    if not settings.image or not settings.question:
+        raise InputError("chat needs --image FILE and --question TEXT")
+    m, text, _ = load_run(settings)
+    reply = answer(m, text, [(settings.image, settings.question)], settings.max_new_tokens, settings.temperature)[0]
+    print(reply)
+    return {"answer": reply}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Intensity per layer of both tasks on held-out samples: before AIA, after, and the target."""
+
+    checkpoint: str = opt("", "run folder of train.py")
+    data: str = opt("", "JSON-lines file of samples; empty: held-out scenes of the world")
+    n: int = opt(100, "samples for each task")
+    seed: int = opt(0, "draws the samples")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder")
+
+
+def curve_command(settings):
+    """Write curves.png and curves.json."""
+    m, text, run = load_run(settings)
+    folder = Path(settings.checkpoint)
+    models = {"after": m}
+    for name in ("before", "control"):
+        if (folder / f"{name}.pt").exists():
+            models[name] = load_run(settings, f"{name}.pt")[0]
+    if settings.data:
+        samples = FileBatches(data.FileSource(settings.data, m.config.kind))
+    else:
+        samples = HeldOut(data.World(run["seed"]), settings.seed)
+    wanted = {task: aia.targets(m.config.layers, task, run["aia_targets"], run["aia_variant"]) for task in aia.TASKS}
+    result = curves(models, data.Preparer(m, text), samples, wanted, settings.n)
+    out = Path(settings.out or folder / "curves.png")
+    plot_curves(result, out)
+    write_json(result, out.with_suffix(".json"))
+    print_curves(result)
+    print(f"{out} and {out.with_suffix('.json')}")
+    return {f"aia_{task}": {name: result[task][name]["aia"] for name in models if result[task][name]}
+            for task in aia.TASKS}
+
+
+def print_curves(result):
+    """A line per model and task: L_AIA and the mean distance to the target."""
+    for task in aia.TASKS:
+        for name, row in result[task].items():
+            if isinstance(row, dict):
+                gap = np.abs(np.array(row["intensity"]) - np.array(result[task]["target"])).mean()
+                print(f"{task} {LABEL[name]:26s} L_AIA {row['aia']:.4f}   mean |I - T| {gap:.3f}   "
+                      f"share of keys {row['uniform']:.3f}   ntp {row['ntp']:.3f}")
+
+
+COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),
+            "curves": (Curves, curve_command)}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if argv[0] not in COMMANDS:
+        raise InputError(f"eval.py knows no command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
+    cls, command = COMMANDS[argv[0]]
+    settings = data.parse(cls, argv[1:], f"eval.py {argv[0]}")
+    if not settings.checkpoint:
+        raise InputError(f"eval.py {argv[0]} needs --checkpoint, the folder of a run")
+    print("result " + json.dumps(command(settings)))
+
+
+if __name__ == "__main__":
+    data.run(main)

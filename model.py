@@ -1,0 +1,951 @@
+"""Two unified multimodal models around one decoder, with the attention that AIA looks at in plain view.
+
+Emu3 (arXiv 2409.18869) has one vocabulary for text and picture codes; Janus-Pro (arXiv 2501.17811) reads pictures with
+SigLIP and writes them as codes of another tokenizer. Every layer also returns its attention mass: the share that each
+token spends on the keys of the other modality (the I_l of aia.py, before averaging).
+
+    python -m pytest tests/test_model.py
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import aia
+from aia import InputError
+
+# Legend: B samples, T tokens, C channels (width), H heads, G key/value heads, D head size, L layers, V vocabulary,
+# N image tokens of one picture, K codebook rows, S side of a picture in pixels; h, w: sides of a code grid.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: presets differ by numbers only
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    """Every size and id of a model. Nothing in this file knows a preset."""
+
+    kind: str                            # "emu3" or "janus"
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    theta: float                         # base of the rotary frequencies
+    norm_eps: float
+    codebook: int                        # picture tokenizer: rows K of the codebook ...
+    code_dim: int                        # ... and their size
+    vq_width: int                        # channels of its first level, a multiple of 32 (group norm has 32 groups)
+    vq_mult: tuple                       # channel multiplier per level; each level after the first halves the sides
+    vq_blocks: int                       # residual blocks per encoder level; the decoder has one more
+    vq_attention: tuple                  # levels (0 = full resolution) with attention after each block
+    vq_latent: int                       # channels between encoder and quantizer
+    image_size: int                      # side of a drawn picture, and for Janus-Pro of one that is read, in pixels
+    context: int                         # longest sequence in tokens
+    min_pixels: int = 0                  # Emu3: smallest and largest area that a picture is resized to
+    max_pixels: int = 0
+    min_side: int = 1                    # Janus-Pro: a picture's short side never shrinks below this
+    vit_width: int = 0                   # Janus-Pro: SigLIP
+    vit_layers: int = 0
+    vit_heads: int = 0
+    vit_ffn: int = 0
+    vit_patch: int = 16
+    guidance: float = 3.0                # defaults of drawing
+    top_k: int = 0                       # 0 keeps all codes
+    suffix: str = ""                     # Emu3: added to every prompt when drawing
+    negative: str = ""                   # Emu3: prompt of the unconditional branch when drawing
+    attention: str = "fused"             # "fused" or "explicit"
+    ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
+
+    @property
+    def factor(self):
+        """Pixels per side that one picture code stands for."""
+        return 2 ** (len(self.vq_mult) - 1)
+
+    @property
+    def grid(self):
+        """Sides (h, w) of the code grid of a drawn square picture."""
+        return (self.image_size // self.factor,) * 2
+
+
+# Special tokens by role. Ids are looked up by string, never assumed: they differ between Janus-Pro 1B and 7B.
+SPECIAL = {
+    "emu3": {
+        "pad": "<|endoftext|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>", "bos": "<|extra_203|>",
+        "eos": "<|extra_204|>", "img": "<|image token|>", "boi": "<|image start|>", "eoi": "<|image end|>",
+        "placeholder": "<|extra_0|>", "visual": "<|visual token 000000|>",
+    },
+    "janus": {
+        "bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": "<｜▁pad▁｜>",
+        "boi": "<begin_of_image>", "eoi": "<end_of_image>", "placeholder": "<image_placeholder>",
+        "user": "<|User|>", "assistant": "<|Assistant|>",
+    },
+}
+
+
+def special_ids(tokenizer_file, kind):
+    """Ids of the special tokens by role, read from a tokenizer.json."""
+    try:
+        content = json.loads(Path(tokenizer_file).read_text(encoding="utf-8"))
+        known = dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"tokenizer {tokenizer_file} cannot be read ({error}): expected a tokenizer.json") from error
+    missing = [text for text in SPECIAL[kind].values() if text not in known]
+    if missing:
+        raise InputError(f"tokenizer {tokenizer_file} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
+    return {role: known[text] for role, text in SPECIAL[kind].items()}
+
+
+EMU3_8B = Config(
+    kind="emu3", layers=32, width=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=184622, theta=1e6,
+    norm_eps=1e-5, codebook=32768, code_dim=4, vq_width=256, vq_mult=(1, 2, 2, 4), vq_blocks=2, vq_attention=(3,),
+    vq_latent=4, image_size=720, context=9216, min_pixels=512 * 512, max_pixels=1024 * 1024, guidance=3.0, top_k=2048,
+    suffix=" masterpiece, film grained, best quality.",
+    negative="lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
+             "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry.",
+    ids={"pad": 151643, "placeholder": 151646, "eol": 151846, "eof": 151847, "bos": 151849, "eos": 151850,
+         "img": 151851, "boi": 151852, "eoi": 151853, "visual": 151854},
+)
+JANUS_PRO_7B = Config(
+    kind="janus", layers=30, width=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=102400, theta=1e4,
+    norm_eps=1e-6, codebook=16384, code_dim=8, vq_width=128, vq_mult=(1, 1, 2, 2, 4), vq_blocks=2, vq_attention=(4,),
+    vq_latent=256, image_size=384, context=16384, min_side=14, vit_width=1024, vit_layers=24, vit_heads=16,
+    vit_ffn=4096, vit_patch=16, guidance=5.0,
+    ids={"bos": 100000, "eos": 100001, "pad": 100015, "boi": 100016, "eoi": 100593, "placeholder": 100594},
+)
+JANUS_PRO_1B = replace(
+    JANUS_PRO_7B, layers=24, width=2048, ffn=5632, heads=16, kv_heads=16,
+    ids={"bos": 100000, "eos": 100001, "pad": 100002, "boi": 100003, "eoi": 100580, "placeholder": 100581},
+)
+# The tiny models: 480 text tokens, then the special tokens in the order of SPECIAL, then (Emu3) the picture codes.
+TINY_TEXT = 480
+TINY_EMU3 = Config(
+    kind="emu3", layers=6, width=128, ffn=256, heads=4, kv_heads=2, head_dim=32, vocab=TINY_TEXT + 137, theta=1e4,
+    norm_eps=1e-5, codebook=128, code_dim=4, vq_width=32, vq_mult=(1, 2, 2), vq_blocks=1, vq_attention=(2,),
+    vq_latent=4, image_size=24, context=256, min_pixels=24 * 24, max_pixels=24 * 24, guidance=3.0,
+    ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
+)
+TINY_JANUS = replace(
+    TINY_EMU3, kind="janus", vocab=TINY_TEXT + 8, norm_eps=1e-6, code_dim=8, vq_latent=64, min_pixels=0, max_pixels=0,
+    vit_width=96, vit_layers=2, vit_heads=4, vit_ffn=192, vit_patch=4,
+    ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["janus"])},
+)
+PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "emu3-8b": EMU3_8B, "janus-pro-1b": JANUS_PRO_1B,
+           "janus-pro-7b": JANUS_PRO_7B}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: two bodies, one meaning
+# ---------------------------------------------------------------------------------------------------------------------
+# q (B, H, T, D); k, v (B, G, U, D), where U >= T counts cached keys too, and G heads are shared by H / G queries each.
+# visible (B or 1, 1, T, U) bool, or None for plain causal attention; condition (B, U) bool, or None if nobody asks.
+# Both return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
+def attend_explicit(q, k, v, visible=None, condition=None):
+    """softmax(Q K^T / sqrt(D)) V written out: the one to read, and the reference of the tests."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)         # (B, H, U, D)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                      # (B, H, T, U)
+    if visible is None:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    # A = softmax(Q K^T / sqrt(D)), in float32 as both models do
+    attention = scores.float().masked_fill(~visible, -math.inf).softmax(-1)     # (B, H, T, U)
+    out = attention.to(v.dtype) @ v                                             # (B, H, T, D)
+    if condition is None:
+        return out, None
+    # mass(q) = sum_{k in condition} A(q, k)
+    return out, (attention * condition[:, None, None]).sum(-1)                  # (B, H, T)
+
+
+def attend_fused(q, k, v, visible=None, condition=None):
+    """The same through one fused kernel, without ever keeping a T x U map.
+
+    Attention is a weighted mean of values. Give condition keys the value 1 in one more channel and all others 0, and
+    that channel's mean *is* the weight spent on the condition: exact, differentiable, nearly free.
+    """
+    # One query sees every cached key; more of them need the causal mask.
+    shape = {"attn_mask": visible, "is_causal": visible is None and q.shape[2] > 1,
+             "enable_gqa": q.shape[1] != k.shape[1]}
+    if condition is None:
+        return F.scaled_dot_product_attention(q, k, v, **shape), None
+    flag = condition[:, None, :, None].to(v.dtype).expand(*v.shape[:3], 1)      # (B, G, U, 1)
+    v = F.pad(torch.cat([v, flag], -1), (0, 7))                                 # (B, G, U, D + 8), kernels like 8s
+    scale = q.shape[-1] ** -0.5
+    q, k = F.pad(q, (0, 8)), F.pad(k, (0, 8))                                   # zeros leave the scores unchanged
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, **shape)         # (B, H, T, D + 8)
+    return out[..., :-8], out[..., -8]                                          # (B, H, T, D), (B, H, T)
+
+
+ATTENTION = {"explicit": attend_explicit, "fused": attend_fused}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder of both models
+# ---------------------------------------------------------------------------------------------------------------------
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; statistics in float32, cast back *before* the weight, as the public models do."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary(positions, head_dim, theta, dtype, rounded=False):
+    """Cosine and sine of RoPE for positions (B, T): two tensors (B, 1, T, D).
+
+    The frequencies are made here each time, in float32: a buffer would be rounded by model.to(bfloat16), which at
+    theta 1e6 and position 9216 is wrong by 10 radians. `rounded` repeats that slip, to match published scripts.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    if rounded:
+        frequency = frequency.bfloat16().float()
+    angle = positions[:, None, :, None].float() * frequency                     # (B, 1, T, D / 2)
+    angle = torch.cat([angle, angle], -1)                                       # (B, 1, T, D)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, H, T, D) -> same."""
+    cos, sin = rope
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Cache:
+    """Keys and values of all layers, allocated once for `size` tokens."""
+
+    def __init__(self, config, rows, size, like):
+        shape = (config.layers, rows, config.kv_heads, size, config.head_dim)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.used = 0
+
+    def add(self, layer, k, v):
+        """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
+        end = self.used + k.shape[2]
+        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads; also returns the mass on the condition."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.index, self.heads, self.head_dim = index, config.heads, config.head_dim
+        self.attend = ATTENTION[config.attention]
+        inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.width, inner, bias=False)
+        self.k_proj = nn.Linear(config.width, shared, bias=False)
+        self.v_proj = nn.Linear(config.width, shared, bias=False)
+        self.o_proj = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, x, rope, visible, condition, cache):
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(split).transpose(1, 2)                          # (B, H, T, D)
+        k = self.k_proj(x).view(split).transpose(1, 2)                          # (B, G, T, D)
+        v = self.v_proj(x).view(split).transpose(1, 2)                          # (B, G, T, D)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.add(self.index, k, v)                                  # (B, G, U, D)
+        out, mass = self.attend(q, k, v, visible, condition)                    # (B, H, T, D), (B, H, T)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), mass                # (B, T, C), (B, H, T)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width, ffn):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, ffn, bias=False)
+        self.up_proj = nn.Linear(width, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One decoder layer: x (B, T, C) -> x (B, T, C) and the attention mass (B, H, T) or None."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = FeedForward(config.width, config.ffn)
+
+    def forward(self, x, rope, visible=None, condition=None, cache=None):
+        attended, mass = self.self_attn(self.input_layernorm(x), rope, visible, condition, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), mass
+
+
+class Decoder(nn.Module):
+    """Token embedding, L layers, final norm. Dropout (0.1 in Emu3's configuration file) is left out on purpose."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.rope_bf16 = config, False
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False):
+        """Run embeddings x (B, T, C) through all layers.
+
+        mask (B, U) bool: True = real token, over cached and new tokens; None: no padding, or padding on the right
+        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1)
+        -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
+        """
+        past = cache.used if cache else 0
+        positions, visible = positions_and_visibility(mask, past, x)
+        rope = rotary(positions, self.config.head_dim, self.config.theta, x.dtype, self.rope_bf16)
+        intensities, states = [], [x]
+        for layer in self.layers:
+            x, mass = layer(x, rope, visible, condition, cache)                 # (B, T, C), (B, H, T)
+            if mass is not None:
+                intensities.append(aia.intensity(mass, queries))                # (B,)
+            if hidden:
+                states.append(x)
+        if cache:
+            cache.used += x.shape[1]
+        return self.norm(x), torch.stack(intensities, 1) if intensities else None, states if hidden else None
+
+
+def positions_and_visibility(mask, past, x):
+    """Positions (B or 1, T) of new tokens x (B, T, C) after `past` cached ones, and who may see whom (None: causal)."""
+    new = torch.arange(past, past + x.shape[1], device=x.device)                # (T,)
+    keys = torch.arange(past + x.shape[1], device=x.device)                     # (U,)
+    if mask is None or bool(mask.all()):
+        alone = past == 0 or len(new) == 1
+        return new[None], None if alone else (keys <= new[:, None])[None, None]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]             # (B, T)
+    visible = (keys <= new[:, None]) & mask[:, None]                            # (B, T, U)
+    # A padded row sees at least itself, else its softmax is 0/0 and poisons everything.
+    return positions, (visible | (keys == new[:, None]))[:, None]               # (B, T), (B, 1, T, U)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture tokenizers: convolutional encoder, nearest codebook row, convolutional decoder
+# ---------------------------------------------------------------------------------------------------------------------
+class Norm(nn.GroupNorm):
+    """Group norm with 32 groups; takes and ignores the code vectors that SpatialNorm needs."""
+
+    def __init__(self, channels):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x, codes=None):
+        return super().forward(x)
+
+
+class SpatialNorm(nn.Module):
+    """Group norm whose scale and shift come from the code vectors at the same place (Emu3's decoder)."""
+
+    def __init__(self, channels, code_dim):
+        super().__init__()
+        self.norm_layer = Norm(channels)
+        self.conv_y, self.conv_b = nn.Conv2d(code_dim, channels, 1), nn.Conv2d(code_dim, channels, 1)
+
+    def forward(self, x, codes):
+        codes = F.interpolate(codes, size=x.shape[-2:], mode="nearest")
+        return self.norm_layer(x) * self.conv_y(codes) + self.conv_b(codes)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3 x 3 convolutions and a skip."""
+
+    def __init__(self, before, after, norm):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1)
+        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x, codes=None):
+        y = self.conv1(F.silu(self.norm1(x, codes)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y, codes)))
+
+
+class AttnBlock(nn.Module):
+    """One attention head over all places of the grid."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x, codes=None):
+        y = self.norm(x, codes)
+        q, k, v = (part(y).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))   # (B, 1, hw, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]                       # (B, hw, C)
+        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, with attention after each where the configuration says so."""
+
+    def __init__(self, before, after, blocks, attention, norm):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(before if i == 0 else after, after, norm) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(after, norm) for _ in range(blocks if attention else 0))
+
+    def forward(self, x, codes=None):
+        for i, block in enumerate(self.block):
+            x = block(x, codes)
+            x = self.attn[i](x, codes) if self.attn else x
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.block_1, self.attn_1 = ResBlock(channels, channels, norm), AttnBlock(channels, norm)
+        self.block_2 = ResBlock(channels, channels, norm)
+
+    def forward(self, x, codes=None):
+        return self.block_2(self.attn_1(self.block_1(x, codes), codes), codes)
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, S, S) -> (B, vq_latent, h, w). Level 0 has the full resolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.vq_width * m for m in config.vq_mult]
+        self.conv_in = nn.Conv2d(3, config.vq_width, 3, padding=1)
+        before = [config.vq_width, *widths[:-1]]
+        self.down = nn.ModuleList(Level(before[i], widths[i], config.vq_blocks, i in config.vq_attention, Norm)
+                                  for i in range(len(widths)))
+        self.downsample = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
+        self.mid, self.norm_out = Middle(widths[-1], Norm), Norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.vq_latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x)
+            if i < len(self.downsample):
+                x = self.downsample[i](F.pad(x, (0, 1, 0, 1)))                  # pad right and below only
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class PixelDecoder(nn.Module):
+    """(B, vq_latent, h, w) and code vectors (B, code_dim, h, w) -> pixels (B, 3, S, S), nominally in [-1, 1]."""
+
+    def __init__(self, config, norm):
+        super().__init__()
+        widths = [config.vq_width * m for m in reversed(config.vq_mult)]        # lowest resolution first
+        top = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.vq_latent, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0], norm)
+        before = [widths[0], *widths[:-1]]
+        self.up = nn.ModuleList(Level(before[i], widths[i], config.vq_blocks + 1, top - i in config.vq_attention, norm)
+                                for i in range(len(widths)))
+        self.upsample = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in widths[:-1])
+        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x, codes=None):
+        x = self.mid(self.conv_in(x), codes)
+        for i, level in enumerate(self.up):
+            x = level(x, codes)
+            if i < len(self.upsample):
+                x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(x, codes)))
+
+
+class VQ(nn.Module):
+    """What both tokenizers share: the codebook. Always float32: half precision flips codes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.quantize = nn.Embedding(config.codebook, config.code_dim)
+        nn.init.uniform_(self.quantize.weight, -1 / config.codebook, 1 / config.codebook)
+
+    def rows(self):
+        """The codebook as it is compared and decoded: (K, code_dim)."""
+        return self.quantize.weight
+
+    def nearest(self, z):
+        """Code of the nearest row (squared distance) for latents z (B, code_dim, h, w) -> (B, h, w)."""
+        flat, rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), self.rows()
+        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, where |z|^2 does not change the order
+        distance = rows.square().sum(1) - 2 * flat @ rows.T                     # (B h w, K)
+        return distance.argmin(1).view(z.shape[0], *z.shape[2:])
+
+    def vectors(self, codes):
+        """Codes (B, h, w) -> rows (B, code_dim, h, w)."""
+        return F.embedding(codes, self.rows()).permute(0, 3, 1, 2)
+
+    def encode(self, pixels):
+        """Pixels (B, 3, S, S) in [-1, 1] -> codes (B, h, w)."""
+        return self.nearest(self.latents(pixels))
+
+    def decode(self, codes):
+        """Codes (B, h, w) -> pixels (B, 3, S, S), not clipped."""
+        return self.pixels(self.vectors(codes))
+
+    def forward(self, pixels, commitment=0.25):
+        """Training: reconstruction, codes, and |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv 1711.00937, Eq. 3)."""
+        z = self.latents(pixels)                                                # (B, code_dim, h, w)
+        codes = self.nearest(z.detach())                                        # (B, h, w)
+        e = self.vectors(codes)                                                 # (B, code_dim, h, w)
+        pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
+        # Straight through: forward e, backward to z as if there were no rounding.
+        return self.pixels(z + (e - z).detach()), codes, pull
+
+
+class JanusVQ(VQ):
+    """VQ-16 of LlamaGen, used by Janus-Pro: latents and codebook rows are compared and decoded at unit length."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(config), PixelDecoder(config, Norm)
+        self.quant_conv = nn.Conv2d(config.vq_latent, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.vq_latent, 1)
+
+    def rows(self):
+        return F.normalize(self.quantize.weight, dim=1)
+
+    def latents(self, pixels):
+        return F.normalize(self.quant_conv(self.encoder(pixels)), dim=1)
+
+    def pixels(self, vectors):
+        return self.decoder(self.post_quant_conv(vectors))
+
+
+class CausalConv3d(nn.Module):
+    """3-D convolution over (time, height, width): time padded by two frames in front, whatever the kernel."""
+
+    def __init__(self, channels, kernel, time_stride=1):
+        super().__init__()
+        self.conv = nn.Conv3d(channels, channels, kernel, stride=(time_stride, 1, 1))
+        side = [kernel[1] // 2, (kernel[1] - 1) // 2]
+        self.padding = (*side, *side, 2, 0)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding))
+
+
+class TimeBlock(nn.Module):
+    """Residual block over time. Its batch norm always uses the stored statistics, in training too."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm3d(channels), CausalConv3d(channels, (3, 3, 3))
+        self.norm2, self.conv2 = nn.BatchNorm3d(channels), CausalConv3d(channels, (3, 3, 3))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm1.eval(), self.norm2.eval()
+        return self
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class Emu3VQ(VQ):
+    """Emu3VisionVQ, a video tokenizer: a still picture is four equal frames in, and frame 0 of four out."""
+
+    frames = 4
+
+    def __init__(self, config):
+        super().__init__(config)
+        z, code_dim = config.vq_latent, config.code_dim
+        halvings = range(int(math.log2(self.frames)))
+        self.encoder, self.decoder = Encoder(config), PixelDecoder(config, lambda c: SpatialNorm(c, code_dim))
+        self.encoder_time_conv = nn.ModuleList(CausalConv3d(z, (4, 3, 3), time_stride=2) for _ in halvings)
+        self.encoder_time_blocks = nn.ModuleList(TimeBlock(z) for _ in range(config.vq_blocks))
+        self.decoder_time_blocks = nn.ModuleList(TimeBlock(z) for _ in range(config.vq_blocks))
+        self.decoder_time_conv = nn.ModuleList(CausalConv3d(z, (3, 3, 3)) for _ in halvings)
+        self.quant_conv, self.post_quant_conv = CausalConv3d(z, (3, 1, 1)), CausalConv3d(z, (3, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def latents(self, pixels):
+        # The four frames are equal, so the 2-D encoder sees one of them; time begins after it.
+        x = self.encoder(pixels)[:, :, None].repeat(1, 1, self.frames, 1, 1)    # (B, C, 4, h, w)
+        for conv in self.encoder_time_conv:
+            x = F.silu(conv(x))
+        for block in self.encoder_time_blocks:
+            x = block(x)                                                        # (B, C, 1, h, w)
+        return self.quant_conv(x)[:, :, 0]                                      # (B, C, h, w)
+
+    def pixels(self, vectors):
+        codes = vectors[:, :, None]                                             # (B, C, 1, h, w)
+        # Both what is decoded and what the spatial norms read pass through time.
+        x = torch.cat([self.post_quant_conv(codes), codes])                     # (2 B, C, 1, h, w)
+        for block in self.decoder_time_blocks:
+            x = block(x)
+        for conv in self.decoder_time_conv:
+            x = F.silu(conv(x.repeat_interleave(2, 2)))                         # twice the frames
+        x, codes = x[:, :, 0].chunk(2)                                          # frame 0 is the picture
+        return self.decoder(x, codes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP, the picture reader of Janus-Pro
+# ---------------------------------------------------------------------------------------------------------------------
+class VitBlock(nn.Module):
+    """Pre-norm transformer block: full attention, exact GELU, biases everywhere."""
+
+    def __init__(self, width, heads, ffn):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
+
+    def forward(self, x):
+        split = (*x.shape[:2], 3, self.heads, -1)
+        q, k, v = self.qkv(self.norm1(x)).view(split).permute(2, 0, 3, 1, 4)    # (B, H, N, D) each
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class SigLIP(nn.Module):
+    """Pixels (B, 3, S, S) -> features (B, N, vit_width), N = (S / patch)^2, row by row; final norm applied."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config.vit_width
+        self.patch_embed = nn.Conv2d(3, c, config.vit_patch, stride=config.vit_patch)
+        self.pos_embed = nn.Parameter(torch.randn(1, (config.image_size // config.vit_patch) ** 2, c) * 0.02)
+        self.blocks = nn.ModuleList(VitBlock(c, config.vit_heads, config.vit_ffn) for _ in range(config.vit_layers))
+        self.norm = nn.LayerNorm(c, eps=1e-6)
+
+    def forward(self, pixels):
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two models
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Output:
+    """ntp: sum of the next-token loss over labels; tokens: their number; intensity (B, L); hidden: L + 1 states."""
+
+    ntp: torch.Tensor
+    tokens: int
+    intensity: torch.Tensor | None = None
+    hidden: list | None = None
+
+
+class Unified(nn.Module):
+    """What Emu3 and Janus-Pro share. Each adds how tokens and pictures enter, and which head reads them out."""
+
+    def __init__(self, config, vq):
+        super().__init__()
+        self.config, self.ids = config, config.ids
+        self.lm = Decoder(config)
+        self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        self.vq = vq(config)
+
+    def forward(self, batch, intensity=True, hidden=False):
+        """Loss and intensities of one data.Batch: padding on the right, one task."""
+        x = self.embed(batch)                                                   # (B, T, C)
+        condition = batch.condition if intensity else None
+        x, intensities, states = self.lm(x, None, condition, batch.queries, hidden=hidden)
+        # Position t predicts the label at t + 1; positions without a label never meet the head.
+        target = batch.labels[:, 1:]                                            # (B, T - 1)
+        labelled = target != -100
+        logits = self.head(batch.task)(x[:, :-1][labelled])                     # (labels, V or K)
+        ntp = F.cross_entropy(logits.float(), target[labelled], reduction="sum")
+        return Output(ntp, len(logits), intensities, states)
+
+    def logits(self, ids, pixels=None, mask=None):
+        """Text logits (B, T, V). ids (B, T) hold one placeholder per image token, filled in order from pixels
+        (n, 3, S, S); mask (B, T) bool, True = real token, padding on either side."""
+        return self.lm_head(self.lm(self.embed_text(ids, pixels), mask)[0])
+
+    @torch.inference_mode()
+    def encode_images(self, pixels):
+        """Pixels (B, 3, S, S) in [-1, 1] -> codes: Emu3 (B, h, w), Janus-Pro (B, N) row by row."""
+        with in_float32(pixels.device):
+            return self.as_codes(self.vq.encode(pixels.float()))
+
+    @torch.inference_mode()
+    def decode_images(self, codes):
+        """Codes, as encode_images gives them -> pixels (B, 3, S, S), nominally [-1, 1], never clipped here."""
+        with in_float32(codes.device):
+            return self.vq.decode(self.as_grid(codes))
+
+    @torch.inference_mode()
+    def generate_images(self, ids, mask=None, size=None, negative=None, guidance=None, temperature=1.0, top_k=None,
+                        generator=None):
+        """Draw: prompts ids (B, T) that end with the token before the first code -> codes, as encode_images gives.
+
+        mask (B, T) bool: padding on the left. size (h, w) of the code grid. guidance 1 is without; Emu3 then needs no
+        `negative` (1 or B, T') prompt. temperature 0 takes the likeliest code, top_k 0 keeps all.
+        """
+        h, w = size or self.config.grid
+        guidance = self.config.guidance if guidance is None else guidance
+        top_k = self.config.top_k if top_k is None else top_k
+        guided = guidance != 1
+        rows, mask = self.guided_rows(ids, left_padding(ids, mask), negative) if guided else (ids, mask)
+        x, cache = self.embed_text(rows), None
+        codes = []
+        for i in range(h * w):
+            cache = cache or Cache(self.config, len(x), rows.shape[1] + h * (w + 1), x)
+            seen = None if mask is None else F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
+            logits = self.head("gen")(self.lm(x, seen, cache=cache)[0][:, -1]).float()             # (rows, V or K)
+            logits = self.code_logits(logits)                                   # (rows, K)
+            if guided:
+                # Rows alternate: conditional, unconditional. s = u + g (c - u)
+                given, free = logits[0::2], logits[1::2]
+                logits = free + guidance * (given - free)                       # (B, K)
+            code = sample(logits, temperature, top_k, 1.0, generator)           # (B,)
+            codes.append(code)
+            x = self.embed_code(code.repeat_interleave(2 if guided else 1), row_end=(i + 1) % w == 0)
+        return self.as_codes(torch.stack(codes, 1).view(-1, h, w))
+
+    @torch.inference_mode()
+    def generate_text(self, ids, pixels=None, mask=None, max_new_tokens=512, temperature=0.0, top_p=1.0,
+                      generator=None):
+        """Answer: ids (B, T) as in `logits`, padding on the left -> new ids (B, up to max_new_tokens).
+
+        temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended.
+        """
+        mask = None if mask is None else left_padding(ids, mask)
+        x = self.embed_text(ids, pixels)
+        cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, x)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        new = []
+        while len(new) < max_new_tokens and not done.all():
+            seen = None if mask is None else F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
+            logits = self.lm_head(self.lm(x, seen, cache=cache)[0][:, -1]).float()                 # (B, V)
+            token = sample(logits, temperature, 0, top_p, generator)            # (B,)
+            token = torch.where(done, self.ids["pad"], token)
+            new.append(token)
+            done = done | (token == self.ids["eos"])
+            x = self.lm.embed_tokens(token[:, None])                            # (B, 1, C)
+        return torch.stack(new, 1) if new else ids[:, :0]
+
+
+class Emu3(Unified):
+    """One vocabulary: picture code c is the token visual + c, and every row of codes ends with a row-end token."""
+
+    def __init__(self, config):
+        super().__init__(config, Emu3VQ)
+
+    def head(self, task):
+        return self.lm_head
+
+    def embed(self, batch):
+        return self.lm.embed_tokens(batch.tokens)
+
+    def embed_text(self, ids, pixels=None):
+        """Embed ids; placeholders become the codes of the pictures, with row ends if there is room for them."""
+        holes = ids == self.ids["placeholder"]
+        if pixels is not None:
+            block = self.block(self.encode_images(pixels))                      # (n, h, w + 1)
+            for tokens in (block, block[:, :, :-1]):
+                if tokens.numel() == int(holes.sum()):
+                    ids = ids.masked_scatter(holes, tokens)
+                    return self.lm.embed_tokens(ids)
+        if pixels is not None or bool(holes.any()):
+            raise InputError(f"{int(holes.sum())} placeholders in the text do not fit the pictures' codes: "
+                             "write one placeholder per image token")
+        return self.lm.embed_tokens(ids)
+
+    def block(self, codes):
+        """Codes (B, h, w) -> token ids (B, h, w + 1): each row followed by its row end."""
+        return F.pad(codes + self.ids["visual"], (0, 1), value=self.ids["eol"])
+
+    def embed_code(self, code, row_end):
+        """The next input after a drawn code (B,): its token, and at the end of a row the forced row end too."""
+        tokens = (code + self.ids["visual"])[:, None]                           # (B, 1)
+        return self.lm.embed_tokens(F.pad(tokens, (0, 1), value=self.ids["eol"]) if row_end else tokens)
+
+    def code_logits(self, logits):
+        """The visual slice (..., K) of all logits. Inside a picture no other token is allowed, before any top-k."""
+        return logits[..., self.ids["visual"]:self.ids["visual"] + self.config.codebook]
+
+    def image_logits(self, ids, codes):
+        """Teacher-forced: prompts ids (B, T) and codes (B, h, w) -> (B, N, K), row ends skipped."""
+        tokens = self.block(codes)                                              # (B, h, w + 1)
+        visual = (tokens != self.ids["eol"]).flatten(1)[0]                      # (h (w + 1),)
+        x = self.lm.embed_tokens(torch.cat([ids, tokens.flatten(1)[:, :-1]], 1))
+        x = self.lm(x)[0][:, ids.shape[1] - 1:]                                 # (B, h (w + 1), C)
+        return self.code_logits(self.lm_head(x[:, visual]))
+
+    def guided_rows(self, ids, mask, negative):
+        """Prompts and the negative prompt in turn, padded on the left: (2 B, T), (2 B, T)."""
+        if negative is None:
+            raise InputError("Emu3 draws with guidance against a negative prompt: give one, or guidance 1")
+        negative = negative.expand(len(ids), -1)
+        longest = max(ids.shape[1], negative.shape[1])
+        pairs = [(ids, mask), (negative, torch.ones_like(negative, dtype=torch.bool))]
+        rows = [F.pad(row, (longest - row.shape[1], 0), value=self.ids["pad"]) for row, _ in pairs]
+        masks = [F.pad(m, (longest - m.shape[1], 0), value=False) for _, m in pairs]
+        return torch.stack(rows, 1).flatten(0, 1), torch.stack(masks, 1).flatten(0, 1)
+
+    def as_codes(self, grid):
+        return grid
+
+    def as_grid(self, codes):
+        return codes
+
+
+class Janus(Unified):
+    """Pictures are read through SigLIP and an aligner, written as codes with an embedding and a head of their own."""
+
+    def __init__(self, config):
+        super().__init__(config, JanusVQ)
+        c = config.width
+        self.vision = SigLIP(config)
+        self.aligner = nn.Sequential(nn.Linear(config.vit_width, c), nn.GELU(), nn.Linear(c, c))
+        self.gen_embed = nn.Embedding(config.codebook, config.code_dim)         # not the codebook of the VQ
+        self.gen_aligner = nn.Sequential(nn.Linear(config.code_dim, c), nn.GELU(), nn.Linear(c, c))
+        self.gen_head = nn.Sequential(nn.Linear(c, c), nn.GELU(), nn.Linear(c, config.codebook))
+
+    def head(self, task):
+        return self.gen_head if task == "gen" else self.lm_head
+
+    def embed(self, batch):
+        if batch.task == "und":
+            return self.embed_text(batch.tokens, batch.pixels)
+        return self.fill(batch.tokens, self.embed_codes(batch.codes))
+
+    def embed_text(self, ids, pixels=None):
+        features = None if pixels is None else self.aligner(self.vision(pixels.to(self.vision.pos_embed.dtype)))
+        return self.fill(ids, features)
+
+    def fill(self, ids, features):
+        """Embed ids (B, T); placeholders take features (n, N, C) in order."""
+        x = self.lm.embed_tokens(ids)                                           # (B, T, C)
+        holes = ids == self.ids["placeholder"]
+        given = 0 if features is None else features.shape[0] * features.shape[1]
+        if given != int(holes.sum()):
+            raise InputError(f"{int(holes.sum())} placeholders in the text, but {given} image tokens: "
+                             "write one placeholder per image token")
+        return x if features is None else x.masked_scatter(holes[..., None], features.to(x.dtype))
+
+    def embed_codes(self, codes):
+        """Codes (B, N) -> (B, N, C)."""
+        return self.gen_aligner(self.gen_embed(codes))
+
+    def embed_code(self, code, row_end):
+        return self.embed_codes(code[:, None])
+
+    def code_logits(self, logits):
+        return logits
+
+    def image_logits(self, ids, codes):
+        """Teacher-forced: prompts ids (B, T) that end with begin-of-image and codes (B, N) -> (B, N, K)."""
+        x = torch.cat([self.lm.embed_tokens(ids), self.embed_codes(codes[:, :-1])], 1)
+        return self.gen_head(self.lm(x)[0][:, ids.shape[1] - 1:])
+
+    def guided_rows(self, ids, mask, negative):
+        """Prompts in turn with the same prompts blanked: pads between BOS and begin-of-image, which *are* attended."""
+        if negative is not None:
+            raise InputError("Janus-Pro blanks the prompt for guidance and takes no negative prompt: leave it out")
+        first = mask.long().argmax(1, keepdim=True)                             # (B, 1)
+        place = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
+        keep = (place <= first) | (place == ids.shape[1] - 1)                   # (B, T)
+        blank = torch.where(keep, ids, self.ids["pad"])
+        return torch.stack([ids, blank], 1).flatten(0, 1), mask.repeat_interleave(2, 0)
+
+    def as_codes(self, grid):
+        return grid.flatten(1)
+
+    def as_grid(self, codes):
+        return codes.view(len(codes), *self.config.grid)
+
+
+@contextmanager
+def in_float32(device):
+    """No automatic lower precision inside: the picture tokenizers stay in float32."""
+    with torch.autocast(torch.device(device).type, enabled=False):
+        yield
+
+
+def left_padding(ids, mask):
+    """The mask of prompts (B, T), checked: generation continues at the last position, so padding must be in front."""
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not bool(mask[:, -1].all()):
+        raise InputError("prompts for generation must be padded on the left: the last token of every row is continued")
+    return mask
+
+
+def sample(logits, temperature, top_k, top_p, generator=None):
+    """Draw one id per row of logits (B, V) -> (B,). temperature 0: the largest; top_k 0 and top_p 1: from all."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probability = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probability.sort(-1, descending=True)
+        # Keep the fewest ids whose sum reaches top_p; the likeliest one always stays.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        probability = torch.zeros_like(probability).scatter(-1, order, ordered)
+    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and reading
+# ---------------------------------------------------------------------------------------------------------------------
+MODELS = {"emu3": Emu3, "janus": Janus}
+
+
+def build(name, **changes):
+    """A preset with fresh weights; changes replace fields of its Config. On the device of torch.device(...)."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
+    unknown = set(changes) - {f.name for f in fields(Config)}
+    if unknown:
+        raise InputError(f"a model has no setting {', '.join(sorted(unknown))}: see model.Config")
+    return from_config(replace(PRESETS[name], **changes))
+
+
+def from_config(config):
+    """A model with fresh weights: Normal(0, 0.02) in language model, adapters and heads; picture parts see above."""
+    if config.attention not in ATTENTION:
+        raise InputError(f"attention {config.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
+    m = MODELS[config.kind](config)
+    for name, module in m.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vq"):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+    return m.eval()
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint file that train.py wrote; tensors on the CPU, nothing unpickled but plain data."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"checkpoint {path} is missing: give the folder of a run that has saved one") from error
+    except Exception as error:                      # a truncated zip or pickle fails in many ways, all mean the same
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"checkpoint {path} is damaged or no checkpoint ({reason}): use an earlier one") from error
+
+
+def load(folder, dtype=None, device="cpu", file="checkpoint.pt"):
+    """The model of a run folder, in eval mode; the picture tokenizer stays float32."""
+    state = read_checkpoint(Path(folder) / file)
+    config = state["config"]
+    m = from_config(Config(**config | {key: tuple(config[key]) for key in ("vq_mult", "vq_attention")}))
+    m.load_state_dict(state["model"])
+    m.tokenizer_file = Path(folder) / "tokenizer.json"
+    m.to(device, dtype).vq.float()
+    return m.eval()

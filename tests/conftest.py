@@ -1,0 +1,9 @@
+"""Put the repository root on the path, so that a bare `pytest` finds the five files."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(2)

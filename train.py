@@ -1,0 +1,540 @@
+"""Train a unified model with next-token prediction and Attention Interaction Alignment: one loop, three stages.
+
+Without flags this is the whole story on a laptop: (1) a picture tokenizer, then frozen; (2) joint training of drawing
+and answering without AIA; (3) fine-tuning with AIA. It ends with scores on held-out combinations, curves and samples.
+
+    python train.py                                   # tiny-emu3 on the built-in world
+    python train.py --preset tiny-janus --seed 1
+    python train.py --data train.jsonl --val val.jsonl
+    python train.py --resume                          # go on where the same run stopped
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import aia
+import data
+import eval as judge
+import model
+from aia import InputError
+from data import opt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a unified model with next-token prediction and AIA."""
+
+    preset: str = opt("tiny-emu3", "model to train", tuple(model.PRESETS))
+    seed: int = opt(0, "world, weights, order and words")
+    steps: int = opt(0, "optimizer steps of every stage; 0: the plan of the preset")
+    batch_size: int = opt(0, "samples per optimizer step of the language-model stages; 0: the plan of the preset")
+    micro_batch: int = opt(64, "samples per forward pass; changes memory, not the result")
+    lr: float = opt(0.0, "peak learning rate of the language-model stages; 0: the plan of the preset")
+    weight_decay: float = opt(0.05, "of matrices; norms and biases have none")
+    clip: float = opt(1.0, "largest norm of the gradient")
+    ratio: str = opt("1:1", "samples for generation : understanding")
+    aia_weight: str = opt("rho", "lambda in L = L_ntp + lambda L_aia: rho (calibrate), paper, released, off, a number, "
+                          "or two as GEN,UND")
+    rho: float = opt(aia.RHO, "with --aia-weight rho: next-token loss : weighted AIA loss at the start of stage 3")
+    calibration: int = opt(0, "batches without updates that calibrate lambda; 0: 10 for tiny presets, else 100")
+    aia_targets: str = opt("depth", "depth, S4, S5, released, hunyuan-image-3, simplear, qwen-image, flux, "
+                           "or a JSON file")
+    aia_variant: str = opt("full", "what is left out of AIA", aia.VARIANTS)
+    arms: str = opt("aia", "both: train stage 3 a second time without AIA, from the same weights", ("aia", "both"))
+    attention: str = opt("fused", "fused kernel or written out; same result", tuple(model.ATTENTION))
+    data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
+    val: str = opt("", "JSON-lines file for the final losses; empty: the records of --data themselves")
+    on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
+    init: str = opt("", "run folder whose model to start from; skips stages 1 and 2")
+    out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
+    resume: bool = opt(False, "go on from the checkpoint in the run folder")
+    pool: int = opt(8000, "pictures of the built-in world")
+    eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
+    log_every: int = opt(20, "steps between reports")
+    save_every: int = opt(200, "steps between checkpoints")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = opt("auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it",
+                     ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of training: its length, its learning rate, and which parts stand still."""
+
+    name: str
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    frozen: tuple = ()
+    aia: bool = False
+    betas: tuple = (0.9, 0.95)
+
+
+# Chosen so that a laptop CPU is done in about five minutes; large models start at stage 3 with --init.
+PLANS = {
+    "tiny-emu3": (Stage("tokenizer", 900, 8, 4e-3, 50, betas=(0.9, 0.99)), Stage("joint", 700, 32, 3e-3, 50, ("vq",)),
+                  Stage("tune", 250, 32, 1e-3, 25, ("vq",), True)),
+    "tiny-janus": (Stage("tokenizer", 900, 8, 4e-3, 50, betas=(0.9, 0.99)), Stage("joint", 700, 32, 3e-3, 50, ("vq",)),
+                   Stage("tune", 250, 32, 1e-3, 25, ("vq", "vision"), True)),
+}
+LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
+
+
+def plan(config):
+    """The stages of a run, flags applied."""
+    stages = PLANS.get(config.preset, LARGE)
+    if config.init:
+        stages = stages[-1:]
+    elif config.preset not in PLANS:
+        raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
+    if config.arms == "both":
+        stages = (*stages[:-1], replace(stages[-1], name="control", aia=False), stages[-1])
+    changed = []
+    for stage in stages:
+        language = stage.name != "tokenizer"
+        steps = config.steps or stage.steps
+        changed.append(replace(stage, steps=steps, warmup=min(stage.warmup, max(steps // 10, 1)),
+                               batch_size=language and config.batch_size or stage.batch_size,
+                               lr=language and config.lr or stage.lr))
+    return changed
+
+
+def learning_rate(step, stage):
+    """Linear warm-up, then a cosine down to a hundredth of the peak."""
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    done = (step - stage.warmup) / max(stage.steps - stage.warmup, 1)
+    return stage.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(m, stage, weight_decay):
+    """AdamW over the parts that move; the others need no gradient."""
+    own = ("vq",) if stage.name == "tokenizer" else [name for name, _ in m.named_children() if name not in stage.frozen]
+    for name, parameter in m.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in own)
+    moving = [p for p in m.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in moving if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in moving if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step of the language model: next-token prediction + lambda AIA
+# ---------------------------------------------------------------------------------------------------------------------
+def counts(batches):
+    """{task: (label tokens, valid samples)} of a whole step: what its sums are divided by."""
+    total = {}
+    for batch in batches:
+        tokens, valid = total.get(batch.task, (0, 0))
+        total[batch.task] = (tokens + int((batch.labels[:, 1:] != -100).sum()), valid + int(batch.aia_valid.sum()))
+    return total
+
+
+def accumulate(m, batches, targets, weights, scale=True, autocast=contextlib.nullcontext):
+    """Gradients of one step, the same however its samples are cut into micro-batches.
+
+    loss = sum over tasks of  ntp_sum / label_tokens(task)  +  lambda(task) * aia_sum / valid_samples(task)
+    targets {task: (target, delta)}, weights {task: lambda}; scale False measures only, without gradients.
+    -> metrics {"gen": {"ntp", "aia", "intensity"}, "und": ...}
+    """
+    total, metrics = counts(batches), {}
+    for batch in batches:
+        tokens, valid = total[batch.task]
+        with autocast(), torch.set_grad_enabled(scale):
+            out = m(batch.to(next(m.parameters()).device))
+        target, delta = targets[batch.task]
+        aia_sum = aia.loss(out.intensity, target, delta, batch.aia_valid.to(out.intensity.device), reduction="sum")
+        if scale:
+            # L = L_NTP + lambda L_AIA (Eq. 3)
+            (out.ntp / max(tokens, 1) + weights[batch.task] * aia_sum / max(valid, 1)).backward()
+        row = metrics.setdefault(batch.task, {"ntp": 0.0, "aia": 0.0, "intensity": torch.zeros(len(target))})
+        row["ntp"] += out.ntp.item() / max(tokens, 1)
+        row["aia"] += aia_sum.item() / max(valid, 1)
+        row["intensity"] += out.intensity.detach()[batch.aia_valid].sum(0).cpu() / max(valid, 1)
+    return metrics
+
+
+def calibrate(m, schedule, targets, config, autocast):
+    """lambda of each task from batches without updates (aia.weight_for_ratio), unless --aia-weight gives it."""
+    fixed = aia.fixed_weights(config.aia_weight)
+    if fixed:
+        return fixed
+    n, sums = config.calibration or (10 if config.preset.startswith("tiny") else 100), {}
+    for step in range(n):
+        for task, row in accumulate(m, schedule.step(step), targets, {}, False, autocast).items():
+            sums.setdefault(task, [0.0, 0.0])
+            sums[task][0] += row["ntp"] / n
+            sums[task][1] += row["aia"] / n
+    return {task: aia.weight_for_ratio(*sums[task], config.rho) if task in sums else 0.0 for task in aia.TASKS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step of the picture tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def fill_codebook(vq, pixels, generator, everything):
+    """Move codebook rows onto latents of these pictures: all rows at the start, later only those that nobody uses.
+
+    Without it most rows of a small codebook are never nearest to anything, and stay so.
+    """
+    z = vq.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)                    # (B h w, code_dim)
+    idle = torch.ones(len(vq.quantize.weight), dtype=torch.bool, device=z.device)
+    if not everything:
+        idle[vq.nearest(z.T[None, :, :, None]).unique()] = False
+    # Latents far from their row are taken first: that is where rows are missing.
+    far = (z - vq.rows()[vq.nearest(z.T[None, :, :, None]).flatten()]).square().sum(1) if not everything else None
+    chance = torch.ones(len(z), device=z.device) if everything else far + 1e-9
+    chosen = torch.multinomial(chance.cpu(), int(idle.sum()), replacement=int(idle.sum()) > len(z), generator=generator)
+    vq.quantize.weight[idle] = z[chosen.to(z.device)]
+
+
+def tokenizer_step(m, pictures, step, stage, seed):
+    """Gradients of one step of stage 1: reconstruction plus codebook, on a batch that the seed and the step decide."""
+    device = m.vq.quantize.weight.device
+    rng, generator = np.random.default_rng([seed, 10, step]), torch.Generator().manual_seed(seed * 100_003 + step)
+
+    def some(n):
+        return torch.stack([data.to_tensor(pictures[i]) for i in rng.integers(len(pictures), size=n)]).to(device)
+    warm = stage.steps // 20                        # first without the codebook, so that latents mean something
+    if step == warm or (step > warm and step % 50 == 0 and step < 0.7 * stage.steps):
+        fill_codebook(m.vq, some(64), generator, everything=step == warm)
+    pixels = some(stage.batch_size)
+    if step < warm:
+        again, pull, used = m.vq.pixels(m.vq.latents(pixels)), torch.zeros((), device=device), 0
+    else:
+        again, codes, pull = m.vq(pixels)
+        used = len(codes.unique())
+    rebuilt = F.l1_loss(again, pixels)
+    (rebuilt + pull).backward()
+    return {"tokenizer": {"l1": rebuilt.item(), "pull": pull.item(), "codes": used}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: folder, checkpoints, log
+# ---------------------------------------------------------------------------------------------------------------------
+def save_checkpoint(state, path):
+    """Write under a second name, then rename: a job killed while saving keeps its previous checkpoint."""
+    aside = Path(f"{path}.part")
+    with open(aside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def memory_gb():
+    """Largest memory of this process so far, in 1e9 bytes: GPU memory where one is used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Stop(Exception):
+    """Ctrl-C was pressed: save and go."""
+
+
+class Run:
+    """A training run in its folder."""
+
+    def __init__(self, config):
+        self.config, self.started, self.stopping, self.seconds = config, time.time(), False, 0.0
+        self.folder = Path(config.out or f"runs/{config.preset}-seed{config.seed}")
+        self.state = None
+        if config.resume:
+            self.state = model.read_checkpoint(self.folder / "checkpoint.pt")
+            check_settings(self.state["settings"], asdict(config), self.folder)
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InputError(f"{self.folder} is not empty: continue it with --resume, or choose another --out")
+        self.device = judge.device_of(config.device)
+        bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.startswith("cuda")
+                                              and torch.cuda.is_bf16_supported())
+        self.autocast = (lambda: torch.autocast(torch.device(self.device).type, torch.bfloat16)) if bf16 \
+            else contextlib.nullcontext
+        print(f"device {self.device}, {'bfloat16' if bf16 else 'float32'} activations, {torch.get_num_threads()} "
+              f"threads, torch {torch.__version__}, Python {platform.python_version()}")
+        torch.manual_seed(config.seed)
+        self.prepare()
+
+    def prepare(self):
+        """Data, text tokenizer and model; nothing is written before all of them are good."""
+        config = self.config
+        kind = model.PRESETS[config.preset].kind
+        self.world = None if config.data else data.World(config.seed)
+        self.source = data.FileSource(config.data, kind, config.on_bad_record) if config.data else \
+            data.WorldSource(self.world, config.pool, config.seed)
+        self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
+        self.stages = plan(config)
+        self.m = model.load(config.init, device=self.device) if config.init else \
+            model.build(config.preset, attention=config.attention).to(self.device)
+        self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
+                        for task in aia.TASKS}
+        self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
+        aia.fixed_weights(config.aia_weight)
+        data.parse_ratio(config.ratio)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "tokenizer.json"
+        if config.init and not file.exists():
+            file.write_bytes(Path(self.m.tokenizer_file).read_bytes())
+        self.text = data.Text(file, kind) if file.exists() else data.train_tokenizer(file, self.m.config)
+        if self.text.ids != self.m.ids:
+            raise InputError(f"{file} has other special ids than the model: it belongs to another preset")
+        self.preparer = data.Preparer(self.m, self.text)
+        judge.write_json(asdict(config), self.folder / "settings.json")
+        print("settings " + json.dumps(asdict(config)))
+
+    def save(self, stage, step, optimizer, weights):
+        """Everything that --resume needs. The order of data follows from the seed and the step."""
+        save_checkpoint({"config": asdict(self.m.config), "settings": asdict(self.config), "model": self.m.state_dict(),
+                         "optimizer": optimizer.state_dict() if optimizer else None, "stage": stage, "step": step,
+                         "weights": weights, "seconds": self.elapsed(), "random": torch.get_rng_state()},
+                        self.folder / "checkpoint.pt")
+
+    def elapsed(self):
+        return self.seconds + time.time() - self.started
+
+    def log(self, entry):
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def check_settings(stored, given, folder):
+    """A resumed run keeps its settings; only where it runs and how often it reports may change."""
+    free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention"}
+    for name in stored:
+        if name not in free and stored[name] != given[name]:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{folder} was started with {flag} {stored[name]}, not {given[name]}: "
+                             "resume with the same settings, or choose another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+def train(config):
+    """All stages, then the evaluation -> the result that is printed as the last line."""
+    run = Run(config)
+    begin, state = (0, None) if run.state is None else (run.state["stage"], run.state)
+    if state:
+        run.m.load_state_dict(state["model"])
+        run.seconds = state["seconds"]
+        torch.set_rng_state(state["random"])
+        trim_log(run.folder / "metrics.jsonl", state["stage"], state["step"])
+    with interruptible(run):
+        for index in range(begin, len(run.stages)):
+            run_stage(run, index, state)
+            state = None
+    return finish(run)
+
+
+def run_stage(run, index, state):
+    """One stage from its first step, or from a checkpoint's."""
+    stage, config = run.stages[index], run.config
+    if index and stage.aia and run.stages[index - 1].name == "control":
+        run.m.load_state_dict(model.read_checkpoint(run.folder / "before.pt")["model"])
+    optimizer = make_optimizer(run.m, stage, config.weight_decay)
+    schedule, weights = None, dict.fromkeys(aia.TASKS, 0.0)
+    if stage.name != "tokenizer":
+        schedule = data.Schedule(run.source, run.preparer, config.seed * 1000 + index, stage.batch_size,
+                                 data.parse_ratio(config.ratio), config.micro_batch, on_bad_record=config.on_bad_record)
+    if state and state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+        weights = state["weights"]
+    elif stage.aia:
+        weights = calibrate(run.m, schedule, run.targets, config, run.autocast)
+        print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
+              f"({'calibrated for rho ' + str(config.rho) if config.aia_weight == 'rho' else config.aia_weight})")
+    first = state["step"] if state else 0
+    print(f"stage {index + 1} of {len(run.stages)}: {stage.name}, {stage.steps} steps of {stage.batch_size}, "
+          f"{sum(p.numel() for p in run.m.parameters() if p.requires_grad):,} of "
+          f"{sum(p.numel() for p in run.m.parameters()):,} parameters move")
+    run.m.train()
+    bar, since = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=None), time.time()
+    for step in range(first, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage)
+        if schedule:
+            batches = schedule.step(step)
+            metrics = accumulate(run.m, batches, run.targets, weights, autocast=run.autocast)
+        else:
+            batches, metrics = [], tokenizer_step(run.m, pictures_of(run), step, stage, config.seed)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in run.m.parameters() if p.grad is not None], config.clip)
+        check_finite(norm, metrics, stage, step, batches, run)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        if (step + 1) % config.log_every == 0 or step + 1 == stage.steps:
+            since = report(run, index, step, since, metrics, weights, float(norm), batches, bar)
+        if run.stopping or ((step + 1) % config.save_every == 0 and step + 1 < stage.steps):
+            run.save(index, step + 1, optimizer, weights)
+        if run.stopping:
+            bar.close()
+            raise Stop
+    bar.close()
+    run.m.eval()
+    if stage.name in ("joint", "control"):
+        name = "before.pt" if stage.name == "joint" else "control.pt"
+        save_checkpoint({"config": asdict(run.m.config), "model": run.m.state_dict()}, run.folder / name)
+    run.save(index + 1, 0, None, weights)
+    run.bad = getattr(run, "bad", []) + (schedule.bad if schedule else [])
+
+
+def pictures_of(run):
+    """Pictures for stage 1: the world's, or a user's own, brought to the size of drawn ones."""
+    if run.world:
+        return run.source.pictures
+    if not hasattr(run, "own_pictures"):
+        size, paths = run.m.config.image_size, {}
+        for task in aia.TASKS:
+            paths |= dict.fromkeys(p for record in run.source.records[task] for p in record.pictures)
+        square = replace(run.m.config, image_size=size)
+        run.own_pictures = [data.to_picture(data.janus_drawing(data.load_picture(p, run.m.config.kind), square))
+                            for p in paths]
+    return run.own_pictures
+
+
+def check_finite(norm, metrics, stage, step, batches, run):
+    """Stop before a broken number reaches the weights; say where it came from."""
+    losses = [value for row in metrics.values() for name, value in row.items() if name in ("ntp", "aia", "l1", "pull")]
+    if math.isfinite(norm) and all(map(math.isfinite, losses)):
+        return
+    places = [place for batch in batches for place in batch.places]
+    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    saved = run.folder / "checkpoint.pt"
+    good = f"last good checkpoint {saved}" if saved.exists() else "no checkpoint yet"
+    raise InputError(f"stage {stage.name}, step {step}: loss or gradient is not finite (norm {float(norm)}); records: "
+                     f"{shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
+
+
+def report(run, index, step, since, metrics, weights, norm, batches, bar):
+    """One line on the terminal, one object in metrics.jsonl."""
+    stage, now = run.stages[index], time.time()
+    rate = (now - since) / min(run.config.log_every, step + 1)                  # seconds per step
+    lr, memory = learning_rate(step, stage), memory_gb()
+    entry = {"stage": index, "name": stage.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
+             "seconds": run.elapsed(), "samples_per_second": stage.batch_size / rate}
+    parts = []
+    for task, row in metrics.items():
+        row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        if task in aia.TASKS:
+            weighted = weights[task] * row["aia"]
+            entry[task] = row | {"lambda": weights[task], "ratio": row["ntp"] / weighted if weighted else None}
+            parts.append(f"{task} {row['ntp']:.3f} aia {row['aia']:.4f}")
+        else:
+            entry[task] = row
+            parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
+    entry["tokens_per_second"] = sum(batch.tokens.numel() for batch in batches) / rate
+    left = rate * (stage.steps - step - 1)
+    bar.write(f"step {step + 1:5d}/{stage.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
+              f"{stage.batch_size / rate:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
+    run.log(entry)
+    return now
+
+
+def trim_log(path, stage, step):
+    """Forget reports of steps that a resumed run takes again."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if complete(line)]
+        kept = [line for line in kept if (lambda e: (e["stage"], e["step"]) <= (stage, step))(json.loads(line))]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def complete(line):
+    """Is this a whole line of the log, not one that a kill cut short?"""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def interruptible(run):
+    """Ctrl-C finishes the step, saves, and says how to go on; pressed twice it stops at once."""
+    def stop(number, frame):
+        run.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of a run
+# ---------------------------------------------------------------------------------------------------------------------
+def finish(run):
+    """Scores, curves and samples of the final weights, written into the run folder -> the result."""
+    models = {"after": run.m}
+    for name in ("before", "control"):
+        if (run.folder / f"{name}.pt").exists():
+            models[name] = model.load(run.folder, device=run.device, file=f"{name}.pt")
+    cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
+    samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val)
+    curves = judge.curves(models, data.Preparer(run.m, run.text), samples, cpu_targets)
+    judge.plot_curves(curves, run.folder / "curves.png")
+    judge.write_json(curves, run.folder / "curves.json")
+    judge.print_curves(curves)
+    last = {task: curves[task]["after"] for task in aia.TASKS}
+    result = {"und": None, "gen": None, "reader": None, "psnr": None}
+    if run.world:
+        scores = score(run, models)
+        result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
+        judge.write_json(scores, run.folder / "scores.json")
+    result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
+    result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
+    bad = getattr(run, "bad", []) + getattr(run.source, "bad", [])
+    if bad:
+        print(f"{len(bad)} bad records were left out:\n  " + "\n  ".join(bad))
+    print(f"run folder {run.folder}: checkpoint.pt, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(
+        run.world)))
+    return result | {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),
+                     "rss_gb": round(memory_gb(), 3)}
+
+
+def score(run, models):
+    """Held-out scores of the final weights, and of the other arms for comparison; draws samples.png."""
+    config, scores = run.config, {}
+    for name, m in models.items():
+        understood = judge.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
+        drawn, samples = judge.score_generation(m, run.text, run.world, config.eval_n, config.seed)
+        print(f"-- {judge.LABEL[name]}")
+        judge.print_scores(understood | drawn)
+        if name == "after":
+            judge.plot_samples(samples, run.folder / "samples.png")
+            scores |= understood | drawn
+        else:
+            scores[name] = understood | drawn
+    return scores | judge.score_tokenizer(run.m, run.world, 4 * config.eval_n, config.seed)
+
+
+def main(argv=None):
+    config = data.parse(TrainConfig, argv, "train.py")
+    try:
+        result = train(config)
+    except Stop:
+        out = f" --out {config.out}" if config.out else ""
+        print(f"stopped and saved; go on with the same command and --resume{out}")
+        sys.exit(130)
+    print("result " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    data.run(main)
