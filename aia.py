@@ -31,14 +31,19 @@ class InputError(ValueError):
 # model.py returns the mass: the sum over the condition of the post-softmax attention of every token and head.
 
 
+def at_least_float32(x):
+    """Half precision becomes float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def intensity(mass, queries):
     """Eq. 1 of one layer: mean over heads, then over query tokens, of the attention mass on the condition.
 
-    mass (B, H, T) in [0, 1], queries (B, T) bool -> (B,) float32 in [0, 1]; 0 for a sample without queries.
+    mass (B, H, T) in [0, 1], queries (B, T) bool -> (B,) in [0, 1]; 0 for a sample without queries.
     Averaged in float32: under bfloat16 a token's mass carries rounding, the mean must not add to it.
     """
     # I_l = 1/(H Q) sum_h sum_{q in queries} sum_{k in condition} A_l(h, q, k)
-    per_token = mass.float().mean(1)                                            # (B, T)
+    per_token = at_least_float32(mass).mean(1)                                  # (B, T)
     return (per_token * queries).sum(1) / queries.sum(1).clamp(min=1)           # (B,)
 
 

@@ -66,8 +66,9 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
            "purple": (175, 60, 205)}
 BACKGROUND = (245, 245, 245)
-CELL = 8                                        # pixels; a picture is 3 x 3 cells
-SIZES = {"small": 2.7, "big": 3.6}              # half the extent of a shape in pixels; captions do not mention it
+CELL, GRID = 8, 3                              # pixels per cell, cells per side of a picture
+CELLS, WORLD_SIZE = GRID * GRID, GRID * CELL
+EXTENT = 3.6                                    # half the extent of a shape in pixels
 PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
           "at the bottom left", "at the bottom", "at the bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
@@ -82,60 +83,58 @@ class Thing:
 
     shape: str
     colour: str
-    size: str
     place: int
 
 
 def sprites():
-    """All (shape, colour, size), and their smooth-edged cells (n, 8, 8, 3) in 0..255. Entry 0 is the empty cell."""
-    fine = 8
+    """All (shape, colour), and their smooth-edged cells (n, 8, 8, 3) in 0..255. Entry 0 is the empty cell."""
+    fine, r = 8, EXTENT
     at = (np.arange(CELL * fine) + 0.5) / fine - CELL / 2
     y, x = np.meshgrid(at, at, indexing="ij")
+    inside = {
+        "circle": x * x + y * y < r * r,
+        "square": (abs(x) < 0.95 * r) & (abs(y) < 0.95 * r),
+        "triangle": (y < 0.9 * r) & (y > -r) & (abs(x) < 0.62 * (y + r)),
+        "cross": ((abs(x) < 0.34 * r) | (abs(y) < 0.34 * r)) & (abs(x) < r) & (abs(y) < r),
+    }
     names, cells = [None], [np.broadcast_to(np.float32(BACKGROUND), (CELL, CELL, 3))]
-    for size, r in SIZES.items():
-        inside = {
-            "circle": x * x + y * y < r * r,
-            "square": (abs(x) < 0.95 * r) & (abs(y) < 0.95 * r),
-            "triangle": (y < 0.9 * r) & (y > -r) & (abs(x) < 0.62 * (y + r)),
-            "cross": ((abs(x) < 0.34 * r) | (abs(y) < 0.34 * r)) & (abs(x) < r) & (abs(y) < r),
-        }
-        for shape in SHAPES:
-            cover = inside[shape].reshape(CELL, fine, CELL, fine).mean((1, 3))[..., None]
-            for colour, rgb in COLOURS.items():
-                names.append((shape, colour, size))
-                cells.append(cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND))
+    for shape in SHAPES:
+        cover = inside[shape].reshape(CELL, fine, CELL, fine).mean((1, 3))[..., None]
+        for colour, rgb in COLOURS.items():
+            names.append((shape, colour))
+            cells.append(cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND))
     return names, np.stack(cells).astype(np.float32)
 
 
 SPRITE_NAMES, SPRITES = sprites()
 SPRITE_OF = {name: i for i, name in enumerate(SPRITE_NAMES)}
-WORLD_SIZE = 3 * CELL
 
 
 def draw(scenes):
-    """Scenes (sequences of Thing) -> pictures (n, 24, 24, 3) uint8."""
-    cells = np.zeros((len(scenes), 9), int)
+    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = WORLD_SIZE."""
+    cells = np.zeros((len(scenes), CELLS), int)
     for row, scene in zip(cells, scenes, strict=True):
         for thing in scene:
-            row[thing.place] = SPRITE_OF[thing.shape, thing.colour, thing.size]
-    tiles = SPRITES[cells].reshape(-1, 3, 3, CELL, CELL, 3)
+            row[thing.place] = SPRITE_OF[thing.shape, thing.colour]
+    tiles = SPRITES[cells].reshape(-1, GRID, GRID, CELL, CELL, 3)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, WORLD_SIZE, WORLD_SIZE, 3).round().astype(np.uint8)
 
 
 def read(pictures):
-    """Find the things in pictures (n, 24, 24, 3) uint8: list of scenes, and clear (n,) bool.
+    """Find the things in pictures (n, S, S, 3) uint8: list of scenes, and clear (n,) bool.
 
     Each cell is compared with every sprite. A cell like none of them holds no thing and makes its picture unclear.
     """
     n = len(pictures)
-    tiles = pictures.reshape(n, 3, CELL, 3, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n * 9, -1) / np.float32(255)
+    tiles = pictures.reshape(n, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
+    tiles = tiles.reshape(n * CELLS, -1)
     known = SPRITES.reshape(len(SPRITES), -1) / 255
-    square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (9 n, sprites)
+    square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (n CELLS, sprites)
     best = square.argmin(1)
     good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
-    best = np.where(good, best, 0).reshape(n, 9)
+    best = np.where(good, best, 0).reshape(n, CELLS)
     scenes = [tuple(Thing(*SPRITE_NAMES[i], place) for place, i in enumerate(row) if i) for row in best]
-    return scenes, good.reshape(n, 9).all(1)
+    return scenes, good.reshape(n, CELLS).all(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,12 +145,13 @@ def read(pictures):
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 6
+DESCRIBED = 1 / 2                               # share of understanding samples that end with a full description
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
 
 
 def relations(a, b):
     """Which relations hold between things a and b, by their cells."""
-    step = [divmod(a.place, 3)[i] - divmod(b.place, 3)[i] for i in (0, 1)]
+    step = [divmod(a.place, GRID)[i] - divmod(b.place, GRID)[i] for i in (0, 1)]
     return [name for name, (row, column) in RELATIONS.items() if row * step[0] > 0 or column * step[1] > 0]
 
 
@@ -179,10 +179,10 @@ def all_combinations():
     pairs = [(a, b) for a in SHAPES for b in SHAPES if a < b]
     objects = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     return {
-        "one object": [("one object", s, p) for s in SHAPES for p in range(9)],
+        "one object": [("one object", s, p) for s in SHAPES for p in range(CELLS)],
         "two objects": [("two objects", *pair) for pair in pairs],
         "counting": [("counting", n, *o) for n in (2, 3) for o in objects],
-        "colours": [("colours", *o, p) for o in objects for p in range(9)],
+        "colours": [("colours", *o, p) for o in objects for p in range(CELLS)],
         "position": [("position", a, name, b) for a, b in pairs for name in RELATIONS],
         "colour attribution": [("colour attribution", *sorted([x, y])) for x in objects for y in objects
                                if x[1] < y[1]],
@@ -231,9 +231,29 @@ class World:
     def scene(self, rng):
         """A training scene: one object, a group of two or three equal ones, or two different ones."""
         while True:
-            scene = random_scene(rng, ("one", "group", "two")[rng.integers(3)])
+            scene = random_scene(rng, ("one", "group", "two", "two")[rng.integers(4)])
             if not combinations(scene) & self.held_out:
                 return scene
+
+    def question(self, scene, kind, rng):
+        """A training question: its text names no held-out combination, not even to deny it. It would always be denied,
+        and a model would learn to answer "no" without looking."""
+        while True:
+            asked = question(scene, kind, rng)
+            if asked.mentions not in self.held_out:
+                return asked
+
+    def crowd(self, rng):
+        """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
+        scene = ()
+        for place in rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist():
+            for _ in range(4):
+                thing = Thing(SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))], place)
+                shown = combinations((thing,)).union(*(combinations((thing, one)) for one in scene))
+                if not shown & self.held_out:
+                    scene += (thing,)
+                    break
+        return scene
 
     def held_out_scene(self, skill, rng):
         """A scene and the held-out combination of this skill that it shows."""
@@ -248,8 +268,7 @@ class World:
 
 def random_scene(rng, kind, wanted=None):
     """One, a group or two things at random cells; `wanted` fixes the words of a combination, to be found sooner."""
-    places = rng.permutation(9)[:3].tolist()
-    sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=3)]
+    places = rng.permutation(CELLS)[:3].tolist()
     colours = [list(COLOURS)[i] for i in rng.integers(len(COLOURS), size=2)]
     shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
     number = {"one": 1, "two": 2}.get(kind) or int(rng.integers(2, 4))
@@ -263,12 +282,19 @@ def random_scene(rng, kind, wanted=None):
         colours, shapes = [list(pair) for pair in zip(*words, strict=True)]
     elif skill:
         shapes = [words[0], words[-1]]
-    return tuple(sorted((Thing(shapes[i * (kind == "two")], colours[i * (kind == "two")], sizes[i], places[i])
+    return tuple(sorted((Thing(shapes[i * (kind == "two")], colours[i * (kind == "two")], places[i])
                          for i in range(number)), key=lambda thing: thing.place))
 
 
+def describe(scene):
+    """Everything in a scene: "a red circle at the top and a blue square in the middle"."""
+    return " and ".join(f"a {thing.colour} {thing.shape} {PLACES[thing.place]}" for thing in scene)
+
+
 def caption(scene, rng):
-    """A caption of a random skill that fits the scene."""
+    """A caption that fits the scene: all of it (one in three), or what one random skill mentions."""
+    if rng.random() < 1 / 3:
+        return describe(scene)
     shown = sorted(combinations(scene), key=repr)
     skills = sorted({c[0] for c in shown if fulfils(c, scene)})
     skill = skills[rng.integers(len(skills))]
@@ -281,21 +307,24 @@ def caption(scene, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Question:
-    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty."""
+    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty; mentions is the
+    combination that the text names, if any."""
 
     kind: str
     text: str
     answer: str
     options: tuple = ()
+    mentions: tuple = ()
 
 
-def yes_no(kind, text, truth):
-    return Question(kind, text, "yes" if truth else "no")
+def yes_no(kind, text, truth, mentions=()):
+    return Question(kind, text, "yes" if truth else "no", mentions=mentions)
 
 
-def question(scene, kind, rng, truth=None):
-    """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice")."""
-    closed = truth is not None or kind == "existence" or rng.random() < 0.5
+def question(scene, kind, rng, truth=None, closed=None):
+    """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice"); closed
+    False for an open one where there is one (not for "existence", nor for the position of two different things)."""
+    closed = truth is not None or (rng.random() < 0.25 if closed is None else closed)
     truth = bool(rng.random() < 0.5) if truth is None else truth
     thing = scene[rng.integers(len(scene))]
     return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
@@ -334,15 +363,12 @@ def ask_position(scene, thing, rng, closed, truth):
         holds = relations(thing, others[0])
         name = holds[rng.integers(len(holds))]
         name = name if truth else OPPOSITE[name]
-        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
-    if not closed:
-        if len(scene) == 1:
-            return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
-        free = other(rng, range(9), *(t.place for t in scene))
-        place = thing.place if truth else free
-        return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
-    place = thing.place if truth else other(rng, range(9), *(t.place for t in scene))
-    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
+        mentions = canonical_relation(thing.shape, name, others[0].shape)
+        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth, mentions)
+    if not closed and len(scene) == 1:
+        return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
+    place = thing.place if truth else other(rng, range(CELLS), *(t.place for t in scene))
+    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth, ("one object", thing.shape, place))
 
 
 def ask_colour(scene, thing, rng, closed, truth):
@@ -612,11 +638,12 @@ class Record:
 class WorldSource:
     """Training data of a World: a pool of pictures, each with fresh words whenever it is met."""
 
-    def __init__(self, world, n, seed, turns=4):
+    def __init__(self, world, n, seed, turns=5):
         rng = np.random.default_rng([seed, 2])
-        self.world, self.turns = world, turns
+        self.world, self.turns, self.bad = world, turns, []
         self.scenes = [world.scene(rng) for _ in range(n)]
         self.pictures = draw(self.scenes)
+        self.crowded = draw([world.crowd(rng) for _ in range(n // 2)])
 
     def count(self, task):
         return len(self.scenes)
@@ -626,8 +653,12 @@ class WorldSource:
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
-            kinds = [QUESTIONS[i] for i in rng.permutation(len(QUESTIONS))[:self.turns]]
-            turns = tuple((q.text, q.answer) for q in (question(scene, kind, rng) for kind in kinds))
+            kinds = [QUESTIONS[i % len(QUESTIONS)] for i in rng.permutation(self.turns)]
+            turns = tuple((q.text, q.answer) for q in (self.world.question(scene, kind, rng) for kind in kinds))
+            if rng.random() < DESCRIBED:
+                # Last, or the questions after it could be answered from it. It is not scored, but its many words teach
+                # what the single words of the other answers teach slowly.
+                turns = (*turns[:-1], ("what is there?", describe(scene)))
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 

@@ -7,6 +7,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py generate --checkpoint runs/tiny-emu3-seed0 --prompt "a red circle above a blue square" --out red.png
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a red circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
+    python eval.py collect  --runs "runs/tiny-*"
 """
 
 import json
@@ -89,35 +90,34 @@ def score_understanding(m, text, world, n, seed=0):
     """Plain accuracy per question kind on n held-out pictures each, and the stricter measures of the three benchmarks.
 
     existence  yes/no, balanced; f1 with "yes" as positive (POPE)
-    count, position, colour  a true and a false yes/no question about each picture; acc+ wants both right (MME)
+    count, position, colour  an open question about each picture; acc+ asks a true and a false yes/no question about the
+               same picture and wants both right (MME)
     choice     four options; circular wants the right letter under all four rotations (MMBench)
     """
     rng = np.random.default_rng([seed, 6])
-    asked = []                                                                  # (kind, group, picture, question)
+    asked = []                                                                  # (measure, number, picture, q)
     for kind in data.QUESTIONS:
         for i in range(n):
             scene, _ = world.held_out_scene(SHOWN[kind][i % len(SHOWN[kind])], rng)
+            truth = i % 4 < 2 if kind == "existence" else None
+            plain = data.question(scene, kind, rng, truth, closed=False)
+            strict = {"existence": [], "choice": data.rotations(plain) if kind == "choice" else []}.get(kind)
+            if strict is None:
+                strict = [data.question(scene, kind, rng, truth) for truth in (True, False)]
             picture = data.draw([scene])[0]
-            if kind == "choice":
-                questions = data.rotations(data.question(scene, kind, rng))
-            else:
-                truths = [i % 4 < 2] if kind == "existence" else [True, False]
-                questions = [data.question(scene, kind, rng, truth) for truth in truths]
-            asked += [(kind, i, picture, question) for question in questions]
+            asked += [(kind, i, picture, plain)] + [(kind + " strict", i, picture, question) for question in strict]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
     right = {}
-    for (kind, group, _, question), reply in zip(asked, said, strict=True):
-        right.setdefault(kind, {}).setdefault(group, []).append(reply == question.answer)
-    # The accuracy of a choice is that of its first order; the other three count for circular only.
-    first = {kind: [g[:1] if kind == "choice" else g for g in groups.values()] for kind, groups in right.items()}
-    kinds = {kind: float(np.mean(np.concatenate(groups))) for kind, groups in first.items()}
-    strict = {kind: float(np.mean([all(g) for g in groups.values()])) for kind, groups in right.items()}
+    for (measure, i, _, question), reply in zip(asked, said, strict=True):
+        right.setdefault(measure, {}).setdefault(i, []).append(reply == question.answer)
+    share = {measure: float(np.mean([all(group) for group in groups.values()])) for measure, groups in right.items()}
+    kinds = {kind: share[kind] for kind in data.QUESTIONS}
     pairs = [(reply == "yes", question.answer == "yes") for (kind, _, _, question), reply
              in zip(asked, said, strict=True) if kind == "existence"]
     hits, claimed, true = (sum(x) for x in ([a and b for a, b in pairs], [a for a, _ in pairs], [b for _, b in pairs]))
     return {"und": float(np.mean(list(kinds.values()))), "und_by_kind": kinds, "f1": 2 * hits / max(claimed + true, 1),
-            "acc_plus": float(np.mean([strict[kind] for kind in ("count", "position", "colour")])),
-            "circular": strict["choice"]}
+            "acc_plus": float(np.mean([share[f"{kind} strict"] for kind in ("count", "position", "colour")])),
+            "circular": share["choice strict"]}
 
 
 def score_generation(m, text, world, n, seed=0):
@@ -218,7 +218,6 @@ def curves(models, preparer, samples, targets, n=100):
         target, delta = targets[task]
         result[task] = {"target": target.tolist(), "delta": delta.tolist()}
         for name, m in models.items():
-            preparer.m = m
             result[task][name] = measure(m, preparer, samples, task, n, target, delta)
     return result
 
@@ -443,8 +442,41 @@ def print_curves(result):
                       f"share of keys {row['uniform']:.3f}   ntp {row['ntp']:.3f}")
 
 
+@dataclass(frozen=True)
+class Collect:
+    """Put the results of several finished runs into one JSON file, with means over seeds."""
+
+    runs: str = opt("runs/*", "run folders, a pattern")
+    out: str = opt("assets/laptop.json", "JSON file to write")
+
+
+def collect(settings):
+    """Read result.json and scores.json of each run; write them with their mean and range for each preset."""
+    rows = []
+    for file in sorted(Path().glob(f"{settings.runs}/result.json")):
+        row = json.loads(file.read_text())
+        scores = json.loads((file.parent / "scores.json").read_text())
+        rows.append(row | {key: scores[key] for key in ("und_by_kind", "gen_by_skill", "f1", "acc_plus", "circular")}
+                    | {"before": {key: scores["before"][key] for key in ("und", "gen")}})
+    if not rows:
+        raise InputError(f"no finished run matches {settings.runs}: train some, then give their folders as --runs")
+    summary = {}
+    for preset in sorted({row["preset"] for row in rows}):
+        mine = [row for row in rows if row["preset"] == preset]
+        summary[preset] = {key: {"mean": float(np.mean([row[key] for row in mine])),
+                                 "min": min(row[key] for row in mine), "max": max(row[key] for row in mine)}
+                           for key in ("und", "gen", "reader", "psnr", "seconds", "rss_gb", "aia_gen", "aia_und")}
+        for group in ("und_by_kind", "gen_by_skill", "before"):
+            names = mine[0][group]
+            summary[preset][group] = {name: float(np.mean([row[group][name] for row in mine])) for name in names}
+        print(f"{preset}, {len(mine)} seeds: " + ", ".join(
+            f"{key} {summary[preset][key]['mean']:.3f}" for key in ("und", "gen", "reader", "seconds", "rss_gb")))
+    write_json({"summary": summary, "runs": rows}, settings.out)
+    return {"out": settings.out, "runs": len(rows)}
+
+
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),
-            "curves": (Curves, curve_command)}
+            "curves": (Curves, curve_command), "collect": (Collect, collect)}
 
 
 def main(argv=None):
@@ -456,7 +488,7 @@ def main(argv=None):
         raise InputError(f"eval.py knows no command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
     cls, command = COMMANDS[argv[0]]
     settings = data.parse(cls, argv[1:], f"eval.py {argv[0]}")
-    if not settings.checkpoint:
+    if not getattr(settings, "checkpoint", "none needed"):
         raise InputError(f"eval.py {argv[0]} needs --checkpoint, the folder of a run")
     print("result " + json.dumps(command(settings)))
 

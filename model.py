@@ -62,6 +62,7 @@ class Config:
     top_k: int = 0                       # 0 keeps all codes
     suffix: str = ""                     # Emu3: added to every prompt when drawing
     negative: str = ""                   # Emu3: prompt of the unconditional branch when drawing
+    init_std: float = 0.02               # of fresh weights; small widths learn many times faster from larger ones
     attention: str = "fused"             # "fused" or "explicit"
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
 
@@ -128,9 +129,9 @@ JANUS_PRO_1B = replace(
 # The tiny models: 480 text tokens, then the special tokens in the order of SPECIAL, then (Emu3) the picture codes.
 TINY_TEXT = 480
 TINY_EMU3 = Config(
-    kind="emu3", layers=6, width=128, ffn=256, heads=4, kv_heads=2, head_dim=32, vocab=TINY_TEXT + 137, theta=1e4,
-    norm_eps=1e-5, codebook=128, code_dim=4, vq_width=32, vq_mult=(1, 2, 2), vq_blocks=1, vq_attention=(2,),
-    vq_latent=4, image_size=24, context=256, min_pixels=24 * 24, max_pixels=24 * 24, guidance=3.0,
+    kind="emu3", layers=4, width=96, ffn=256, heads=3, kv_heads=3, head_dim=32, vocab=TINY_TEXT + 73, theta=1e4,
+    norm_eps=1e-5, codebook=64, code_dim=4, vq_width=32, vq_mult=(1, 1, 1), vq_blocks=0, vq_attention=(2,),
+    vq_latent=4, image_size=24, context=256, min_pixels=24 * 24, max_pixels=24 * 24, guidance=1.2, init_std=0.1,
     ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
 )
 TINY_JANUS = replace(
@@ -156,7 +157,8 @@ def attend_explicit(q, k, v, visible=None, condition=None):
     if visible is None:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     # A = softmax(Q K^T / sqrt(D)), in float32 as both models do
-    attention = scores.float().masked_fill(~visible, -math.inf).softmax(-1)     # (B, H, T, U)
+    scores = aia.at_least_float32(scores).masked_fill(~visible, -math.inf)
+    attention = scores.softmax(-1)                                              # (B, H, T, U)
     out = attention.to(v.dtype) @ v                                             # (B, H, T, D)
     if condition is None:
         return out, None
@@ -197,7 +199,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        y = x.float()
+        y = aia.at_least_float32(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
@@ -485,6 +487,19 @@ class VQ(nn.Module):
         distance = rows.square().sum(1) - 2 * flat @ rows.T                     # (B h w, K)
         return distance.argmin(1).view(z.shape[0], *z.shape[2:])
 
+    def thrifty(self, z, rate=0.03):
+        """Codes for training: as `nearest`, but a rare code must be nearer to be chosen than a frequent one.
+
+        distance - rate * variance * log p(code), p from this batch (entropy-constrained quantization). The commitment
+        then pulls latents to the frequent code, so that `nearest` agrees later. Without it equal patches get different
+        codes by what stands elsewhere in the picture, and a language model cannot predict them.
+        """
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)                              # (B h w, code_dim)
+        used = torch.bincount(self.nearest(z).flatten(), minlength=len(self.rows()))
+        bits = -((used + 0.01) / used.sum()).log()                              # (K,)
+        distance = torch.cdist(flat, self.rows()).square()                      # (B h w, K)
+        return (distance + rate * flat.var(0).sum() * bits).argmin(1).view(z.shape[0], *z.shape[2:])
+
     def vectors(self, codes):
         """Codes (B, h, w) -> rows (B, code_dim, h, w)."""
         return F.embedding(codes, self.rows()).permute(0, 3, 1, 2)
@@ -500,7 +515,7 @@ class VQ(nn.Module):
     def forward(self, pixels, commitment=0.25):
         """Training: reconstruction, codes, and |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv 1711.00937, Eq. 3)."""
         z = self.latents(pixels)                                                # (B, code_dim, h, w)
-        codes = self.nearest(z.detach())                                        # (B, h, w)
+        codes = self.thrifty(z.detach())                                        # (B, h, w)
         e = self.vectors(codes)                                                 # (B, code_dim, h, w)
         pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
         # Straight through: forward e, backward to z as if there were no rounding.
@@ -534,6 +549,14 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(channels, channels, kernel, stride=(time_stride, 1, 1))
         side = [kernel[1] // 2, (kernel[1] - 1) // 2]
         self.padding = (*side, *side, 2, 0)
+
+    def pass_through(self):
+        """Start close to the identity on the newest frame: with small random weights the many convolutions over time in
+        a row leave no signal, and training from scratch stalls."""
+        weight = self.conv.weight.data.mul_(0.1)
+        for channel in range(len(weight)):
+            weight[channel, channel, -1, weight.shape[3] // 2, weight.shape[4] // 2] += 1.0
+        nn.init.zeros_(self.conv.bias)
 
     def forward(self, x):
         return self.conv(F.pad(x, self.padding))
@@ -571,9 +594,8 @@ class Emu3VQ(VQ):
         self.decoder_time_blocks = nn.ModuleList(TimeBlock(z) for _ in range(config.vq_blocks))
         self.decoder_time_conv = nn.ModuleList(CausalConv3d(z, (3, 3, 3)) for _ in halvings)
         self.quant_conv, self.post_quant_conv = CausalConv3d(z, (3, 1, 1)), CausalConv3d(z, (3, 1, 1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in [*self.encoder_time_conv, *self.decoder_time_conv, self.quant_conv, self.post_quant_conv]:
+            module.pass_through()
 
     def latents(self, pixels):
         # The four frames are equal, so the 2-D encoder sees one of them; time begins after it.
@@ -652,7 +674,7 @@ class Unified(nn.Module):
 
     def __init__(self, config, vq):
         super().__init__()
-        self.config, self.ids = config, config.ids
+        self.config, self.ids, self.tokenizer_file = config, config.ids, None
         self.lm = Decoder(config)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.vq = vq(config)
@@ -917,13 +939,13 @@ def build(name, **changes):
 
 
 def from_config(config):
-    """A model with fresh weights: Normal(0, 0.02) in language model, adapters and heads; picture parts see above."""
+    """A model with fresh weights: Normal(0, init_std) in language model, SigLIP, adapters and heads."""
     if config.attention not in ATTENTION:
         raise InputError(f"attention {config.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
     m = MODELS[config.kind](config)
     for name, module in m.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vq"):
-            nn.init.normal_(module.weight, 0.0, 0.02)
+            nn.init.normal_(module.weight, 0.0, config.init_std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
     return m.eval()

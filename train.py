@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import aia
@@ -67,8 +66,8 @@ class TrainConfig:
     resume: bool = opt(False, "go on from the checkpoint in the run folder")
     pool: int = opt(8000, "pictures of the built-in world")
     eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
-    log_every: int = opt(20, "steps between reports")
-    save_every: int = opt(200, "steps between checkpoints")
+    log_every: int = opt(50, "steps between reports")
+    save_every: int = opt(300, "steps between checkpoints")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it",
                      ("auto", "float32", "bfloat16"))
@@ -89,12 +88,11 @@ class Stage:
 
 
 # Chosen so that a laptop CPU is done in about five minutes; large models start at stage 3 with --init.
-PLANS = {
-    "tiny-emu3": (Stage("tokenizer", 900, 8, 4e-3, 50, betas=(0.9, 0.99)), Stage("joint", 700, 32, 3e-3, 50, ("vq",)),
-                  Stage("tune", 250, 32, 1e-3, 25, ("vq",), True)),
-    "tiny-janus": (Stage("tokenizer", 900, 8, 4e-3, 50, betas=(0.9, 0.99)), Stage("joint", 700, 32, 3e-3, 50, ("vq",)),
-                   Stage("tune", 250, 32, 1e-3, 25, ("vq", "vision"), True)),
-}
+TOKENIZER = Stage("tokenizer", 1300, 8, 6e-3, 30, betas=(0.9, 0.99))
+JOINT = Stage("joint", 1800, 16, 4e-3, 50, ("vq",))
+TUNE = Stage("tune", 450, 16, 1.5e-3, 30, ("vq",), aia=True)
+PLANS = {"tiny-emu3": (TOKENIZER, JOINT, TUNE),
+         "tiny-janus": (TOKENIZER, JOINT, replace(TUNE, frozen=("vq", "vision")))}
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 
 
@@ -131,7 +129,8 @@ def make_optimizer(m, stage, weight_decay):
     for name, parameter in m.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in own)
     moving = [p for p in m.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in moving if p.ndim >= 2], "weight_decay": weight_decay},
+    decay = 0.0 if stage.name == "tokenizer" else weight_decay
+    groups = [{"params": [p for p in moving if p.ndim >= 2], "weight_decay": decay},
               {"params": [p for p in moving if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=1e-8)
 
@@ -190,41 +189,42 @@ def calibrate(m, schedule, targets, config, autocast):
 # One step of the picture tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def fill_codebook(vq, pixels, generator, everything):
+def fill_codebook(vq, pixels, everything):
     """Move codebook rows onto latents of these pictures: all rows at the start, later only those that nobody uses.
 
-    Without it most rows of a small codebook are never nearest to anything, and stay so.
+    Each row goes to the latent that is farthest from all rows so far. Latents of plain background outnumber all others:
+    rows drawn at random would land there, and one background would have many codes that no language model can predict.
     """
     z = vq.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)                    # (B h w, code_dim)
-    idle = torch.ones(len(vq.quantize.weight), dtype=torch.bool, device=z.device)
-    if not everything:
-        idle[vq.nearest(z.T[None, :, :, None]).unique()] = False
-    # Latents far from their row are taken first: that is where rows are missing.
-    far = (z - vq.rows()[vq.nearest(z.T[None, :, :, None]).flatten()]).square().sum(1) if not everything else None
-    chance = torch.ones(len(z), device=z.device) if everything else far + 1e-9
-    chosen = torch.multinomial(chance.cpu(), int(idle.sum()), replacement=int(idle.sum()) > len(z), generator=generator)
-    vq.quantize.weight[idle] = z[chosen.to(z.device)]
+    rows = vq.rows().clone()                                                    # (K, code_dim)
+    distance = torch.cdist(z, rows).square()                                    # (B h w, K)
+    idle = torch.ones(len(rows), dtype=torch.bool, device=z.device)
+    idle[distance.argmin(1)] = everything
+    nearest = (z - z[0]).square().sum(1) if everything else distance[:, ~idle].amin(1)
+    for i in idle.nonzero()[:, 0].tolist():
+        rows[i] = z[nearest.argmax()]
+        nearest = torch.minimum(nearest, (z - rows[i]).square().sum(1))
+    vq.quantize.weight.copy_(rows)
 
 
 def tokenizer_step(m, pictures, step, stage, seed):
     """Gradients of one step of stage 1: reconstruction plus codebook, on a batch that the seed and the step decide."""
-    device = m.vq.quantize.weight.device
-    rng, generator = np.random.default_rng([seed, 10, step]), torch.Generator().manual_seed(seed * 100_003 + step)
+    rng, device = np.random.default_rng([seed, 10, step]), m.vq.quantize.weight.device
 
     def some(n):
         return torch.stack([data.to_tensor(pictures[i]) for i in rng.integers(len(pictures), size=n)]).to(device)
-    warm = stage.steps // 20                        # first without the codebook, so that latents mean something
-    if step == warm or (step > warm and step % 50 == 0 and step < 0.7 * stage.steps):
-        fill_codebook(m.vq, some(64), generator, everything=step == warm)
+    warm = stage.steps // 5                         # first without the codebook, so that latents mean something
+    if step == warm or (warm < step < stage.steps // 2 and step % 50 == 0):
+        fill_codebook(m.vq, some(64), everything=step == warm)
     pixels = some(stage.batch_size)
     if step < warm:
         again, pull, used = m.vq.pixels(m.vq.latents(pixels)), torch.zeros((), device=device), 0
     else:
         again, codes, pull = m.vq(pixels)
         used = len(codes.unique())
-    rebuilt = F.l1_loss(again, pixels)
-    (rebuilt + pull).backward()
-    return {"tokenizer": {"l1": rebuilt.item(), "pull": pull.item(), "codes": used}}
+    error = again - pixels
+    (error.abs().mean() + error.square().mean() + pull).backward()
+    return {"tokenizer": {"l1": error.abs().mean().item(), "pull": pull.item(), "codes": used}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class Run:
     """A training run in its folder."""
 
     def __init__(self, config):
-        self.config, self.started, self.stopping, self.seconds = config, time.time(), False, 0.0
+        self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), False, 0.0, []
         self.folder = Path(config.out or f"runs/{config.preset}-seed{config.seed}")
         self.state = None
         if config.resume:
@@ -307,6 +307,10 @@ class Run:
                          "weights": weights, "seconds": self.elapsed(), "random": torch.get_rng_state()},
                         self.folder / "checkpoint.pt")
 
+    def save_weights(self, path):
+        """The model alone, for comparing later."""
+        save_checkpoint({"config": asdict(self.m.config), "model": self.m.state_dict()}, path)
+
     def elapsed(self):
         return self.seconds + time.time() - self.started
 
@@ -347,12 +351,17 @@ def train(config):
 def run_stage(run, index, state):
     """One stage from its first step, or from a checkpoint's."""
     stage, config = run.stages[index], run.config
-    if index and stage.aia and run.stages[index - 1].name == "control":
-        run.m.load_state_dict(model.read_checkpoint(run.folder / "before.pt")["model"])
+    before = run.folder / "before.pt"               # what stage 3 starts from, with or without AIA
+    if stage.name in ("control", "tune") and not state:
+        if before.exists():
+            run.m.load_state_dict(model.read_checkpoint(before)["model"])
+        else:
+            run.save_weights(before)
     optimizer = make_optimizer(run.m, stage, config.weight_decay)
     schedule, weights = None, dict.fromkeys(aia.TASKS, 0.0)
     if stage.name != "tokenizer":
-        schedule = data.Schedule(run.source, run.preparer, config.seed * 1000 + index, stage.batch_size,
+        order = 2 * config.seed + (stage.name == "joint")       # both arms of stage 3 meet the same samples
+        schedule = data.Schedule(run.source, run.preparer, order, stage.batch_size,
                                  data.parse_ratio(config.ratio), config.micro_batch, on_bad_record=config.on_bad_record)
     if state and state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
@@ -389,17 +398,16 @@ def run_stage(run, index, state):
             raise Stop
     bar.close()
     run.m.eval()
-    if stage.name in ("joint", "control"):
-        name = "before.pt" if stage.name == "joint" else "control.pt"
-        save_checkpoint({"config": asdict(run.m.config), "model": run.m.state_dict()}, run.folder / name)
+    if stage.name == "control":
+        run.save_weights(run.folder / "control.pt")
     run.save(index + 1, 0, None, weights)
-    run.bad = getattr(run, "bad", []) + (schedule.bad if schedule else [])
+    run.bad += schedule.bad if schedule else []
 
 
 def pictures_of(run):
     """Pictures for stage 1: the world's, or a user's own, brought to the size of drawn ones."""
     if run.world:
-        return run.source.pictures
+        return run.source.crowded
     if not hasattr(run, "own_pictures"):
         size, paths = run.m.config.image_size, {}
         for task in aia.TASKS:
@@ -500,13 +508,27 @@ def finish(run):
         judge.write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
-    bad = getattr(run, "bad", []) + getattr(run.source, "bad", [])
+    bad = run.bad + run.source.bad
     if bad:
         print(f"{len(bad)} bad records were left out:\n  " + "\n  ".join(bad))
     print(f"run folder {run.folder}: checkpoint.pt, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(
         run.world)))
-    return result | {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),
-                     "rss_gb": round(memory_gb(), 3)}
+    result |= {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),
+               "rss_gb": round(memory_gb(), 3)}
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "device": run.device, "torch": torch.__version__, "python": platform.python_version(),
+               "date": time.strftime("%Y-%m-%d")}
+    judge.write_json(result | {"machine": machine}, run.folder / "result.json")
+    return result
+
+
+def processor():
+    """Name of the processor, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def score(run, models):
