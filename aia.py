@@ -161,11 +161,15 @@ def stages_from_curve(curve):
 def reference_curve(place, curves=CURVES):
     """One digitised curve as a list with a value for each of its own layers. place: (figure, model, direction)."""
     figure, model, direction = place
+    content = _read_json(curves, "reference curves")
     try:
-        return [float(value) for value in _read_json(curves, "reference curves")[figure][model][direction]]
-    except (KeyError, TypeError) as error:
+        curve = [float(value) for value in content[figure][model][direction]]
+        if len(curve) < 3:
+            raise ValueError("fewer than three layers")
+        return curve
+    except (KeyError, TypeError, ValueError) as error:
         where = f"{figure}/{model}/{direction}"
-        raise InputError(f"curve file {curves} has no {where}: lay it out as assets/paper_curves.json") from error
+        raise InputError(f"{curves} has no usable curve {where}: lay it out as assets/paper_curves.json") from error
 
 
 def resample(curve, n):

@@ -248,10 +248,10 @@ class World:
         scene = ()
         for place in rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist():
             for _ in range(4):
-                thing = Thing(SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))], place)
-                shown = combinations((thing,)).union(*(combinations((thing, one)) for one in scene))
-                if not shown & self.held_out:
-                    scene += (thing,)
+                shape, colour = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
+                more = (*scene, Thing(shape, colour, place))
+                if not combinations(more) & self.held_out:
+                    scene = more
                     break
         return scene
 
@@ -668,7 +668,7 @@ class FileSource:
     def __init__(self, file, kind, on_bad_record="stop"):
         self.bad, self.records = [], {task: [] for task in aia.TASKS}
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            lines = Path(file).read_text(encoding="utf-8").split("\n")             # other separators are text in JSON
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--data {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
         for number, line in enumerate(lines, 1):
@@ -677,7 +677,7 @@ class FileSource:
             try:
                 record = parse_record(line, f"{file}:{number}", Path(file).parent)
                 for path in record.pictures:
-                    check_size(*open_picture(path).size, kind)
+                    load_picture(path, kind)         # whole, since a truncated file has a good header
                 self.records[record.task].append(record)
             except InputError as error:
                 self.bad.append(f"{file}:{number}: {error}")

@@ -216,7 +216,8 @@ def curves(models, preparer, samples, targets, n=100):
     result = {}
     for task in aia.TASKS:
         target, delta = targets[task]
-        result[task] = {"target": target.tolist(), "delta": delta.tolist()}
+        # JSON has no infinity: without Huber, delta is null.
+        result[task] = {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
         for name, m in models.items():
             result[task][name] = measure(m, preparer, samples, task, n, target, delta)
     return result
@@ -248,10 +249,10 @@ def plot_curves(result, file):
         if rows.get("after"):
             even = rows["after"]["uniform"]
             panel.axhline(even, color="black", linewidth=0.8, linestyle=":", label="share of the keys")
-        panel.set(title=PANEL[task], xlabel="layer", ylim=(0, None))
+        panel.set(title=PANEL[task], xlabel="layer")
         panel.spines[["top", "right"]].set_visible(False)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set_ylabel("attention on the other modality")
+    panels[0].set(ylabel="attention on the other modality", ylim=(0, panels[0].get_ylim()[1]))
     panels[1].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -314,7 +315,11 @@ def load_run(settings, file="checkpoint.pt"):
     """Model, text tokenizer and settings of a run folder."""
     folder = Path(settings.checkpoint)
     m = model.load(folder, device=device_of(settings.device), file=file)
-    return m, data.Text(m.tokenizer_file, m.config.kind), json.loads((folder / "settings.json").read_text())
+    try:
+        run = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'settings.json'} cannot be read ({error}): give the folder of a run") from error
+    return m, data.Text(m.tokenizer_file, m.config.kind), run
 
 
 @dataclass(frozen=True)
@@ -363,7 +368,10 @@ class Generate:
 
 
 def generate(settings):
-    """Write one PNG."""
+    """Write one picture file."""
+    out = Path(settings.out)
+    if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
     m, text, _ = load_run(settings)
     pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature)[0]
     picture = Image.fromarray(data.to_picture(pixels))

@@ -147,7 +147,8 @@ PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "emu3-8b": EMU3_8B,
 # Attention: two bodies, one meaning
 # ---------------------------------------------------------------------------------------------------------------------
 # q (B, H, T, D); k, v (B, G, U, D), where U >= T counts cached keys too, and G heads are shared by H / G queries each.
-# visible (B or 1, 1, T, U) bool, or None for plain causal attention; condition (B, U) bool, or None if nobody asks.
+# visible (B or 1, 1, T, U) bool, or None: causal where T = U, everything where T = 1.
+# condition (B, U) bool, or None if nobody asks.
 # Both return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
 def attend_explicit(q, k, v, visible=None, condition=None):
     """softmax(Q K^T / sqrt(D)) V written out: the one to read, and the reference of the tests."""
@@ -674,7 +675,7 @@ class Unified(nn.Module):
 
     def __init__(self, config, vq):
         super().__init__()
-        self.config, self.ids, self.tokenizer_file = config, config.ids, None
+        self.config, self.ids, self.tokenizer_file = config, dict(config.ids), None
         self.lm = Decoder(config)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.vq = vq(config)
@@ -720,12 +721,13 @@ class Unified(nn.Module):
         guidance = self.config.guidance if guidance is None else guidance
         top_k = self.config.top_k if top_k is None else top_k
         guided = guidance != 1
-        rows, mask = self.guided_rows(ids, left_padding(ids, mask), negative) if guided else (ids, mask)
+        mask = left_padding(ids, mask)
+        rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
         x, cache = self.embed_text(rows), None
         codes = []
         for i in range(h * w):
             cache = cache or Cache(self.config, len(x), rows.shape[1] + h * (w + 1), x)
-            seen = None if mask is None else F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
+            seen = F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
             logits = self.head("gen")(self.lm(x, seen, cache=cache)[0][:, -1]).float()             # (rows, V or K)
             logits = self.code_logits(logits)                                   # (rows, K)
             if guided:
@@ -744,13 +746,12 @@ class Unified(nn.Module):
 
         temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended.
         """
-        mask = None if mask is None else left_padding(ids, mask)
-        x = self.embed_text(ids, pixels)
+        mask, x = left_padding(ids, mask), self.embed_text(ids, pixels)
         cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, x)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new = []
         while len(new) < max_new_tokens and not done.all():
-            seen = None if mask is None else F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
+            seen = F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
             logits = self.lm_head(self.lm(x, seen, cache=cache)[0][:, -1]).float()                 # (B, V)
             token = sample(logits, temperature, 0, top_p, generator)            # (B,)
             token = torch.where(done, self.ids["pad"], token)

@@ -96,6 +96,20 @@ PLANS = {"tiny-emu3": (TOKENIZER, JOINT, TUNE),
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 
 
+LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 1, "eval_n": 1,
+         "log_every": 1, "save_every": 1, "weight_decay": 0}
+
+
+def check_numbers(config):
+    """Refuse numbers that would fail after an hour, before anything is written."""
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least {least}")
+    for name in ("rho", "clip"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
+
+
 def plan(config):
     """The stages of a run, flags applied."""
     stages = PLANS.get(config.preset, LARGE)
@@ -260,6 +274,8 @@ class Run:
         self.state = None
         if config.resume:
             self.state = model.read_checkpoint(self.folder / "checkpoint.pt")
+            if "settings" not in self.state:
+                raise InputError(f"{self.folder / 'checkpoint.pt'} holds weights only, no run to resume: use --init")
             check_settings(self.state["settings"], asdict(config), self.folder)
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(f"{self.folder} is not empty: continue it with --resume, or choose another --out")
@@ -282,8 +298,11 @@ class Run:
             data.WorldSource(self.world, config.pool, config.seed)
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
         self.stages = plan(config)
-        self.m = model.load(config.init, device=self.device) if config.init else \
-            model.build(config.preset, attention=config.attention).to(self.device)
+        if config.init:
+            self.m = model.load(config.init, device=self.device)
+            model.special_ids(self.m.tokenizer_file, kind)      # another kind is refused before anything is written
+        else:
+            self.m = model.build(config.preset, attention=config.attention).to(self.device)
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
@@ -334,6 +353,7 @@ def check_settings(stored, given, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 def train(config):
     """All stages, then the evaluation -> the result that is printed as the last line."""
+    check_numbers(config)
     run = Run(config)
     begin, state = (0, None) if run.state is None else (run.state["stage"], run.state)
     if state:
@@ -352,7 +372,7 @@ def run_stage(run, index, state):
     """One stage from its first step, or from a checkpoint's."""
     stage, config = run.stages[index], run.config
     before = run.folder / "before.pt"               # what stage 3 starts from, with or without AIA
-    if stage.name in ("control", "tune") and not state:
+    if stage.name in ("control", "tune") and not (state and state["optimizer"]):
         if before.exists():
             run.m.load_state_dict(model.read_checkpoint(before)["model"])
         else:
@@ -427,8 +447,8 @@ def check_finite(norm, metrics, stage, step, batches, run):
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     saved = run.folder / "checkpoint.pt"
     good = f"last good checkpoint {saved}" if saved.exists() else "no checkpoint yet"
-    raise InputError(f"stage {stage.name}, step {step}: loss or gradient is not finite (norm {float(norm)}); records: "
-                     f"{shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
+    raise InputError(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
+                     f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
 
 
 def report(run, index, step, since, metrics, weights, norm, batches, bar):
@@ -508,7 +528,7 @@ def finish(run):
         judge.write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
-    bad = run.bad + run.source.bad
+    bad = run.bad + run.source.bad + (run.val.bad if run.val is not run.source else [])
     if bad:
         print(f"{len(bad)} bad records were left out:\n  " + "\n  ".join(bad))
     print(f"run folder {run.folder}: checkpoint.pt, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(

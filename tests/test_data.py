@@ -1,0 +1,609 @@
+"""Claims about the data: the drawn world, text, templates and masks, pictures, records, schedule (data.py)."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import model
+from aia import InputError
+
+PRESET = {"emu3": model.PRESETS["tiny-emu3"], "janus": model.PRESETS["tiny-janus"]}
+both_kinds = pytest.mark.parametrize("kind", PRESET)
+SHAPE, COLOUR, PLACE, RELATION = (f"({'|'.join(words)})" for words in (data.SHAPES, data.COLOURS, data.PLACES,
+                                                                      data.RELATIONS))
+
+
+def random(*key):
+    return np.random.default_rng(key)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The text tokenizer of each tiny preset."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {kind: data.train_tokenizer(folder / f"{kind}.json", config) for kind, config in PRESET.items()}
+
+
+@pytest.fixture(scope="module")
+def preparers(texts):
+    """A preparer for a tiny model of each kind; its picture codes are those of random weights."""
+    torch.manual_seed(0)
+    return {kind: data.Preparer(model.build(f"tiny-{kind}", layers=1, width=32), text) for kind, text in texts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world
+# ---------------------------------------------------------------------------------------------------------------------
+def training_scenes(n, seed=0):
+    world, rng = data.World(seed), random(seed)
+    return [world.scene(rng) for _ in range(n)]
+
+
+def held_out_scenes(n, seed=0):
+    """[(scene, combination)], n for each skill."""
+    world, rng = data.World(seed), random(seed)
+    return [world.held_out_scene(skill, rng) for skill in data.SKILLS for _ in range(n)]
+
+
+def crowds(n, seed=0):
+    """Full pictures, as the picture tokenizer learns them."""
+    world, rng = data.World(seed), random(seed)
+    return [world.crowd(rng) for _ in range(n)]
+
+
+def test_the_reader_reads_every_drawn_scene_exactly():
+    """Sprites differ by more than rounding to uint8 changes them: each thing at each place, training and held out."""
+    single = [(data.Thing(*name, place),) for name in data.SPRITE_OF if name
+              for place in range(data.CELLS)]
+    scenes = single + training_scenes(1000) + crowds(100) + [scene for scene, _ in held_out_scenes(50)]
+    found, clear = data.read(data.draw(scenes))
+    assert [set(scene) for scene in found] == [set(scene) for scene in scenes] and clear.all()
+
+
+@pytest.mark.parametrize("levels", [256, 2])
+def test_the_reader_finds_nothing_on_noise(levels):
+    """Noise is like no sprite, be it smooth or black and white: no thing, and the picture counts as unclear."""
+    noise = random(0).integers(levels, size=(200, data.WORLD_SIZE, data.WORLD_SIZE, 3)) * (255 // (levels - 1))
+    found, clear = data.read(noise.astype(np.uint8))
+    assert not any(found) and not clear.any()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_scenes_show_no_held_out_combination(seed):
+    """The score is about composition, so what is asked was never shown; held-out scenes show what was asked."""
+    world, trained = data.World(seed), set().union(*map(data.combinations, training_scenes(1500, seed)))
+    assert not trained & world.held_out and not set().union(*map(data.combinations, crowds(300, seed))) & world.held_out
+    for skill in data.SKILLS:       # the words themselves are known: every skill is met in training, and held out
+        assert {c for c in world.held_out if c[0] == skill} and {c for c in trained if c[0] == skill}
+    for scene, combination in held_out_scenes(30, seed):
+        assert combination in world.held_out and data.fulfils(combination, scene)
+
+
+def combination_of(prompt):
+    """Read a prompt back by its words alone."""
+    prefix = max((p for p in data.PREFIXES if prompt.startswith(p)), key=len)
+    patterns = {"one object": f"a {SHAPE} {PLACE}", "two objects": f"a {SHAPE} and a {SHAPE}",
+                "counting": f"(two|three) {COLOUR} {SHAPE}e?s", "colours": f"a {COLOUR} {SHAPE} {PLACE}",
+                "position": f"a {SHAPE} {RELATION} a {SHAPE}",
+                "colour attribution": f"a {COLOUR} {SHAPE} and a {COLOUR} {SHAPE}"}
+    (skill, words), = ((skill, found.groups()) for skill, pattern in patterns.items()
+                       if (found := re.fullmatch(pattern, prompt.removeprefix(prefix))))
+    words = [data.PLACES.index(w) if w in data.PLACES else data.NUMBERS.index(w) if w in data.NUMBERS else w
+             for w in words]
+    if skill == "position":
+        return data.canonical_relation(*words)
+    if skill == "colour attribution":
+        words = [tuple(words[:2]), tuple(words[2:])]
+    return skill, *(sorted(words) if " and " in prompt else words)
+
+
+def test_a_prompt_mentions_exactly_its_combination():
+    """Read back from its words, every prompt of every combination is that combination again, in either order."""
+    for every in data.all_combinations().values():
+        for i, combination in enumerate(every):
+            assert {combination_of(data.prompt_text(combination, random(i, j))) for j in range(4)} == {combination}
+
+
+def spoiled(skill, scene):
+    """Scenes with one thing added, or one word of what the skill mentions changed."""
+    free = next(place for place in range(data.CELLS) if place not in {t.place for t in scene})
+    yield *scene, replace(scene[0], place=free)
+    for i, thing in enumerate(scene):
+        rest = scene[:i] + scene[i + 1:]
+        yield rest
+        yield *rest, replace(thing, shape=next(s for s in data.SHAPES if s != thing.shape))
+        if skill in ("colours", "counting", "colour attribution"):
+            yield *rest, replace(thing, colour=next(c for c in data.COLOURS if c != thing.colour))
+        if skill in ("one object", "colours"):
+            yield *rest, replace(thing, place=free)
+    if skill == "position":
+        yield replace(scene[0], place=scene[1].place), replace(scene[1], place=scene[0].place)
+
+
+def test_a_scene_fulfils_its_prompt_and_a_changed_scene_does_not():
+    """One thing more, one less, or a wrong word is a wrong picture: scores of drawing give no credit for parts."""
+    for scene, combination in held_out_scenes(20):
+        assert data.fulfils(combination, scene)
+        for wrong in spoiled(combination[0], scene):
+            assert not data.fulfils(combination, wrong), (combination, wrong)
+
+
+def fits(caption, scene):
+    """Is this the full description of a scene, or a prompt that it fulfils?"""
+    return caption == answer_of("what is there?", scene) or data.fulfils(combination_of(caption), scene)
+
+
+def test_captions_of_training_pictures_fit_them():
+    """A caption describes all of its scene, or is a prompt of any skill that the scene fulfils."""
+    for i, scene in enumerate(training_scenes(300)):
+        assert fits(data.caption(scene, random(i)), scene)
+
+
+def answer_of(text, scene):
+    """Answer a question about a scene by brute force, from its words alone."""
+    def count(**want):
+        return sum(all(getattr(thing, key) == word for key, word in want.items()) for thing in scene)
+
+    def match(pattern):
+        return re.fullmatch(pattern.replace("?", r"\?").replace("PLURAL", "(?:e?s)?"), text)
+    truth = None
+    if found := match(f"is there a {SHAPE}?"):
+        truth = count(shape=found[1]) > 0
+    elif found := match(f"is there a {COLOUR} {SHAPE}?"):
+        truth = count(colour=found[1], shape=found[2]) > 0
+    elif found := match(f"is there a {SHAPE} {PLACE}?"):
+        truth = count(shape=found[1], place=data.PLACES.index(found[2])) > 0
+    elif found := match(f"(is|are) there (one|two|three) {SHAPE}PLURAL?"):
+        truth = data.NUMBERS[count(shape=found[3])] == found[2]
+    elif found := match(f"(is|are) the {SHAPE}PLURAL {COLOUR}?"):
+        truth = count(shape=found[2], colour=found[3]) == count(shape=found[2])
+    elif found := match(f"is the {SHAPE} {RELATION} the {SHAPE}?"):
+        (row, column), (row2, column2) = (divmod(t.place, data.GRID) for name in (found[1], found[3]) for t in scene
+                                          if t.shape == name)
+        truth = {"left of": column < column2, "right of": column > column2, "above": row < row2,
+                 "below": row > row2}[found[2]]
+    elif text == "what is there?":
+        return " and ".join(f"a {t.colour} {t.shape} {data.PLACES[t.place]}" for t in scene)
+    elif found := match(f"how many {SHAPE}PLURAL are there?"):
+        return data.NUMBERS[count(shape=found[1])]
+    elif found := match(f"where is the {SHAPE}?"):
+        return next(data.PLACES[t.place] for t in scene if t.shape == found[1])
+    elif found := match(f"what colour (is|are) the {SHAPE}PLURAL?"):
+        return next(t.colour for t in scene if t.shape == found[2])
+    else:
+        name, *options = match(r"which (colour|shape) is there? A (\w+) B (\w+) C (\w+) D (\w+)").groups()
+        letter, = (letter for letter, word in zip("ABCD", options, strict=True) if count(**{name: word}))
+        return letter
+    return "yes" if truth else "no"
+
+
+@pytest.mark.parametrize("kind", data.QUESTIONS)
+def test_questions_are_answered_correctly(kind):
+    """A brute-force reading of the question's words gives the same answer, and the answer that was asked for."""
+    scenes, met = training_scenes(300) + [scene for scene, _ in held_out_scenes(30)], set()
+    for i, scene in enumerate(scenes):
+        for truth in (None,) if kind == "choice" else (None, True, False):
+            asked = data.question(scene, kind, random(i), truth)
+            assert asked.kind == kind and asked.answer == answer_of(asked.text, scene), (asked, scene)
+            assert truth is None or asked.answer == ("yes" if truth else "no")
+            met.add(asked.answer)
+    assert met >= (set("ABCD") if kind == "choice" else {"yes", "no"})
+
+
+def test_training_questions_name_no_held_out_combination():
+    """A training scene never shows it, so the answer would always be no, to be learnt without looking."""
+    world, met = data.World(0), set()
+    for i, scene in enumerate(training_scenes(600)):
+        text = world.question(scene, "position", random(i)).text
+        if found := re.fullmatch(rf"is there a {SHAPE} {PLACE}\?", text):
+            met.add(("one object", found[1], data.PLACES.index(found[2])))
+        elif found := re.fullmatch(rf"is the {SHAPE} {RELATION} the {SHAPE}\?", text):
+            met.add(data.canonical_relation(*found.groups()))
+    assert not met & world.held_out and {combination[0] for combination in met} == {"one object", "position"}
+
+
+def test_rotations_keep_the_right_option():
+    """The four options move round, so that the right one stands behind each letter once; the first is the original."""
+    for i, scene in enumerate(training_scenes(100)):
+        asked = data.question(scene, "choice", random(i))
+        turned = data.rotations(asked)
+        assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
+        assert all(q.answer == answer_of(q.text, scene) for q in turned)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+@both_kinds
+def test_the_tiny_tokenizer_has_the_ids_of_the_preset(kind, texts):
+    """Special tokens stand behind the text, in the preset's order, and code c of a picture is the token visual + c."""
+    core, config = texts[kind].core, PRESET[kind]
+    assert texts[kind].ids == config.ids and core.get_vocab_size() == config.vocab
+    if kind == "emu3":
+        last = core.token_to_id(f"<|visual token {config.codebook - 1:06d}|>")
+        assert last == config.ids["visual"] + config.codebook - 1 == config.vocab - 1
+
+
+def test_training_the_tokenizer_is_repeatable(texts):
+    """Both kinds learn from the same text, so they cut it alike: a checkpoint's ids mean the same in every run."""
+    assert all(texts["emu3"].core.id_to_token(i) == texts["janus"].core.id_to_token(i) for i in range(model.TINY_TEXT))
+
+
+@both_kinds
+def test_any_unicode_text_survives_encoding(kind, texts):
+    """Bytes are the alphabet, so nothing is unknown: what is encoded is decoded to the same text."""
+    points = random(0).integers(0x110000, size=(200, 12))
+    strings = ["".join(chr(p) for p in row if not 0xD800 <= p < 0xE000) for row in points]
+    for text in [*strings, "", " ", "\n\n\t\x00", "naïve 漢字 🙂🏽 e\u0301", "a red  circle\r\n"]:
+        assert texts[kind].decode(texts[kind].encode(text)) == text
+
+
+@both_kinds
+def test_special_strings_in_a_users_text_stay_text(kind, texts):
+    """Else a caption that quotes a control token would end the answer, or open a picture."""
+    for special in [*model.SPECIAL[kind].values(), "<|visual token 000007|>", "<image>"]:
+        ids = texts[kind].encode(f"say {special} now")
+        assert max(ids) < model.TINY_TEXT and texts[kind].decode(ids) == f"say {special} now"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates and masks
+# ---------------------------------------------------------------------------------------------------------------------
+def check(task, pieces, *expected, labels=None):
+    """Compare one sample with its tokens written by hand: (token or tokens, mark) in order.
+
+    Marks: k key (condition), q trained and query, t trained only, . none of them.
+    """
+    flat = [(i, mark) for part, mark in expected for i in (part if isinstance(part, list) else [part])]
+    (ids, marks), batch = zip(*flat, strict=True), data.collate(task, [pieces], torch.tensor([True]), 0, codes=labels)
+    answer = iter(ids if labels is None else [None] * marks.index("q") + labels[0].tolist())
+    assert batch.tokens[0].tolist() == list(ids)
+    assert batch.labels[0].tolist() == [i if mark in "qt" else -100 for i, mark in zip(answer, marks, strict=True)]
+    assert batch.condition[0].tolist() == [mark == "k" for mark in marks]
+    assert batch.queries[0].tolist() == [mark == "q" for mark in marks]
+
+
+def test_masks_of_emu3_generation(texts):
+    """Keys are BOS and prompt, queries the codes that predict a code; size (height first), tags and ends are neither.
+
+    The last code of a row predicts the row end, so it is trained but no query; only codes are trained.
+    """
+    ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
+    v, pieces = ids["visual"], data.Emu3Template(PRESET["emu3"], texts["emu3"]).generation(
+        "a red cross", torch.tensor([[5, 9, 0], [7, 2, 1]]))
+    check("gen", pieces, (ids["bos"], "k"), (e("a red cross"), "k"),
+          (ids["boi"], "."), (e("2*3"), "."), (ids["img"], "."),
+          ([v + 5, v + 9], "q"), (v + 0, "t"), (ids["eol"], "."), ([v + 7, v + 2], "q"), (v + 1, "t"),
+          ([ids["eol"], ids["eof"], ids["eoi"]], "."))
+
+
+def test_masks_of_emu3_understanding(texts):
+    """Keys are the codes alone; queries the answers of all turns without their EOS, which is trained but asks nothing.
+
+    Question and template belong to neither; the template itself adds the full stop after the question.
+    """
+    ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
+    turns = data.question_parts([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
+    v, pieces = ids["visual"], data.Emu3Template(PRESET["emu3"], texts["emu3"]).understanding(
+        turns, [torch.tensor([[5, 9], [7, 2]])])
+    check("und", pieces, (ids["bos"], "."), (e("You are a helpful assistant. USER: "), "."),
+          (ids["boi"], "."), (e("2*2"), "."), (ids["img"], "."), ([v + 5, v + 9], "k"), (ids["eol"], "."),
+          ([v + 7, v + 2], "k"), (ids["eol"], "."), (ids["eof"], "."), (ids["eoi"], "."),
+          (e("is it red?"), "."), (e(". ASSISTANT:"), "."), (e("yes"), "q"), (ids["eos"], "t"),
+          (e(" USER: "), "."), (e("how many crosses?"), "."), (e(". ASSISTANT:"), "."),
+          (e("two or three"), "q"), (ids["eos"], "t"))
+
+
+def test_masks_of_janus_generation(texts):
+    """Keys are all tokens before begin-of-image; of the codes the last predicts nothing, so it is no query."""
+    ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
+    codes = torch.tensor([[5, 9, 0, 7]])
+    pieces = data.JanusTemplate(PRESET["janus"], texts["janus"]).generation(" a red cross ", codes[0])
+    check("gen", pieces, (ids["bos"], "k"), (ids["user"], "k"), (e(": a red cross\n\n"), "k"),
+          (ids["assistant"], "k"), (e(":"), "k"), (ids["boi"], "."),
+          ([ids["placeholder"]] * 3, "q"), (ids["placeholder"], "t"), labels=codes)
+
+
+def test_masks_of_janus_understanding(texts):
+    """As in Emu3: keys are the image tokens of all pictures, queries the answers; no BOS within the conversation."""
+    ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
+    turns = data.question_parts([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
+    config = replace(PRESET["janus"], image_size=2 * PRESET["janus"].vit_patch)              # 2 x 2 image tokens
+    picture = [(ids["boi"], "."), ([ids["placeholder"]] * 4, "k"), (ids["eoi"], ".")]
+    check("und", data.JanusTemplate(config, texts["janus"]).understanding(turns, None),
+          (ids["bos"], "."), (ids["user"], "."), (e(": "), "."), *picture, (e("\nand"), "."), *picture,
+          (e("\nred?\n\n"), "."), (ids["assistant"], "."), (e(":"), "."), (e(" yes"), "q"), (ids["eos"], "t"),
+          (ids["user"], "."), (e(": how many crosses?\n\n"), "."), (ids["assistant"], "."), (e(":"), "."),
+          (e(" two or three"), "q"), (ids["eos"], "t"))
+
+
+@pytest.mark.parametrize("words", [1, 2, 5])
+def test_an_answer_has_a_query_for_each_of_its_tokens(words):
+    """EOS is the last answer token: the token before it asks too, so that a one-word answer has exactly one query."""
+    pieces = [([1] * 4, data.IMAGE), ([2], data.TEXT), ([*range(10, 10 + words), 3], data.ANSWER)]
+    batch = data.collate("und", [pieces, [*pieces, ([2], data.TEXT), ([7, 3], data.ANSWER)]], torch.ones(2).bool(), 0)
+    assert batch.queries.sum(1).tolist() == [words, words + 1] and not batch.queries[batch.tokens == 3].any()
+    assert (batch.labels[batch.tokens == 3] == 3).all()
+
+
+def world_records(task, n, turns=4):
+    source = data.WorldSource(data.World(0), n, 0, turns)
+    return [source.record(task, i, random(i)) for i in range(n)]
+
+
+@both_kinds
+def test_a_dropped_prompt_is_invalid_for_aia_but_trained(kind, preparers):
+    """Guidance needs pictures without a prompt. Emu3: an empty caption. Janus-Pro: pads from BOS to begin-of-image."""
+    ids, records, rngs = PRESET[kind].ids, world_records("gen", 3), [random(i) for i in range(3)]
+    full, dropped = (preparers[kind].batch(records, rngs, drop) for drop in (0.0, 1.0))
+    assert full.aia_valid.all() and not dropped.aia_valid.any()
+    assert torch.equal(dropped.labels[dropped.labels != -100], full.labels[full.labels != -100])
+    for row, before in zip(dropped.tokens.tolist(), full.tokens.tolist(), strict=True):
+        pads = [ids["pad"]] * (before.index(ids["boi"]) - 1) if kind == "janus" else []
+        assert row[:len(pads) + 2] == [ids["bos"], *pads, ids["boi"]]
+
+
+@both_kinds
+@pytest.mark.parametrize("task", ["gen", "und"])
+def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
+    """Beside longer samples a sample keeps its tokens, labels and masks; the pads behind it have none."""
+    records = world_records(task, 3, turns=1) + world_records(task, 3, turns=4)
+    together, p = preparers[kind].batch(records), preparers[kind]
+    lengths = []
+    for i, record in enumerate(records):
+        alone = p.batch([record])
+        n = alone.tokens.shape[1]
+        lengths.append(n)
+        for name, empty in (("tokens", p.text.ids["pad"]), ("labels", -100), ("condition", False), ("queries", False)):
+            row = getattr(together, name)[i]
+            assert torch.equal(row[:n], getattr(alone, name)[0]) and (row[n:] == empty).all(), name
+    assert min(lengths) < max(lengths) == together.tokens.shape[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("width, height, expected", [
+    (640, 427, (424, 640)), (500, 333, (424, 632)), (1000, 301, (304, 1000)), (384, 384, (512, 512)),
+    (200, 150, (448, 592)), (1600, 1203, (880, 1176)), (719, 717, (720, 720)), (4000, 3000, (880, 1176)),
+    (524, 516, (512, 528))])                            # 64.5 and 65.5 codes: half to even, 64 and 66
+def test_emu3_picture_sizes(width, height, expected):
+    """What Emu3's own code makes of a picture: multiples of 8, area within 512^2..1024^2, height x width."""
+    assert data.smart_resize(height, width, model.PRESETS["emu3-8b"]) == expected
+    if width < 600:
+        assert data.emu3_picture(Image.new("RGB", (width, height)), model.PRESETS["emu3-8b"]).shape == (3, *expected)
+
+
+@pytest.mark.parametrize("width, height, inner", [(500, 333, (384, 255)), (333, 500, (255, 384)), (96, 96, (384, 384)),
+                                                  (1000, 20, (384, 14))])
+def test_janus_reads_a_picture_on_grey_with_truncated_sides(width, height, inner):
+    """333 / 500 * 384 = 255.7 becomes 255, at least 14; the rest of the square is 127, its larger part last."""
+    pixels = data.janus_reading(Image.new("RGB", (width, height), "white"), model.PRESETS["janus-pro-7b"])
+    expected = np.full((384, 384, 3), 127, np.uint8)
+    left, top = ((384 - side) // 2 for side in inner)
+    expected[top:top + inner[1], left:left + inner[0]] = 255
+    torch.testing.assert_close(pixels, torch.from_numpy(expected / np.float32(255)).permute(2, 0, 1) * 2 - 1)
+
+
+@pytest.mark.parametrize("width, height", [(1600, 800), (800, 1600), (90, 45), (768, 384)])
+def test_janus_draws_the_centre_square(width, height):
+    """The short side becomes 384 and the long one is cropped on both sides: of bands 1 : 2 : 1 the middle is left."""
+    long = max(width, height)
+    bands = np.zeros((height, width, 3), np.uint8)
+    rows = bands if height > width else bands.transpose(1, 0, 2)
+    rows[:] = (255, 0, 0)
+    rows[long // 4:long - long // 4] = (0, 255, 0)
+    pixels = data.janus_drawing(Image.fromarray(bands), model.PRESETS["janus-pro-7b"])
+    assert pixels.shape == (3, 384, 384)
+    middle = pixels[:, 192, :] if width > height else pixels[:, :, 192]                      # (3, 384), along the bands
+    assert (middle[1, 8:-8] > 0.99).all() and (middle[0, 8:-8] < -0.99).all()
+
+
+def test_pictures_are_truncated_to_bytes():
+    """Both models cut the fraction off instead of rounding, and clip: (0 + 1) / 2 * 255 = 127.5 becomes 127."""
+    pixels = torch.tensor([-9.0, -1.0, 0.0, 0.9999, 1.0, 9.0])[None, None].expand(3, 1, 6)
+    assert data.to_picture(pixels)[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    picture = random(0).integers(256, size=(5, 4, 3)).astype(np.uint8)
+    assert np.abs(data.to_picture(data.to_tensor(picture)).astype(int) - picture).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+def entry(image, *turns, **more):
+    """A record as it stands in a JSON-lines file; turns are (human, gpt)."""
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    return {"image": image, "conversations": said} | more
+
+
+@pytest.fixture
+def album(tmp_path):
+    """A folder with pictures, good and bad, and a function that writes a JSON-lines file beside them."""
+    for name, picture in zip("abc", data.draw(training_scenes(3)), strict=True):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    Image.fromarray(random(0).integers(256, size=(60, 60, 3)).astype(np.uint8)).save(tmp_path / "huge.png")
+    Image.new("RGB", (280, 10)).save(tmp_path / "flat.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "huge.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no picture")
+
+    def write(*entries):
+        lines = [e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in entries]
+        (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return tmp_path / "train.jsonl"
+    return write
+
+
+DRAWN, ASKED = entry("a.png", ("a red cross", "<image>")), entry("b.png", ("is it red?", "yes"), ("and blue?", "no"))
+
+
+@both_kinds
+def test_records_of_both_tasks_are_read(kind, album):
+    """The task follows from the conversation; a place names file and line, paths are relative to the file."""
+    file = album(DRAWN, "", ASKED | {"task": "und", "id": "x"}, entry(["b.png", "c.png"], ("same?", "no")))
+    source = data.FileSource(file, kind)
+    drawn, = source.records["gen"]
+    asked, two = source.records["und"]
+    assert drawn == data.Record(f"{file}:1", "gen", (("a red cross", "<image>"),), (file.parent / "a.png",))
+    assert asked.place == f"{file}:3" and asked.turns == (("is it red?", "yes"), ("and blue?", "no"))
+    assert two.pictures == (file.parent / "b.png", file.parent / "c.png")
+
+
+def test_text_may_hold_any_line_separator_but_the_newline(album):
+    """JSON allows U+2028 and its like inside a string, and captions from the web have them: they end no record."""
+    file = album(DRAWN, entry("a.png", ("a\u2028red\x85cross", "<image>")))
+    assert [record.turns[0][0] for record in data.FileSource(file, "emu3").records["gen"]][1] == "a\u2028red\x85cross"
+
+
+@both_kinds
+@pytest.mark.parametrize("images, marked, bare", [
+    ("b.png", "<image>\nis it red?", "is it red?"), ("b.png", " <image> is it red? ", "is it red?"),
+    (["b.png", "c.png"], "<image><image>is it red?", "is it red?")])
+def test_the_image_mark_is_optional(kind, images, marked, bare, album, preparers):
+    """Without a mark the pictures come first, which is where the mark usually stands: both give the same batch."""
+    file = album(*(entry(images, (asked, "yes"), ("and blue?", "no")) for asked in (marked, bare)))
+    one, other = (preparers[kind].batch([record]) for record in data.FileSource(file, kind).records["und"])
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.condition, other.condition)
+
+
+@both_kinds
+def test_several_pictures_stand_where_their_marks_are(kind, album, preparers):
+    """Pictures enter in the order of the list, also over several turns, and all their tokens are keys."""
+    file = album(entry(["c.png", "a.png"], ("see <image>", "yes"), ("like <image> ?", "no")),
+                 entry("c.png", ("?", "no")), entry("a.png", ("?", "no")))
+    p = preparers[kind]
+    both, *single = (p.batch([record]) for record in data.FileSource(file, kind).records["und"])
+    keys = [batch.tokens[batch.condition].tolist() for batch in (both, *single)]
+    assert keys[0] == keys[1] + keys[2]
+    if kind == "janus":
+        assert torch.equal(both.pixels, torch.cat([single[0].pixels, single[1].pixels]))
+
+
+def test_an_export_is_read_back_to_the_same_pictures(tmp_path, capsys):
+    """Pictures are stored without loss, so the built-in world and its export are the same training data."""
+    data.main(["export", str(tmp_path / "world"), "--n", "10", "--seed", "3"])
+    source, drawn = data.FileSource(tmp_path / "world/train.jsonl", "emu3"), data.WorldSource(data.World(3), 10, 3)
+    assert [source.count(task) for task in ("gen", "und")] == [5, 5] and "10 records" in capsys.readouterr().out
+    for offset, task in enumerate(("gen", "und")):
+        for i, record in enumerate(source.records[task]):
+            scene = drawn.scenes[2 * i + offset]
+            assert np.array_equal(data.load_picture(record.pictures[0], "emu3"), drawn.pictures[2 * i + offset])
+            assert all(fits(asked, scene) if task == "gen" else answer_of(asked, scene) == answer
+                       for asked, answer in record.turns)
+
+
+def use(file, p, on_bad_record):
+    """Read a file and make a step of it, in which every record takes part: (bad records, places in the batches)."""
+    source = data.FileSource(file, p.config.kind, on_bad_record)
+    schedule = data.Schedule(source, p, 0, 6, (1, 1), 2, drop=0.0, on_bad_record=on_bad_record)
+    return [place for batch in schedule.step(0) for place in batch.places], source.bad + schedule.bad
+
+
+BAD = {
+    "missing picture": (entry("none.png", ("is it?", "no")), "none.png is missing.*relative to the JSON file"),
+    "text as picture": (entry("text.png", ("is it?", "no")), "text.png cannot be opened.*is it a picture"),
+    "truncated picture": (entry("cut.png", ("is it?", "no")), "cut.png is broken.*replace it"),
+    "truncated picture to draw": (entry("cut.png", ("a cross", "<image>")), "cut.png is broken.*replace it"),
+    "extreme ratio": (entry("flat.png", ("is it?", "no")), "280 x 10.*crop it"),
+    "not JSON": ('{"image": "a.png", ', "not JSON.*one object per line"),
+    "no object": ('["a.png"]', 'needs "image" and "conversations"'),
+    "unknown field": (DRAWN | {"captions": 1}, "unknown field 'captions'.*known are"),
+    "unknown task": (DRAWN | {"task": "edit"}, "unknown task 'edit'.*gen, und"),
+    "wrong task": (DRAWN | {"task": "und"}, "task is 'und'.*means drawing"),
+    "empty answer": (entry("a.png", ("is it?", " ")), "answer is empty.*needs text"),
+    "no answer": (entry("a.png") | {"conversations": [{"from": "human", "value": "?"}]}, "human and gpt turns in turn"),
+    "too many marks": (entry("a.png", ("<image> and <image>?", "no")), "2 <image> marks.*for 1 pictures.*one each"),
+    "drawing in two turns": (entry("a.png", ("a cross", "<image>"), ("?", "no")), "one human turn with the prompt"),
+    "long caption": (entry("a.png", ("red " * 300, "<image>")), "tokens, but the model takes.*shorten"),
+}
+
+
+@both_kinds
+@pytest.mark.parametrize("line, message", BAD.values(), ids=BAD)
+def test_a_bad_record_is_named_with_line_and_remedy(kind, line, message, album, preparers):
+    """One line says where and what to do; "skip" leaves just this record out and lists it."""
+    file = album(DRAWN, ASKED, line)
+    with pytest.raises(InputError, match=f"^{file}:3: .*{message}") as error:
+        use(file, preparers[kind], "stop")
+    assert "\n" not in str(error.value) and "--on-bad-record skip" in str(error.value)
+    places, bad = use(file, preparers[kind], "skip")
+    assert set(places) == {f"{file}:1", f"{file}:2"} and len(bad) == 1 and re.search(f"^{file}:3: .*{message}", bad[0])
+
+
+@pytest.mark.parametrize("limit", [1000, 2000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused(limit, album, preparers, monkeypatch):
+    """A small file can unpack to gigabytes: Pillow warns above its limit and refuses above twice, both are refused."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    file = album(DRAWN, ASKED, entry("huge.png", ("is it?", "no")))                          # 3600 pixels
+    with pytest.raises(InputError, match=f"^{file}:3: .*shrink it first"):
+        use(file, preparers["emu3"], "stop")
+    assert len(use(file, preparers["emu3"], "skip")[1]) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"], ids=["missing", "empty", "not UTF-8"])
+def test_a_file_without_records_is_refused(content, tmp_path):
+    """The message names the file, not a place inside the program."""
+    if content is not None:
+        (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=f"--data {tmp_path / 'train.jsonl'} .*(give|see)"):
+        data.FileSource(tmp_path / "train.jsonl", "emu3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule
+# ---------------------------------------------------------------------------------------------------------------------
+def schedule(p, n=10, batch_size=6, ratio=(1, 1), micro_batch=64, drop=0.3):
+    return data.Schedule(data.WorldSource(data.World(0), n, 0), p, 0, batch_size, ratio, micro_batch, drop)
+
+
+@pytest.mark.parametrize("ratio", [(1, 1), (2, 1), (4, 1), (1, 2), (1, 0)])
+def test_the_ratio_is_honoured_over_any_window(ratio, preparers):
+    """Counts come from the running total, so no window of steps is more than one sample away from the ratio."""
+    before = [data.samples_before(step, 5, ratio)["gen"] for step in range(40)]
+    for first in range(40):
+        for last in range(first + 1, 40):
+            assert abs(before[last] - before[first] - (last - first) * 5 * ratio[0] / sum(ratio)) < 1
+    made = schedule(preparers["emu3"], batch_size=5, ratio=ratio).step(3)
+    assert sum(len(b.tokens) for b in made) == 5
+    assert sum(len(b.tokens) for b in made if b.task == "gen") == before[4] - before[3]
+
+
+@both_kinds
+def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, preparers):
+    """Records, words and dropped prompts follow from seed and position alone, so memory can be traded for time."""
+    def samples(micro_batch):
+        return [(b.task, place, tokens[:1 + int((tokens != pad).nonzero().max())].tolist(), bool(valid))
+                for b in schedule(preparers[kind], batch_size=12, micro_batch=micro_batch).step(2)
+                for place, tokens, valid in zip(b.places, b.tokens, b.aia_valid, strict=True)]
+    pad = preparers[kind].text.ids["pad"]
+    assert samples(1) == samples(4) == samples(64)
+    assert {valid for task, *_, valid in samples(64) if task == "gen"} == {True, False}
+
+
+def test_every_record_comes_once_per_epoch(preparers):
+    """Each epoch is a permutation, and another one each time."""
+    plan = schedule(preparers["emu3"], n=7)
+    for task in ("gen", "und"):
+        epochs = [[plan.record(task, i)[0].place for i in range(first, first + 7)] for first in (0, 7, 14)]
+        assert all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_missing_task_is_named_with_its_ratio(album, preparers):
+    """Data of one task alone are usable with a ratio that asks for no other."""
+    source = data.FileSource(album(DRAWN), "emu3")
+    with pytest.raises(InputError, match="no record for task 'und'.*--ratio 1:0"):
+        data.Schedule(source, preparers["emu3"], 0, 4, (1, 1), 4)
+    assert {b.task for b in data.Schedule(source, preparers["emu3"], 0, 4, (1, 0), 4).step(0)} == {"gen"}
+
+
+@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])
+def test_a_ratio_that_is_none_is_refused(text):
+    """Two whole numbers, not both zero."""
+    with pytest.raises(InputError, match="--ratio .*GEN:UND"):
+        data.parse_ratio(text)

@@ -1,0 +1,245 @@
+"""Claims about judging: scores, curves, and the commands that draw and answer (eval.py)."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import answer_of
+
+import aia
+import data
+import eval as judge
+import model
+import train
+
+NAMES = ("tiny-emu3", "tiny-janus")
+RED, BLUE = data.Thing(shape="circle", colour="red", place=0), data.Thing(shape="cross", colour="blue", place=3)
+both_models = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run folder for each kind: a model with fresh weights, its tokenizer, the settings."""
+    folders = {}
+    for name in NAMES:
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        config = replace(model.PRESETS[name], layers=2, width=64, ffn=64)
+        data.train_tokenizer(folder / "tokenizer.json", config)
+        torch.manual_seed(0)
+        train.save_checkpoint({"config": asdict(config), "model": model.from_config(config).state_dict()},
+                              folder / "checkpoint.pt")
+        judge.write_json(asdict(train.TrainConfig(preset=name)), folder / "settings.json")
+        Image.fromarray(data.draw([(RED,)])[0]).save(folder / "red.png")
+    return folders
+
+
+def opened(folder):
+    m = model.load(folder)
+    return m, data.Text(m.tokenizer_file, m.config.kind)
+
+
+def command(*argv):
+    data.run(lambda: judge.main([str(word) for word in argv]))
+
+
+def result_of(capsys):
+    """What a command printed before its last line, and the object in that line."""
+    before, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+    return before, json.loads(last.removeprefix("result "))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+def test_right_answers_score_one(monkeypatch):
+    """Someone who reads the pictures and answers by the words of the question is right in every measure."""
+    def look(m, text, asked, **_):
+        scenes, _ = data.read(np.stack([picture for picture, _ in asked]))
+        return [answer_of(question, scene) for (_, question), scene in zip(asked, scenes, strict=True)]
+    monkeypatch.setattr(judge, "answer", look)
+    scores = judge.score_understanding(None, None, data.World(0), 8)
+    assert scores.pop("und_by_kind") == dict.fromkeys(data.QUESTIONS, 1.0) and set(scores.values()) == {1.0}
+
+
+def test_always_yes_scores_chance(monkeypatch):
+    """Half of the yes/no questions are true: accuracy 1/2, F1 2/3, and no pair of a true and a false one right."""
+    monkeypatch.setattr(judge, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
+    scores = judge.score_understanding(None, None, data.World(0), 8)
+    assert {kind: scores["und_by_kind"][kind] for kind in ("existence", "count", "colour", "choice")} == {
+        "existence": 0.5, "count": 0.0, "colour": 0.0, "choice": 0.0} and scores["und_by_kind"]["position"] < 1
+    assert (scores["f1"], scores["acc_plus"], scores["circular"]) == (pytest.approx(2 / 3), 0.0, 0.0)
+    assert scores["und"] == pytest.approx(np.mean(list(scores["und_by_kind"].values())))
+
+
+def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
+    """All four rotations of a question must be answered rightly, which guessing a letter never does."""
+    monkeypatch.setattr(judge, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
+    scores = judge.score_understanding(None, None, data.World(0), 40)
+    assert 0 < scores["und_by_kind"]["choice"] < 1 and scores["circular"] == 0
+
+
+@pytest.mark.parametrize("drawn, expected", [("right scene", 1.0), ("another shape", 0.0), ("noise in a cell", 0.0)])
+def test_drawings_are_scored_by_what_they_show(drawn, expected, monkeypatch):
+    """The picture of each prompt must show its combination and nothing else, readable in every cell."""
+    scenes, choose = [], data.World.held_out_scene
+    monkeypatch.setattr(data.World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
+
+    def paint(m, text, prompts, seed):
+        assert len(prompts) == len(scenes)
+        shown = [scene for scene, _ in scenes]
+        if drawn == "another shape":
+            following = dict(zip(data.SHAPES, (*data.SHAPES[1:], data.SHAPES[0]), strict=True))
+            shown = [(replace(one, shape=following[one.shape]), *rest) for one, *rest in shown]
+        pictures = data.draw(shown)
+        for picture, scene in zip(pictures, shown, strict=True) if drawn == "noise in a cell" else ():
+            free = next(place for place in range(data.CELLS) if place not in {t.place for t in scene})
+            row, column = (data.CELL * x for x in divmod(free, data.GRID))
+            noise = np.random.default_rng(0).integers(256, size=(data.CELL, data.CELL, 3))
+            picture[row:row + data.CELL, column:column + data.CELL] = noise
+        return torch.stack([data.to_tensor(picture) for picture in pictures])
+    monkeypatch.setattr(judge, "draw", paint)
+    scores, (prompts, pictures, right) = judge.score_generation(None, None, data.World(0), 5)
+    assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(data.SKILLS, expected)}
+    assert len(prompts) == len(pictures) == len(right) == 5 * len(data.SKILLS)
+
+
+@pytest.mark.parametrize("offset, psnr, reader", [(0, 90, 1.0), (10, 20 * np.log10(25.5), 1.0)])
+def test_the_tokenizer_score_is_that_of_its_pictures(offset, psnr, reader):
+    """A tokenizer that darkens by 10 of 255 has 28 dB and is still read; PSNR = 20 log10(255 / error)."""
+    class Darker(torch.nn.Linear):
+        encode_images = staticmethod(lambda pixels: pixels)
+        decode_images = staticmethod(lambda pixels: pixels - 2 * offset / 255 + 1e-4)
+    scores = judge.score_tokenizer(Darker(1, 1), data.World(0), 6)
+    assert scores["reader"] == reader and scores["psnr"] >= psnr - 0.1 and (offset == 0 or scores["psnr"] < psnr + 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+# ---------------------------------------------------------------------------------------------------------------------
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_the_uniform_share_is_the_intensity_of_even_attention(name, task, runs):
+    """Without queries and keys all scores are 0, and every visible key gets the same weight, in every layer."""
+    m, text = opened(runs[name])
+    for layer in m.lm.layers:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 5)
+    with torch.inference_mode():
+        found = m(batch).intensity
+    torch.testing.assert_close(found, judge.uniform_share(batch)[:, None].expand(-1, 2), rtol=0, atol=1e-6)
+
+
+@both_models
+def test_curves_are_stored_for_every_layer(name, runs, tmp_path, capsys):
+    """Picture and JSON stand beside each other: intensity and spread of each layer, target, delta and share of keys."""
+    command("curves", "--checkpoint", runs[name], "--n", 3, "--out", tmp_path / "curves.png")
+    _, result = result_of(capsys)
+    stored, (m, text) = json.loads((tmp_path / "curves.json").read_text()), opened(runs[name])
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    for task in aia.TASKS:
+        target, delta = aia.targets(2, task)
+        rows = stored[task]
+        assert rows["target"] == target.tolist() and rows["delta"] == delta.tolist()
+        batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 3)
+        with torch.inference_mode():
+            out = m(batch)
+        assert rows["after"]["intensity"] == pytest.approx(out.intensity.mean(0).tolist(), abs=1e-6)
+        assert rows["after"]["std"] == pytest.approx(out.intensity.std(0, correction=0).tolist(), abs=1e-6)
+        assert rows["after"]["ntp"] == pytest.approx(out.ntp.item() / out.tokens)
+        assert rows["after"]["aia"] == result[f"aia_{task}"]["after"] == pytest.approx(
+            aia.loss(out.intensity, target, delta, batch.aia_valid).item(), abs=1e-6)
+
+
+def test_curves_without_huber_are_json_for_every_reader(runs, tmp_path):
+    """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity."""
+    for name in ("checkpoint.pt", "tokenizer.json"):
+        shutil.copy(runs["tiny-emu3"] / name, tmp_path)
+    judge.write_json(asdict(train.TrainConfig(aia_variant="no-huber")), tmp_path / "settings.json")
+    command("curves", "--checkpoint", tmp_path, "--n", 1)
+    json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
+    """Attention on a set of keys is a sum, so the gap is the attention on the first token, which is text."""
+    m, text = opened(runs["tiny-emu3"])
+    preparer, samples = data.Preparer(m, text), judge.HeldOut(data.World(0), 0)
+    rows = judge.measure(m, preparer, samples, task, 3, *aia.targets(2, task))
+    batch, = samples.batches(preparer, task, 3)
+    first = torch.zeros_like(batch.condition)
+    first[:, 0] = task == "gen"
+    with torch.inference_mode():
+        gap = m(replace(batch, condition=first)).intensity.mean(0)
+    assert (gap > 1e-3).all() or task == "und"
+    torch.testing.assert_close(torch.tensor(rows["intensity"]) - torch.tensor(rows["without_first_token"]), gap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+@both_models
+def test_a_drawing_is_repeated_by_its_seed(name, runs, tmp_path, capsys):
+    """Codes are drawn from the seed alone: same seed same file, another seed another; the size is as stated."""
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for seed, file in zip((1, 1, 2), files, strict=True):
+        command("generate", "--checkpoint", runs[name], "--prompt", "a red cross", "--seed", seed, "--out", file,
+                "--scale", 3)
+        _, result = result_of(capsys)
+        assert Image.open(file).size == (result["width"], result["height"]) == (3 * model.PRESETS[name].image_size,) * 2
+    first, same, other = (file.read_bytes() for file in files)
+    assert first == same != other
+
+
+@both_models
+def test_chat_prints_the_models_answer(name, runs, capsys):
+    """What is printed is the greedy answer, alone on the lines before the result."""
+    picture, question = runs[name] / "red.png", "is there a red circle?"
+    command("chat", "--checkpoint", runs[name], "--image", picture, "--question", question, "--max-new-tokens", 5)
+    printed, result = result_of(capsys)
+    expected, = judge.answer(*opened(runs[name]), [(picture, question)], max_new_tokens=5)
+    assert printed == result["answer"] == expected != ""
+
+
+@both_models
+def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
+    """Prompts of different lengths are padded in front, which changes no answer."""
+    m, text = opened(runs[name])
+    pictures = data.draw([(RED,), (BLUE,)])
+    asked = [(pictures[0], "what?"), (pictures[1], "is there a red circle at the top left of it?"), (pictures[1], "?")]
+    assert judge.answer(m, text, asked) == [judge.answer(m, text, [one])[0] for one in asked]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["paint"], "no command 'paint'.*score, generate"), (["score"], "needs --checkpoint"),
+    (["score", "--checkpoint", "nowhere"], "checkpoint nowhere/checkpoint.pt is missing"),
+    (["generate", "--checkpoint", "RUN", "--out", "nowhere/red.png"], "nowhere/red.png"),
+    (["generate", "--checkpoint", "RUN", "--out", "RUN/red.unknown"], "red.unknown"),
+    (["curves", "--checkpoint", "RUN", "--device", "toaster"], "--device toaster.*cpu"),
+    (["chat", "--checkpoint", "RUN"], "needs --image"),
+    (["chat", "--checkpoint", "RUN", "--image", "none.png", "--question", "?"], "picture none.png is missing"),
+    (["chat", "--checkpoint", "RUN", "--image", "RUN/settings.json", "--question", "?"], "settings.json cannot be"),
+    (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "--data none.jsonl cannot be read"),
+    (["collect", "--runs", "nowhere/*"], "no finished run matches nowhere"),
+    (["chat", "--bogus"], "unrecognized arguments: --bogus")])
+def test_bad_input_is_refused_with_one_line(words, message, runs, capsys):
+    """The line names cause and remedy, the exit status is 2."""
+    with pytest.raises(SystemExit) as stop:
+        command(*(word.replace("RUN", str(runs["tiny-emu3"])) for word in words))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and (len(lines) == 1 or lines[0].startswith("usage:"))
+    assert re.search(message, lines[-1])
+
+
+@pytest.mark.parametrize("missing", ["checkpoint.pt", "tokenizer.json", "settings.json"])
+def test_an_incomplete_run_folder_is_named(missing, runs, tmp_path, capsys):
+    """A checkpoint that was copied alone lacks its vocabulary, its world and its targets."""
+    for name in {"checkpoint.pt", "tokenizer.json", "settings.json"} - {missing}:
+        shutil.copy(runs["tiny-emu3"] / name, tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command("curves", "--checkpoint", tmp_path)
+    assert stop.value.code == 2 and missing in capsys.readouterr().err

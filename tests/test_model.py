@@ -1,0 +1,485 @@
+"""Claims about the two models (model.py): attention, sizes, padding, caching, drawing, and parity with transformers."""
+
+import functools
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import aia
+import data
+import model
+from aia import InputError
+
+TINY = ["tiny-emu3", "tiny-janus"]
+SMALL = {"layers": 2, "heads": 4, "kv_heads": 2}        # shared key/value heads, which the tiny presets do not have
+GRID = (2, 3)                                   # sides of the code grid that the drawing tests use
+
+
+@pytest.fixture(autouse=True)
+def seed_and_one_thread():
+    """On a busy machine threads that wait for each other make these tiny sizes ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def shake(m):
+    """Break what initialisation makes equal: no error hides behind a norm of 1, a bias of 0 or uniform attention."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if p.dim() == 1:
+                p.normal_(0 if name.endswith("bias") else 1, 0.1)
+            else:
+                p.normal_(0, p[0].numel() ** -0.5)
+        for norm in m.modules():
+            if isinstance(norm, torch.nn.BatchNorm3d):
+                norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(1, 1.1)
+    return m.eval()
+
+
+def tiny(name, **changes):
+    """A tiny model, always with the same weights."""
+    return shake(model.build(name, **changes))
+
+
+@pytest.fixture(scope="module", params=TINY)
+def m(request):
+    return tiny(request.param, **SMALL).requires_grad_(False)
+
+
+def close(got, expected, tolerance=1e-5):
+    """Equal up to a tolerance relative to the largest entry."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * max(expected.abs().max().item(), 1e-12))
+
+
+def batch_of(config, task):
+    """Two samples of different length: a drawing each, or two turns of questions about a picture each."""
+    text = SimpleNamespace(ids=config.ids, encode=lambda text: list(text.encode()))
+    template, codes = data.TEMPLATES[config.kind](config, text), torch.randint(config.codebook, (2, *config.grid))
+    if task == "gen":
+        samples = [template.generation(prompt, c) for prompt, c in zip(["a cat", "two red dogs"], codes, strict=True)]
+    else:
+        turns = [[(["what", 0], "a cat"), (["how many?"], "one")], [([0, "where is it?"], "on the left"), (["?"], "3")]]
+        samples = [template.understanding(t, [c]) for t, c in zip(turns, codes, strict=True)]
+    janus = config.kind == "janus"
+    pixels = torch.randn(2, 3, config.image_size, config.image_size) if janus and task == "und" else None
+    return data.collate(task, samples, torch.tensor([True, True]), config.ids["pad"], pixels,
+                        codes.flatten(1) if janus and task == "gen" else None)
+
+
+def padded(rows, pad, right=False):
+    """Rows of ids of different length -> ids (B, T), mask (B, T)."""
+    longest = max(map(len, rows))
+    gaps = [[pad] * (longest - len(row)) for row in rows]
+    ids = torch.tensor([row + gap if right else gap + row for row, gap in zip(rows, gaps, strict=True)])
+    lengths, place = torch.tensor([[len(row)] for row in rows]), torch.arange(longest)
+    return ids, place < lengths if right else place >= longest - lengths
+
+
+def words(n):
+    return torch.randint(10, 40, (n,)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and sizes
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("gaps", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("past", [0, 5, 8])
+@pytest.mark.parametrize("shared", [4, 2, 1])
+def test_fused_and_explicit_attention_agree(shared, past, gaps):
+    """Output, mass and gradients, with 4 heads on `shared` ones, cached keys, padding and a condition with holes."""
+    q, w = torch.randn(2, 2, 4, 9 - past, 8)
+    k, v = torch.randn(2, 2, shared, 9, 8)
+    condition, u = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]]).bool(), w[..., 0]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]).bool() if gaps else None
+    visible = model.positions_and_visibility(mask, past, q[:, 0])[1]
+    results = []
+    for attend in model.ATTENTION.values():
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, mass = attend(*inputs, visible, condition)
+        results.append([out, mass, *torch.autograd.grad((out * w).sum() + (mass * u).sum(), inputs)])
+        assert attend(*inputs, visible)[1] is None
+    for got, expected in zip(*results, strict=True):
+        close(got, expected)
+
+
+@pytest.mark.parametrize("task", aia.TASKS)
+@pytest.mark.parametrize("name", TINY)
+def test_whole_models_agree_with_either_attention(name, task):
+    """Loss, intensities and all gradients of next-token prediction plus AIA are those of the written-out softmax."""
+    results, batch = [], batch_of(model.PRESETS[name], task)
+    for attention in model.ATTENTION:
+        one = tiny(name, heads=4, kv_heads=2, attention=attention)
+        out = one(batch)
+        target, delta = aia.targets(one.config.layers, task)
+        (out.ntp / out.tokens + 10 * aia.loss(out.intensity, target, delta, batch.aia_valid)).backward()
+        grads = {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+        results.append({"ntp": out.ntp, "intensity": out.intensity, **grads})
+    assert results[0].keys() == results[1].keys()
+    for key, expected in results[0].items():
+        close(results[1][key], expected)
+
+
+@pytest.mark.parametrize("preset, total, parts", [
+    ("emu3-8b", 8_762_751_807, {
+        "lm.": 7_735_799_808, "lm.layers.0.": 218_112_000, "lm_head.": 756_211_712, "vq.": 270_740_287,
+        "vq.encoder": 109_488_252, "vq.decoder": 161_120_859, "vq.quantize.": 131_072, "vq.quant_conv.": 52,
+        "vq.post_quant_conv.": 52}),
+    ("janus-pro-7b", 7_407_773_323, {
+        "lm.": 6_490_935_296, "lm.layers.0.": 202_383_360, "lm_head.": 419_430_400, "vision.": 303_688_704,
+        "aligner.": 20_979_712, "gen_aligner.": 16_818_176, "gen_head.": 83_906_560, "gen_embed.": 131_072,
+        "vq.": 71_883_403, "vq.encoder.": 29_298_176, "vq.decoder.": 42_449_795, "vq.quantize.": 131_072,
+        "vq.quant_conv.": 2_056, "vq.post_quant_conv.": 2_304}),
+    ("janus-pro-1b", 2_076_636_811, {
+        "lm.": 1_442_940_928, "lm.layers.0.": 51_384_320, "lm_head.": 209_715_200, "vision.": 303_688_704,
+        "aligner.": 6_295_552, "gen_aligner.": 4_214_784, "gen_head.": 37_767_168, "gen_embed.": 131_072,
+        "vq.": 71_883_403}),
+])
+def test_full_models_have_the_published_number_of_parameters(preset, total, parts):
+    """Each part to the last parameter, built without memory; Janus-Pro without SigLIP's unused pooling head."""
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in model.build(preset).named_parameters()}
+    assert sum(sizes.values()) == total
+    assert {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in parts} == parts
+
+
+def test_rotary_frequencies_survive_bfloat16():
+    """At position 9216 and theta 1e6 rounded frequencies are radians off; rope_bf16 asks for just that."""
+    m, seen = tiny("tiny-emu3", theta=1e6, layers=1).to(torch.bfloat16), []
+    m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[1]))
+    for m.lm.rope_bf16 in (False, True):
+        cache = model.Cache(m.config, 1, 9217, torch.zeros(1, dtype=torch.bfloat16))
+        cache.used = 9216
+        m.lm(torch.zeros(1, 1, m.config.width, dtype=torch.bfloat16), cache=cache)
+    angle = 9216 * 1e6 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32).repeat(2)
+    kept, rounded = ([(part.double() - exact).abs().max() for part, exact in zip(rope, (angle.cos(), angle.sin()),
+                                                                               strict=True)] for rope in seen)
+    assert max(kept) < 2**-8 < 1 < min(rounded)
+
+
+def test_training_mode_changes_no_picture_code():
+    """Emu3's tokenizer has batch norms, which must not learn from, or depend on, a batch of the language model."""
+    m, pixels = tiny("tiny-emu3", vq_blocks=1), torch.randn(2, 3, 24, 24)
+    before = m.encode_images(pixels)
+    assert torch.equal(m.train().encode_images(pixels), before)
+    assert torch.equal(m.eval().encode_images(pixels), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss, padding, cache
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_loss_is_cross_entropy_of_the_full_logits(m, task):
+    """Position t predicts the label at t + 1, and positions without a label count for nothing."""
+    batch = batch_of(m.config, task)
+    logits = m.head(task)(m.lm(m.embed(batch))[0])
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+    out = m(batch, intensity=False)
+    close(out.ntp, expected)
+    assert out.tokens == (batch.labels[:, 1:] != -100).sum() and out.intensity is None
+
+
+def test_padding_on_either_side_changes_nothing(m):
+    """Pads are masked and positions counted from the first real token; on the right even the mask may be left out."""
+    rows = [words(5), words(9)]
+    (left, seen_left), (right, seen_right) = padded(rows, m.ids["pad"]), padded(rows, m.ids["pad"], right=True)
+    for b, row in enumerate(rows):
+        alone = m.logits(torch.tensor([row]))[0]
+        close(m.logits(left, mask=seen_left)[b][seen_left[b]], alone)
+        close(m.logits(right, mask=seen_right)[b][seen_right[b]], alone)
+        close(m.logits(right)[b][seen_right[b]], alone)
+    assert model.positions_and_visibility(seen_left, 0, left)[0].tolist() == [[0] * 4 + [*range(5)], [*range(9)]]
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (6, 9)], ids=["equal", "padded"])
+def test_cached_steps_equal_the_full_pass(m, lengths):
+    """Steps of 4, 1, 2 (Emu3's code and row end), 1 and 1 tokens see the same keys at the same positions."""
+    ids, mask = padded([words(n) for n in lengths], m.ids["pad"])
+    mask = None if mask.all() else mask
+    x, cache, parts = m.lm.embed_tokens(ids), model.Cache(m.config, 2, 9, m.lm.norm.weight), []
+    for n in (4, 1, 2, 1, 1):
+        end = cache.used + n
+        parts.append(m.lm(x[:, cache.used:end], None if mask is None else mask[:, :end], cache=cache)[0])
+    real = torch.ones_like(ids).bool() if mask is None else mask
+    close(torch.cat(parts, 1)[real], m.lm(x, mask)[0][real])
+
+
+def test_greedy_text_equals_full_passes_and_stops_at_eos(m):
+    """A batch of questions about pictures, padded on the left, against one question at a time without a cache."""
+    picture, pixels, expected = [m.ids["placeholder"]] * 36, torch.randn(2, 3, 24, 24), []
+    rows = [words(3) + picture + words(2), words(6) + picture + words(4)]
+    for b, row in enumerate(rows):
+        new = []
+        for _ in range(8):
+            new.append(m.logits(torch.tensor([row + new]), pixels[b:b + 1])[0, -1].argmax().item())
+        expected.append(new)
+    ids, mask = padded(rows, m.ids["pad"])
+    assert m.generate_text(ids, pixels, mask, max_new_tokens=8).tolist() == expected
+    # The same weights with the last token of one answer as EOS: both answers end where it first comes up.
+    stopping = tiny(f"tiny-{m.config.kind}", **SMALL, ids=m.ids | {"eos": expected[0][2]})
+    ends = [new[:new.index(expected[0][2]) + 1] if expected[0][2] in new else new for new in expected]
+    assert len(ends[0]) != len(ends[1])
+    longest = max(map(len, ends))
+    assert stopping.generate_text(ids, pixels, mask, max_new_tokens=8).tolist() == [
+        new + [m.ids["pad"]] * (longest - len(new)) for new in ends]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------------------------------
+def next_code_logits(m, prompt, codes):
+    """Logits (K,) of the code after a prompt and the codes so far, by a pass over the whole sequence."""
+    if m.config.kind == "janus":
+        drawn = m.gen_aligner(m.gen_embed(torch.tensor([codes], dtype=torch.long)))
+        x = torch.cat([m.lm.embed_tokens(torch.tensor([prompt])), drawn], 1)
+        return m.gen_head(m.lm(x)[0][0, -1])
+    tokens = []
+    for i, code in enumerate(codes):
+        tokens += [m.ids["visual"] + code, m.ids["eol"]][:2 if (i + 1) % GRID[1] == 0 else 1]
+    return m.logits(torch.tensor([prompt + tokens]))[0, -1, m.ids["visual"]:][:m.config.codebook]
+
+
+def draw_slowly(m, prompt, guidance, negative):
+    """Greedy codes of one prompt. s = u + g (c - u), u from the negative prompt (Emu3) or from pads (Janus-Pro)."""
+    free = negative or [prompt[0], *[m.ids["pad"]] * (len(prompt) - 2), prompt[-1]]
+    codes = []
+    for _ in range(GRID[0] * GRID[1]):
+        c, u = next_code_logits(m, prompt, codes), next_code_logits(m, free, codes)
+        codes.append((u + guidance * (c - u)).argmax().item())
+    return codes
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (4, 7)], ids=["equal", "padded"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_greedy_drawing_equals_full_passes(m, guidance, lengths):
+    """A batch with a cache, guidance and forced row ends draws what each prompt alone draws without them."""
+    rows, negative = [words(n) for n in lengths], words(6) if m.config.kind == "emu3" else None
+    expected = [draw_slowly(m, row, guidance, negative) for row in rows]
+    ids, mask = padded(rows, m.ids["pad"])
+    negative = negative and torch.tensor([negative])
+    for how in ({"temperature": 0}, {"top_k": 1}):                              # of one code to choose from, any draw
+        codes = m.generate_images(ids, mask, GRID, negative, guidance, **how)   # takes the likeliest
+        assert codes.flatten(1).tolist() == expected
+    assert len(set(sum(expected, []))) > 3      # a model that repeats one code would prove little
+
+
+def test_teacher_forced_logits_are_those_of_each_step(m):
+    """One pass over prompt and codes gives what drawing them one by one gives; Emu3's row ends are skipped."""
+    rows, codes = [words(5), words(5)], torch.randint(m.config.codebook, (2, *GRID))
+    got = m.image_logits(torch.tensor(rows), m.as_codes(codes))
+    for row, flat, logits in zip(rows, codes.flatten(1).tolist(), got, strict=True):
+        close(logits, torch.stack([next_code_logits(m, row, flat[:i]) for i in range(6)]))
+
+
+def test_emu3_rows_end_with_a_row_end_token():
+    """Two rows of three codes are eight tokens."""
+    m = tiny("tiny-emu3")
+    visual, eol = m.ids["visual"], m.ids["eol"]
+    block = m.block(torch.tensor([[[0, 1, 2], [63, 4, 5]]]))
+    assert (block - visual).tolist() == [[[0, 1, 2, eol - visual], [63, 4, 5, eol - visual]]]
+
+
+def test_sampling_keeps_what_it_is_told_to():
+    """Of probabilities 0.1, 0.5, 0.05, 0.35: temperature 0 takes the second, top-k 2 and top-p 0.6 two of them."""
+    logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().expand(4000, -1)
+
+    def shares(temperature=1.0, top_k=0, top_p=1.0):
+        drawn = model.sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+        return torch.bincount(drawn, minlength=4) / len(drawn)
+
+    two = torch.tensor([0, 0.5, 0, 0.35]) / 0.85
+    cold = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
+    for got, expected in [(shares(), logits[0].exp()), (shares(top_k=2), two), (shares(top_p=0.6), two),
+                          (shares(0.5), cold / cold.sum()), (shares(top_p=0.45), torch.eye(4)[1]),
+                          (shares(0), torch.eye(4)[1])]:
+        assert torch.equal(got > 0, expected > 0)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("holes, pictures", [(35, 1), (0, 1), (36, 0), (36, 2)])
+def test_placeholders_must_match_the_pictures(m, holes, pictures):
+    """A picture of 6 x 6 tokens needs 36 of them, else codes would land on the wrong places."""
+    ids = torch.tensor([words(2) + [m.ids["placeholder"]] * holes])
+    with pytest.raises(InputError, match=f"^{holes} placeholders"):
+        m.logits(ids, torch.randn(pictures, 3, 24, 24) if pictures else None)
+
+
+@pytest.mark.parametrize("guidance", [1.0, None])
+def test_generation_refuses_prompts_padded_on_the_right(m, guidance):
+    """It would go on after a pad."""
+    ids, mask = padded([words(3), words(5)], m.ids["pad"], right=True)
+    negative = torch.tensor([words(4)]) if m.config.kind == "emu3" else None
+    with pytest.raises(InputError, match="padded on the left"):
+        m.generate_text(ids, None, mask)
+    with pytest.raises(InputError, match="padded on the left"):
+        m.generate_images(ids, mask, GRID, negative, guidance)
+
+
+def test_guidance_needs_the_prompt_of_its_model(m):
+    """Emu3 is guided away from a negative prompt, Janus-Pro from its own prompt blanked."""
+    negative = torch.tensor([words(4)]) if m.config.kind == "janus" else None
+    with pytest.raises(InputError, match="negative prompt"):
+        m.generate_images(torch.tensor([words(4)]), size=GRID, negative=negative)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("emu4", {}, "emu4"), ("tiny-emu3", {"depth": 3}, "depth"), ("tiny-janus", {"attention": "flash"}, "flash"),
+])
+def test_unknown_settings_are_refused(name, changes, message):
+    """The message repeats what is not known."""
+    with pytest.raises(InputError, match=message):
+        model.build(name, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parity with transformers: tiny random checkpoints of its Emu3 and Janus
+# ---------------------------------------------------------------------------------------------------------------------
+SHARED = [(r"^vq\.", "model.vqmodel."), (r"quantize\.", "quantize.embedding."),
+          (r"(down|up)sample\.(\d)", r"\1.\2.\1sample.conv")]
+EMU3_NAMES = [
+    *SHARED, (r"^lm\.", "model.text_model."),
+    (r"coder_time_conv\.(\d)", r"coder.time_conv.\1.conv"), (r"coder_time_blocks", "coder.time_res_stack"),
+    (r"(?<=decoder\.up\.)\d", lambda found: str(3 - int(found[0]))),            # theirs: highest resolution first
+    (r"coder\.(down|up)\.", r"coder.\1_block.\1."), (r"\.mid\.", ".middle_block."),
+    (r"attn\.(\d)\.norm\.", r"attn_norms.\1."), (r"attn_1\.norm\.", "attn_norm."),
+    (r"(attn[._]\d)\.([qkv])\.", r"\1.\2_proj."), (r"(attn[._]\d)\.proj_out", r"\1.out_proj"),
+]
+JANUS_NAMES = [
+    *SHARED, (r"^lm\.", "model.language_model."), (r"^aligner", "model.aligner"), (r"^gen_", "model.generation_"),
+    (r"aligner\.0", "aligner.fc1"), (r"aligner\.2", "aligner.hidden_layers.0"), (r"_embed\.", "_embeddings."),
+    (r"head\.0", "head.proj_out"), (r"head\.2", "head.vision_head"), (r"^vision\.", "model.vision_model."),
+    (r"patch_embeddings", "embeddings.patch_embedding"), (r"pos_embed", "embeddings.position_embedding.weight"),
+    (r"vision_model\.norm", "vision_model.post_layernorm"), (r"blocks\.", "encoder.layers."),
+    (r"layers\.(\d)\.(qkv|proj)\.", r"layers.\1.self_attn.\2."), (r"self_attn\.proj\.", "self_attn.projection_layer."),
+    (r"layers\.(\d)\.norm", r"layers.\1.layer_norm"), (r"layers\.(\d)\.fc", r"layers.\1.mlp.fc"),
+]
+
+
+def copy_weights(theirs, ours, names):
+    """Fill our model from theirs by renaming; every weight of theirs must be used."""
+    source, state, used = theirs.state_dict(), {}, set()
+    for key, value in ours.state_dict().items():
+        name = functools.reduce(lambda name, rule: re.sub(*rule, name), names, key)
+        parts = [name.replace("qkv", f"{x}_proj") for x in "qkv"] if "qkv" in name else [name]
+        state[key] = (torch.cat([source[p] for p in parts]) if len(parts) > 1 else source[name]).reshape(value.shape)
+        used.update(parts)
+    assert used == set(source)
+    ours.load_state_dict(state)
+    return theirs.requires_grad_(False), ours.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def emu3():
+    hf = pytest.importorskip("transformers")
+    ids = dict(zip(("pad", "bos", "eos", "placeholder", "eol", "eof", "img", "boi", "eoi"), range(9), strict=True),
+               visual=40)
+    names = {f"w{i}": i for i in range(9, 40)} | {model.SPECIAL["emu3"][role]: i for role, i in ids.items()}
+    names |= {"<image>": ids["placeholder"]} | {f"<|visual token {c:06d}|>": 40 + c for c in range(64)}
+    text = hf.Emu3TextConfig(
+        vocab_size=112, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vq = {"codebook_size": 64, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "num_res_blocks": 2,
+          "channel_multiplier": [1, 2, 2, 4], "attn_resolutions": [3], "temporal_downsample_factor": 4,
+          "hidden_size": 128}
+    theirs = hf.Emu3ForConditionalGeneration(
+        hf.Emu3Config(text_config=text.to_dict(), vq_config=vq, vocabulary_map=names))
+    ours = model.from_config(replace(
+        model.EMU3_8B, layers=3, width=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=112, codebook=64,
+        vq_width=32, ids=ids))
+    shake(theirs).model.vqmodel.quantize.embedding.weight.data *= 0.2           # rows among the latents: many codes
+    return copy_weights(theirs, ours, EMU3_NAMES)
+
+
+@pytest.fixture(scope="module")
+def janus():
+    hf = pytest.importorskip("transformers")
+    text = {"model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 512, "bos_token_id": 100, "eos_token_id": 101, "pad_token_id": 102}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
+              "mlp_ratio": 4.0, "projection_dim": 64, "depth": 2, "num_image_tokens": 16}
+    vq = {"embed_dim": 8, "num_embeddings": 64, "latent_channels": 16, "base_channels": 32, "num_res_blocks": 2,
+          "channel_multiplier": [1, 1, 2, 2, 4], "projection_dim": 64, "num_hidden_layers": 2,
+          "image_token_embed_dim": 64}
+    theirs = hf.JanusForConditionalGeneration(hf.JanusConfig(
+        text_config=text, vision_config=vision, vq_config=vq, image_token_id=120, tie_word_embeddings=False))
+    ours = model.from_config(replace(
+        model.JANUS_PRO_7B, layers=3, width=64, ffn=128, heads=4, kv_heads=4, head_dim=16, vocab=160, codebook=64,
+        vq_width=32, vq_latent=16, image_size=64, vit_width=32, vit_layers=2, vit_heads=4, vit_ffn=128,
+        ids={"bos": 100, "eos": 101, "pad": 102, "boi": 110, "eoi": 111, "placeholder": 120}))
+    return copy_weights(shake(theirs), ours, JANUS_NAMES)
+
+
+@pytest.fixture(params=["emu3", "janus"])
+def pair(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_logits_equal_transformers(pair):
+    """Text only, and text with a picture, in a batch padded on the left."""
+    theirs, ours = pair
+    holes, size = (54, (48, 64)) if ours.config.kind == "emu3" else (16, (64, 64))
+    picture, pixels = [ours.ids["placeholder"]] * holes, torch.randn(2, 3, *size)
+    shapes = {"image_sizes": torch.tensor([size, size])} if ours.config.kind == "emu3" else {}
+    for rows, given in [([words(9), words(6)], {}),
+                        ([words(5) + picture + words(4), words(3) + picture + words(4)],
+                         {"pixel_values": pixels, **shapes})]:
+        ids, mask = padded(rows, ours.ids["pad"])
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        expected = theirs(input_ids=ids, attention_mask=mask.long(), position_ids=positions, **given).logits
+        close(ours.logits(ids, given.get("pixel_values"), mask)[mask], expected[mask])
+
+
+def test_emu3_picture_codes_equal_transformers(emu3):
+    """Codes exactly, also of a picture that is not square; pixels decoded from them."""
+    (theirs, ours), pixels = emu3, torch.randn(2, 3, 48, 64)
+    codes = ours.encode_images(pixels)
+    encoded = theirs.model.vqmodel.encode(pixels, torch.tensor([[48, 64]] * 2), return_dict=True)
+    assert torch.equal(codes, torch.stack(encoded.image_tokens))
+    assert codes.shape == (2, 6, 8) and codes.unique().numel() > 10
+    close(ours.decode_images(codes), theirs.model.vqmodel.decode(codes))
+
+
+def test_janus_picture_codes_follow_the_published_rule(janus):
+    """Latents and codebook at unit length, then the nearest row; transformers, which normalises neither, gives the
+    latents here, and decodes."""
+    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64)
+    vq, codes = theirs.model.vqmodel, ours.encode_images(pixels)
+    latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1).flatten(2).transpose(1, 2)     # (B, N, code_dim)
+    close(ours.vq.latents(pixels).flatten(2).transpose(1, 2), latents)
+    similar = latents @ F.normalize(vq.quantize.embedding.weight, dim=1).T      # the nearest has the largest cosine
+    assert torch.equal(codes, similar.argmax(-1))
+    assert codes.unique().numel() > 3
+    random = torch.randint(64, (2, 16))
+    close(ours.decode_images(random), vq.decode(random))
+
+
+def test_janus_picture_reader_equals_transformers(janus):
+    """SigLIP with its final norm, and the aligner."""
+    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64)
+    expected = theirs.model.get_image_features(pixels, return_dict=True).pooler_output
+    close(ours.aligner(ours.vision(pixels)), expected)
+
+
+def test_janus_drawing_equals_transformers(janus):
+    """Code embedding, decoder and code head step by step, and greedy codes with guidance 5."""
+    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]])
+    codes = torch.randint(64, (2, 16))
+    drawn = theirs.prepare_embeddings_for_image_generation(codes[:, :-1])
+    x = torch.cat([theirs.get_input_embeddings()(ids), drawn], 1)
+    close(ours.image_logits(ids, codes),
+          theirs.model.generation_head(theirs.model.language_model(inputs_embeds=x).last_hidden_state[:, 4:]))
+    theirs.generation_config.generation_kwargs = {"boi_token_id": 110}
+    expected = theirs.generate(inputs=ids, attention_mask=torch.ones_like(ids), generation_mode="image",
+                               guidance_scale=5, do_sample=False)
+    assert torch.equal(ours.generate_images(ids, guidance=5.0, temperature=0), expected)

@@ -1,0 +1,478 @@
+"""Claims about training: one step, lambda, stages, resuming, failures, the command line (train.py)."""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import aia
+import data
+import eval as judge
+import model
+import train
+from aia import InputError
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("tiny-emu3", "tiny-janus")
+SMALL = {name: replace(model.PRESETS[name], layers=2, width=64, ffn=64, heads=2, kv_heads=1, vit_width=32, vit_ffn=32,
+                       vit_layers=1) for name in NAMES}
+both_models = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def texts(tmp_path_factory):
+    """Tokenizers made once; while this module runs, the tiny presets are smaller and take these tokenizers."""
+    folder, made = tmp_path_factory.mktemp("tokenizers"), {}
+    for name, config in SMALL.items():
+        made[name] = data.train_tokenizer(folder / f"{name}.json", config)
+
+    def ready_made(file, config):
+        return data.Text(shutil.copy(made[f"tiny-{config.kind}"].file, file), config.kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "train_tokenizer", ready_made)
+        for name, config in SMALL.items():
+            patch.setitem(model.PRESETS, name, config)
+        yield made
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """Runs end without the final evaluation; train.train then returns the run."""
+    monkeypatch.setattr(train, "finish", lambda run: run)
+
+
+def fresh(name, **changes):
+    torch.manual_seed(0)
+    return model.build(name, **changes)
+
+
+def schedule(m, text, batch_size=8, micro_batch=64, drop=0.0):
+    return data.Schedule(data.WorldSource(data.World(0), 16, 0), data.Preparer(m, text), 0, batch_size, (1, 1),
+                         micro_batch, drop)
+
+
+TARGETS = {task: aia.targets(2, task) for task in aia.TASKS}
+OFF = aia.WEIGHTS["off"]
+
+
+def gradients(m, batches, weights):
+    """{parameter: gradient} and metrics of one step."""
+    m.zero_grad()
+    metrics = train.accumulate(m, batches, TARGETS, weights)
+    return {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}, metrics
+
+
+def aia_gradients(m, batch):
+    """L_AIA of one batch, and its gradients."""
+    m.zero_grad()
+    loss = aia.loss(m(batch).intensity, *TARGETS[batch.task], batch.aia_valid)
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
+
+
+def equal(one, other):
+    """Are two dicts of tensors equal, bit for bit?"""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+@both_models
+def test_micro_batches_change_memory_not_the_gradient(name, texts):
+    """Sums are divided by the counts of the whole step, so 1 x 8 = 2 x 4 = 4 x 2, also with dropped prompts."""
+    m, results = fresh(name), []
+    for micro_batch in (8, 4, 2):
+        batches = schedule(m, texts[name], 16, micro_batch, drop=0.3).step(0)
+        assert len(batches) == 2 * 8 // micro_batch
+        results.append(gradients(m, batches, {"gen": 20.0, "und": 30.0}))
+    assert 0 < sum(int((~batch.aia_valid).sum()) for batch in batches) < 8
+    (expected, metrics), *others = results
+    assert max(g.abs().max() for g in expected.values()) > 1e-3
+    for gradient, again in others:
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+        for task in aia.TASKS:
+            torch.testing.assert_close(again[task], metrics[task], rtol=0, atol=1e-6)
+
+
+@both_models
+def test_weight_zero_is_plain_training_bit_for_bit(name, texts):
+    """0 times the AIA gradient adds exactly nothing, so the control may be logged without touching it."""
+    m = fresh(name, attention="explicit")
+    batches = schedule(m, texts[name], micro_batch=2, drop=0.3).step(0)
+    measured, metrics = gradients(m, batches, OFF)
+    assert all(metrics[task]["aia"] > 0 and metrics[task]["intensity"].min() > 0 for task in aia.TASKS)
+    total = train.counts(batches)
+    m.zero_grad()
+    for batch in batches:
+        (m(batch, intensity=False).ntp / total[batch.task][0]).backward()
+    assert equal(measured, {name: p.grad for name, p in m.named_parameters() if p.grad is not None})
+
+
+@both_models
+def test_dropped_prompts_add_exactly_nothing_to_aia(name, texts):
+    """They show no text to attend to: loss and gradient are zero, whatever their tokens are."""
+    m = fresh(name)
+    batch, mixed = (schedule(m, texts[name], 16, drop=drop).step(0)[0] for drop in (1.0, 0.5))
+    plain, (found, metrics) = gradients(m, [batch], OFF)[0], gradients(m, [batch], {"gen": 300.0})
+    assert metrics["gen"]["aia"] == 0 and equal(found, plain)
+    assert all((g == 0).all() for g in aia_gradients(m, batch)[1].values())
+    assert 0 < mixed.aia_valid.sum() < 8
+    loss, found = aia_gradients(m, mixed)
+    other = torch.where(mixed.aia_valid[:, None] | (mixed.tokens >= model.TINY_TEXT), mixed.tokens, 7)
+    other[~mixed.aia_valid, 0] = 7                              # another BOS, and other text for size and template
+    loss_other, found_other = aia_gradients(m, replace(mixed, tokens=other))
+    assert loss == loss_other > 0 and equal(found, found_other)
+
+
+@both_models
+def test_one_batch_is_overfit_on_both_tasks(name, texts):
+    """Labels, masks, heads and shifts fit together: two pictures and conversations are learned, then said again."""
+    m = fresh(name, width=128, ffn=256)
+    plan, losses = schedule(m, texts[name], 4), []
+    with torch.no_grad():                                       # rows of the codebook are latents: codes that differ
+        z = m.vq.latents(torch.stack([data.to_tensor(p) for p in plan.source.pictures])).movedim(1, -1).flatten(0, 2)
+        m.vq.quantize.weight.copy_(z[torch.randperm(len(z))[:m.config.codebook]])
+    optimizer = train.make_optimizer(m, train.Stage("joint", 150, 4, 3e-3, 1, ("vq",)), 0.0)
+    while len(losses) < 150 and (not losses or any(losses[-1][task] > 0.05 * losses[0][task] for task in aia.TASKS)):
+        losses.append({task: row["ntp"] for task, row in train.accumulate(m, plan.step(0), TARGETS, OFF).items()})
+        optimizer.step()
+        optimizer.zero_grad()
+    for task in aia.TASKS:
+        assert losses[0][task] > 3 and losses[-1][task] <= 0.05 * losses[0][task], (losses[0], losses[-1])
+    for i in range(2):
+        drawn, asked = (plan.record(task, i)[0] for task in aia.TASKS)
+        (question, expected), *_ = asked.turns
+        assert judge.answer(m, texts[name], [(asked.pictures[0], question)]) == [expected]
+        codes, = plan.preparer.codes(drawn.pictures)
+        assert len(codes.unique()) > 10
+        prompt = [i for ids, _ in plan.preparer.template.prompt(drawn.turns[0][0], m.config.grid) for i in ids]
+        logits = m.image_logits(torch.tensor([prompt]), codes[None])
+        assert (logits.argmax(-1) == codes.flatten()).float().mean() > 0.9
+
+
+def distance(m, batch):
+    """Mean distance of a batch's intensities to their targets."""
+    with torch.no_grad():
+        return (m(batch).intensity - TARGETS[batch.task][0]).abs().mean()
+
+
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_aia_moves_the_intensity_towards_its_target(name, task, texts):
+    """Every layer's attention carries gradient: with a large weight the distance falls, and more than without."""
+    start = fresh(name)
+    batch, = [b for b in schedule(start, texts[name]).step(0) if b.task == task]
+    ends = {}
+    for weight in (0.0, 300.0):
+        m = copy.deepcopy(start)
+        optimizer = train.make_optimizer(m, train.Stage("tune", 20, 4, 3e-3, 1, ("vq",), True), 0.0)
+        for _ in range(20):
+            train.accumulate(m, [batch], TARGETS, {task: weight})
+            optimizer.step()
+            optimizer.zero_grad()
+        ends[weight] = distance(m, batch)
+    assert ends[300.0] < 0.5 * distance(start, batch) and ends[300.0] < 0.5 * ends[0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lambda and learning rate
+# ---------------------------------------------------------------------------------------------------------------------
+@both_models
+def test_calibration_gives_the_ratio_on_its_batches(name, texts):
+    """lambda = NTP / (rho AIA) with means over the batches that it measured; nothing is updated meanwhile."""
+    m = fresh(name)
+    weights, plan = copy.deepcopy(m.state_dict()), schedule(m, texts[name], drop=0.3)
+    config = train.TrainConfig(preset=name, calibration=3, rho=7.0)
+    found = train.calibrate(m, plan, TARGETS, config, torch.enable_grad)
+    assert equal(m.state_dict(), weights) and all(p.grad is None for p in m.parameters())
+    rows = [gradients(m, plan.step(step), OFF)[1] for step in range(3)]
+    for task in aia.TASKS:
+        ntp, pull = (sum(row[task][key] for row in rows) for key in ("ntp", "aia"))
+        assert ntp / (found[task] * pull) == pytest.approx(7.0, rel=1e-6)
+    assert train.calibrate(m, plan, TARGETS, replace(config, aia_weight="5,10"), None) == {"gen": 5.0, "und": 10.0}
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    """Linear to the peak, then half a cosine to a hundredth of it, reached one step after the last."""
+    stage = train.Stage("tune", 110, 8, 2.0, 10)
+    rates = [train.learning_rate(step, stage) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)]) and rates[10] == 2.0
+    assert rates[60] == pytest.approx(2.0 * (0.01 + 0.99 / 2)) and rates[110] == pytest.approx(0.02)
+    assert rates[35] == pytest.approx(2.0 * (0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+def settings(folder, name="tiny-emu3", **changes):
+    return train.TrainConfig(**{"preset": name, "steps": 10, "batch_size": 4, "pool": 16, "calibration": 1,
+                                "log_every": 1, "device": "cpu", "out": str(folder)} | changes)
+
+
+@pytest.fixture(scope="module", params=[("tiny-emu3", "aia"), ("tiny-janus", "both")], ids=["emu3", "janus, both arms"])
+def whole(request, tmp_path_factory):
+    """An uninterrupted run: its settings, and which parts changed in each of its stages."""
+    moved, run_stage = {}, train.run_stage
+
+    def watched(run, index, state):
+        before = copy.deepcopy(run.m.state_dict())
+        run_stage(run, index, state)
+        moved[run.stages[index]] = {key.split(".")[0] for key, x in run.m.state_dict().items()
+                                    if not torch.equal(x, before[key])}
+    config = settings(tmp_path_factory.mktemp("runs") / "whole", request.param[0], arms=request.param[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "finish", lambda run: run)
+        patch.setattr(train, "run_stage", watched)
+        train.train(config)
+    return config, moved
+
+
+def test_frozen_parts_do_not_move(whole):
+    """The picture tokenizer learns alone and then stands still, SigLIP from stage 3 on; everything else moves."""
+    config, moved = whole
+    everything = {name for name, _ in model.build(config.preset).named_children()}
+    for stage, parts in moved.items():
+        assert parts == ({"vq"} if stage.name == "tokenizer" else everything - set(stage.frozen)), stage.name
+    assert "vq" in stage.frozen and ("vision" in stage.frozen or config.preset == "tiny-emu3")
+
+
+def same_run(one, other):
+    """Equal weights in every checkpoint, and equal logs but for times and memory."""
+    def log(folder):
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not re.search("second|memory", k)} for line in lines]
+    files = {path.name for path in Path(one).glob("*.pt")}
+    assert files == {path.name for path in Path(other).glob("*.pt")} > {"checkpoint.pt"}
+    for name in files:
+        assert equal(*(torch.load(Path(folder) / name)["model"] for folder in (one, other))), name
+    assert log(one) == log(other)
+
+
+def test_five_steps_resume_five_steps_equal_ten(whole, tmp_path, unscored, monkeypatch):
+    """Weights, optimizer and lambda are stored, order and words follow from seed and step: Ctrl-C changes no bit."""
+    (config, _), report = whole, train.report
+    again = replace(config, out=str(tmp_path / "parts"))
+    for index in range(len(train.plan(config))):
+        def pressed(run, stage, step, *rest, stop=(index, 4)):
+            if (stage, step) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return report(run, stage, step, *rest)
+        monkeypatch.setattr(train, "report", pressed)
+        with pytest.raises(train.Stop):
+            train.train(replace(again, resume=index > 0))
+        state = model.read_checkpoint(tmp_path / "parts/checkpoint.pt")
+        assert (state["stage"], state["step"]) == (index, 5)
+    train.train(replace(again, resume=True))
+    same_run(config.out, again.out)
+
+
+def test_a_run_killed_between_stages_goes_on_the_same(whole, tmp_path, unscored, monkeypatch):
+    """What a stage starts from is in the folder, so it does not matter that the process before it is gone."""
+    (config, _), save = whole, train.Run.save
+    again = replace(config, out=str(tmp_path / "parts"))
+    for index in range(1, len(train.plan(config))):
+        def killed(run, stage, step, *rest, stop=index):
+            save(run, stage, step, *rest)
+            if (stage, step) == (stop, 0):
+                raise MemoryError("killed")
+        monkeypatch.setattr(train.Run, "save", killed)
+        with pytest.raises(MemoryError):
+            train.train(replace(again, resume=index > 1))
+    train.train(replace(again, resume=True))
+    same_run(config.out, again.out)
+
+
+def test_a_killed_job_leaves_a_log_that_is_trimmed(tmp_path):
+    """Reports behind the checkpoint are taken again, and a line that was cut short is no line."""
+    lines = [json.dumps({"stage": stage, "step": step}) for stage in (0, 1) for step in (1, 2, 3)]
+    (tmp_path / "log").write_text("\n".join(lines) + '\n{"stage": 1, "st')
+    train.trim_log(tmp_path / "log", 1, 2)
+    assert (tmp_path / "log").read_text().splitlines() == lines[:5]
+
+
+def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint is written under a second name and then renamed: half a file takes no file's place."""
+    def full_disk(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError("no space left on device")
+    train.save_checkpoint({"step": 5}, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train.save_checkpoint({"step": 6}, tmp_path / "checkpoint.pt")
+    assert model.read_checkpoint(tmp_path / "checkpoint.pt") == {"step": 5}
+
+
+@pytest.mark.parametrize("stage, function, saved", [("tokenizer", "tokenizer_step", "no checkpoint yet"),
+                                                    ("joint", "accumulate", "last good checkpoint {}/checkpoint.pt")])
+def test_a_broken_number_stops_before_it_is_stored(stage, function, saved, tmp_path, unscored, monkeypatch):
+    """One infinite weight makes the loss NaN: the message names stage, step, records and the last good checkpoint."""
+    step, calls = getattr(train, function), []
+
+    def breaks(m, *rest, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            next(p for p in m.parameters() if p.requires_grad).data.fill_(math.inf)
+        return step(m, *rest, **named)
+    monkeypatch.setattr(train, function, breaks)
+    records = "world picture [0-9]+, world picture" if stage == "joint" else "tokenizer pictures"
+    with pytest.raises(InputError, match=f"stage {stage}, step 3: .*not finite.*{records}.*{saved.format(tmp_path)}"):
+        train.train(settings(tmp_path, steps=4, save_every=100))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert len(calls) == 3
+    for file in tmp_path.glob("*.pt"):
+        assert all(x.isfinite().all() for x in model.read_checkpoint(file)["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+def command(*argv):
+    data.run(lambda: train.main([str(word) for word in argv]))
+
+
+def refused(capsys, *argv):
+    """The one line with which a command is refused: exit status 2, no traceback, no other exception."""
+    with pytest.raises(SystemExit) as stop:
+        command(*argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and (len(lines) == 1 or lines[0].startswith("usage:"))
+    return lines[-1]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--bogus", "1"], "unrecognized arguments: --bogus"), (["--preset", "gpt"], "--preset: invalid choice: 'gpt'"),
+    (["--step", "5"], "unrecognized arguments: --step"), (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--preset", "emu3-8b"], "needs --init FOLDER"), (["--init", "nowhere"], "checkpoint nowhere/.* is missing"),
+    (["--data", "none.jsonl"], "--data none.jsonl cannot be read"), (["--ratio", "0:0"], "--ratio '0:0'.*GEN:UND"),
+    (["--aia-weight", "lots"], "--aia-weight 'lots'"), (["--aia-targets", "S4"], "32 layers, this model has"),
+    (["--aia-targets", "none.json"], "cannot read none.json"), (["--device", "toaster"], "--device toaster"),
+    (["--resume"], "checkpoint.pt is missing")])
+def test_bad_settings_are_refused_with_one_line(words, message, tmp_path, capsys):
+    """The line names cause and remedy, and nothing has been written: the corrected command runs at once."""
+    assert re.search(message, refused(capsys, "--pool", 8, "--out", tmp_path / "run", *words))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("--seed", -1), ("--pool", 0), ("--micro-batch", 0), ("--log-every", 0),
+                                         ("--save-every", 0), ("--rho", 0), ("--batch-size", -4), ("--eval-n", 0)])
+def test_numbers_that_cannot_work_are_refused(flag, value, tmp_path, capsys, monkeypatch):
+    """A division by zero after an hour helps nobody: the range of a setting is checked before the first step."""
+    monkeypatch.setattr(train, "finish", lambda run: {})
+    given = ["--steps", 1, "--pool", 8, "--batch-size", 4, "--calibration", 1, "--out", tmp_path / "run", flag, value]
+    assert flag in refused(capsys, *given)
+
+
+def test_the_folder_of_a_run_is_protected(whole, tmp_path, capsys):
+    """A run is never overwritten, nor continued with other settings, another preset or a damaged checkpoint."""
+    config, _ = whole
+    flags = [word for key in ("preset", "steps", "batch_size", "pool", "calibration", "arms")
+             for word in ("--" + key.replace("_", "-"), getattr(config, key))]
+    assert re.search("not empty.*--resume.*--out", refused(capsys, *flags, "--out", config.out))
+    assert re.search("started with --lr 0.0, not 0.5", refused(capsys, *flags, "--out", config.out, "--resume",
+                                                               "--lr", 0.5))
+    other, = {*NAMES} - {config.preset}
+    assert re.search(f"started with --preset {config.preset}", refused(capsys, *flags, "--out", config.out, "--resume",
+                                                                       "--preset", other))
+    (tmp_path / "checkpoint.pt").write_bytes((Path(config.out) / "checkpoint.pt").read_bytes()[:50_000])
+    assert re.search("checkpoint.pt is damaged.*use an earlier", refused(capsys, *flags, "--out", tmp_path, "--resume"))
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(whole, tmp_path, capsys):
+    """before.pt holds no optimizer and no settings: under another name it is still no place to go on from."""
+    shutil.copy(Path(whole[0].out) / "before.pt", tmp_path / "checkpoint.pt")
+    assert "checkpoint.pt" in refused(capsys, "--out", tmp_path, "--resume")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    """A stopped run exits with 130, as a shell expects, after its checkpoint is whole."""
+    words = [sys.executable, "train.py", "--steps", "9999", "--pool", "8", "--log-every", "1", "--out", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert re.search(f"stopped and saved; .*--resume --out {tmp_path}$", out.strip())
+    assert model.read_checkpoint(tmp_path / "checkpoint.pt")["step"] > 0
+
+
+def result_of(out):
+    """The object in the last line of a measuring command."""
+    return json.loads(out.strip().splitlines()[-1].removeprefix("result "))
+
+
+TWO_STEPS = ("--steps", 2, "--pool", 32, "--eval-n", 2, "--batch-size", 8, "--calibration", 1)
+
+
+@both_models
+def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
+    """From nothing to scores in one command: the last line is one object, for scripts to read."""
+    command("--preset", name, *TWO_STEPS, "--out", tmp_path / "run")
+    result = result_of(capsys.readouterr().out)
+    scores = [result[key] for key in ("und", "gen", "reader", "psnr", "seconds", "rss_gb")]
+    assert all(math.isfinite(score) for score in scores) and all(0 <= share <= 1 for share in scores[:3])
+    for file in ("checkpoint.pt", "metrics.jsonl", "curves.png", "samples.png", "scores.json", "settings.json",
+                 "result.json"):
+        assert (tmp_path / "run" / file).stat().st_size > 0
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("joint", 2), ("tune", 2)]
+    assert log[-1]["gen"]["lambda"] > 0 and len(log[-1]["und"]["intensity"]) == SMALL[name].layers
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's own pictures: an export of the built-in world."""
+    data.main(["export", str(tmp_path / "own"), "--n", "8"])
+    return tmp_path / "own/train.jsonl"
+
+
+@both_models
+def test_own_pictures_end_in_losses_instead_of_scores(name, own, tmp_path, capsys):
+    """Nobody knows what is on them, so und, gen and reader are null and the losses on --val take their place."""
+    command("--preset", name, *TWO_STEPS, "--data", own, "--val", own, "--out", tmp_path / "run")
+    result = result_of(capsys.readouterr().out)
+    assert result["und"] is result["gen"] is result["reader"] is None
+    assert all(result[f"{key}_{task}"] > 0 for key in ("val_ntp", "aia") for task in aia.TASKS)
+    assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples.png").exists()
+
+
+def test_a_broken_picture_is_named_or_skipped_in_every_stage(own, tmp_path, capsys):
+    """Its header is good, so it shows only when its pixels are read: by the tokenizer, in training, or at the end."""
+    picture = own.parent / "pictures/00001.png"
+    picture.write_bytes(picture.read_bytes()[:-60])
+    assert f"{own}:2: " in refused(capsys, *TWO_STEPS, "--data", own, "--out", tmp_path / "stops")
+    command(*TWO_STEPS, "--data", own, "--out", tmp_path / "run", "--on-bad-record", "skip")
+    out = capsys.readouterr().out
+    assert out.count(f"{own}:2: ") == 1 and "1 bad records were left out" in out and result_of(out)["val_ntp_und"] > 0
+
+
+def test_fine_tuning_starts_from_another_run(whole, tmp_path, unscored):
+    """--init skips to stage 3, with both arms if asked: the same start, and the vocabulary of the other run."""
+    config, _ = whole
+    run = train.train(settings(tmp_path, config.preset, init=config.out, arms="both", steps=2))
+    assert [stage.name for stage in run.stages] == ["control", "tune"]
+    start, before, control = (torch.load(path)["model"] for path in (
+        f"{config.out}/checkpoint.pt", tmp_path / "before.pt", tmp_path / "control.pt"))
+    assert equal(before, start) and not equal(control, start) and not equal(control, run.m.state_dict())
+    assert run.text.file.read_bytes() == (Path(config.out) / "tokenizer.json").read_bytes()
+
+
+def test_another_models_run_is_no_start(whole, tmp_path, capsys):
+    """Its vocabulary has other special tokens; it is refused before the new folder exists."""
+    config, _ = whole
+    other, = {*NAMES} - {config.preset}
+    assert "tokenizer" in refused(capsys, "--preset", other, "--init", config.out, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
