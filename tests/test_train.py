@@ -449,14 +449,21 @@ def test_own_pictures_end_in_losses_instead_of_scores(name, own, tmp_path, capsy
     assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples.png").exists()
 
 
-def test_a_broken_picture_is_named_or_skipped_in_every_stage(own, tmp_path, capsys):
-    """Its header is good, so it shows only when its pixels are read: by the tokenizer, in training, or at the end."""
-    picture = own.parent / "pictures/00001.png"
-    picture.write_bytes(picture.read_bytes()[:-60])
-    assert f"{own}:2: " in refused(capsys, *TWO_STEPS, "--data", own, "--out", tmp_path / "stops")
+@pytest.mark.parametrize("line, what", [(1, "long caption"), (2, "broken picture")])
+def test_a_bad_record_is_named_or_skipped_in_every_stage(line, what, own, tmp_path, capsys):
+    """Wherever it shows, in the tokenizer, in training or in the final losses, it is left out and listed once."""
+    if what == "broken picture":                                # its header is good, its pixels end too soon
+        picture = own.parent / "pictures/00001.png"
+        picture.write_bytes(picture.read_bytes()[:-60])
+    else:
+        first, *others = own.read_text().splitlines()
+        record = json.loads(first)
+        record["conversations"][0]["value"] *= 200
+        own.write_text("\n".join([json.dumps(record), *others]))
+    assert f"{own}:{line}: " in refused(capsys, *TWO_STEPS, "--data", own, "--out", tmp_path / "stops")
     command(*TWO_STEPS, "--data", own, "--out", tmp_path / "run", "--on-bad-record", "skip")
     out = capsys.readouterr().out
-    assert out.count(f"{own}:2: ") == 1 and "1 bad records were left out" in out and result_of(out)["val_ntp_und"] > 0
+    assert out.count(f"{own}:{line}: ") == 1 and "1 bad record" in out and result_of(out)["val_ntp_und"] > 0
 
 
 def test_fine_tuning_starts_from_another_run(whole, tmp_path, unscored):
