@@ -899,6 +899,11 @@ def samples_before(step, batch_size, ratio):
     return {"gen": gen, "und": total - gen}
 
 
+def bad_record(record, error):
+    """What is wrong with a record, with its place."""
+    return str(error) if record.place in str(error) else f"{record.place}: {error}"
+
+
 class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
 
@@ -947,7 +952,7 @@ class Schedule:
                 self.preparer.batch([record], [rng], self.drop)
                 good.append(position)
             except InputError as error:
-                text = str(error) if record.place in str(error) else f"{record.place}: {error}"
+                text = bad_record(record, error)
                 if self.on_bad_record == "stop":
                     raise InputError(f"{text} (--on-bad-record skip leaves such records out)") from error
                 self.bad += [text] if text not in self.bad else []

@@ -170,15 +170,28 @@ class HeldOut:
 
 
 class FileBatches:
-    """The first samples of a JSON-lines file, for curves and losses on a user's own pictures."""
+    """The first samples of a JSON-lines file, for curves and losses on a user's own pictures.
 
-    def __init__(self, source):
-        self.source = source
+    Records that cannot be used are added to the list `bad` and left out; without a list they stop the command.
+    """
+
+    def __init__(self, source, bad=None):
+        self.source, self.bad = source, bad
 
     def batches(self, preparer, task, n, batch=8):
-        records = self.source.records[task][:n]
+        records = [record for record in self.source.records[task][:n] if self.usable(preparer, record)]
         for start in range(0, len(records), batch):
             yield preparer.batch(records[start:start + batch])
+
+    def usable(self, preparer, record):
+        try:
+            preparer.batch([record])
+            return True
+        except InputError as error:
+            if self.bad is None:
+                raise InputError(data.bad_record(record, error)) from error
+            self.bad += [text] if (text := data.bad_record(record, error)) not in self.bad else []
+            return False
 
 
 def uniform_share(batch):

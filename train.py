@@ -421,7 +421,7 @@ def run_stage(run, index, state):
     if stage.name == "control":
         run.save_weights(run.folder / "control.pt")
     run.save(index + 1, 0, None, weights)
-    run.bad += schedule.bad if schedule else []
+    run.bad += [text for text in (schedule.bad if schedule else []) if text not in run.bad]
 
 
 def pictures_of(run):
@@ -514,8 +514,9 @@ def finish(run):
     for name in ("before", "control"):
         if (run.folder / f"{name}.pt").exists():
             models[name] = model.load(run.folder, device=run.device, file=f"{name}.pt")
+    skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
-    samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val)
+    samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
     curves = judge.curves(models, data.Preparer(run.m, run.text), samples, cpu_targets)
     judge.plot_curves(curves, run.folder / "curves.png")
     judge.write_json(curves, run.folder / "curves.json")
