@@ -96,7 +96,7 @@ PLANS = {"tiny-emu3": (TOKENIZER, JOINT, TUNE),
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 
 
-LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 1, "eval_n": 1,
+LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
          "log_every": 1, "save_every": 1, "weight_decay": 0}
 
 

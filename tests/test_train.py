@@ -366,7 +366,7 @@ def test_bad_settings_are_refused_with_one_line(words, message, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag, value", [("--seed", -1), ("--pool", 0), ("--micro-batch", 0), ("--log-every", 0),
+@pytest.mark.parametrize("flag, value", [("--seed", -1), ("--pool", 1), ("--micro-batch", 0), ("--log-every", 0),
                                          ("--save-every", 0), ("--rho", 0), ("--batch-size", -4), ("--eval-n", 0)])
 def test_numbers_that_cannot_work_are_refused(flag, value, tmp_path, capsys, monkeypatch):
     """A division by zero after an hour helps nobody: the range of a setting is checked before the first step."""
