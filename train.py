@@ -87,7 +87,7 @@ class Stage:
     betas: tuple = (0.9, 0.95)
 
 
-# Chosen so that a laptop CPU is done in about five minutes; large models start at stage 3 with --init.
+# Lengths for one laptop core; the README states what they took. Large models start at stage 3 with --init.
 TOKENIZER = Stage("tokenizer", 1300, 8, 6e-3, 30, betas=(0.9, 0.99))
 JOINT = Stage("joint", 1800, 16, 4e-3, 50, ("vq",))
 TUNE = Stage("tune", 450, 16, 1.5e-3, 30, ("vq",), aia=True)
