@@ -62,7 +62,8 @@ class Config:
     top_k: int = 0                       # 0 keeps all codes
     suffix: str = ""                     # Emu3: added to every prompt when drawing
     negative: str = ""                   # Emu3: prompt of the unconditional branch when drawing
-    init_std: float = 0.02               # of fresh weights; small widths learn many times faster from larger ones
+    init_std: float = 0.02               # of fresh weights; small widths learn many times faster from larger ones ...
+    embed_std: float = 0.02              # ... and from embeddings that the first layers do not drown
     attention: str = "fused"             # "fused" or "explicit"
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
 
@@ -131,8 +132,8 @@ TINY_TEXT = 480
 TINY_EMU3 = Config(
     kind="emu3", layers=4, width=96, ffn=256, heads=3, kv_heads=3, head_dim=32, vocab=TINY_TEXT + 73, theta=1e4,
     norm_eps=1e-5, codebook=64, code_dim=4, vq_width=32, vq_mult=(1, 1, 1), vq_blocks=0, vq_attention=(2,),
-    vq_latent=4, image_size=24, context=256, min_pixels=24 * 24, max_pixels=24 * 24, guidance=1.2, init_std=0.1,
-    ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
+    vq_latent=4, image_size=16, context=256, min_pixels=16 * 16, max_pixels=16 * 16, guidance=1.2, init_std=0.1,
+    embed_std=1.0, ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
 )
 TINY_JANUS = replace(
     TINY_EMU3, kind="janus", vocab=TINY_TEXT + 8, norm_eps=1e-6, code_dim=8, vq_latent=64, min_pixels=0, max_pixels=0,
@@ -488,18 +489,21 @@ class VQ(nn.Module):
         distance = rows.square().sum(1) - 2 * flat @ rows.T                     # (B h w, K)
         return distance.argmin(1).view(z.shape[0], *z.shape[2:])
 
-    def thrifty(self, z, rate=0.03):
-        """Codes for training: as `nearest`, but a rare code must be nearer to be chosen than a frequent one.
-
-        distance - rate * variance * log p(code), p from this batch (entropy-constrained quantization). The commitment
-        then pulls latents to the frequent code, so that `nearest` agrees later. Without it equal patches get different
-        codes by what stands elsewhere in the picture, and a language model cannot predict them.
-        """
-        flat = z.permute(0, 2, 3, 1).flatten(0, 2)                              # (B h w, code_dim)
-        used = torch.bincount(self.nearest(z).flatten(), minlength=len(self.rows()))
-        bits = -((used + 0.01) / used.sum()).log()                              # (K,)
-        distance = torch.cdist(flat, self.rows()).square()                      # (B h w, K)
-        return (distance + rate * flat.var(0).sum() * bits).argmin(1).view(z.shape[0], *z.shape[2:])
+    def start_local(self):
+        """Fresh weights by which a code depends on the pixels under it: branches that mix places begin at zero. From
+        random ones it depends on the whole picture, stays so, and a language model cannot predict it."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, AttnBlock):
+                nn.init.zeros_(module.proj_out.weight)
+        ends = self.encoder.conv_in.weight.data, self.encoder.conv_out.weight.data
+        for weight in ends:
+            centre = 3 * weight[:, :, 1, 1]
+            weight.mul_(0.01)[:, :, 1, 1] = centre
+        for halve in self.encoder.downsample:       # its stride is 2: 2 x 2 of 3 x 3 tile the picture
+            patch = 1.5 * halve.weight.data[:, :, :2, :2]
+            halve.weight.data.mul_(0.01)[:, :, :2, :2] = patch
 
     def vectors(self, codes):
         """Codes (B, h, w) -> rows (B, code_dim, h, w)."""
@@ -516,7 +520,7 @@ class VQ(nn.Module):
     def forward(self, pixels, commitment=0.25):
         """Training: reconstruction, codes, and |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv 1711.00937, Eq. 3)."""
         z = self.latents(pixels)                                                # (B, code_dim, h, w)
-        codes = self.thrifty(z.detach())                                        # (B, h, w)
+        codes = self.nearest(z.detach())                                        # (B, h, w)
         e = self.vectors(codes)                                                 # (B, code_dim, h, w)
         pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
         # Straight through: forward e, backward to z as if there were no rounding.
@@ -531,6 +535,7 @@ class JanusVQ(VQ):
         self.encoder, self.decoder = Encoder(config), PixelDecoder(config, Norm)
         self.quant_conv = nn.Conv2d(config.vq_latent, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.vq_latent, 1)
+        self.start_local()
 
     def rows(self):
         return F.normalize(self.quantize.weight, dim=1)
@@ -597,6 +602,7 @@ class Emu3VQ(VQ):
         self.quant_conv, self.post_quant_conv = CausalConv3d(z, (3, 1, 1)), CausalConv3d(z, (3, 1, 1))
         for module in [*self.encoder_time_conv, *self.decoder_time_conv, self.quant_conv, self.post_quant_conv]:
             module.pass_through()
+        self.start_local()
 
     def latents(self, pixels):
         # The four frames are equal, so the 2-D encoder sees one of them; time begins after it.
@@ -940,13 +946,16 @@ def build(name, **changes):
 
 
 def from_config(config):
-    """A model with fresh weights: Normal(0, init_std) in language model, SigLIP, adapters and heads."""
+    """A model with fresh weights: normal ones in decoder, SigLIP, adapters and heads."""
     if config.attention not in ATTENTION:
         raise InputError(f"attention {config.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
     m = MODELS[config.kind](config)
     for name, module in m.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vq"):
-            nn.init.normal_(module.weight, 0.0, config.init_std)
+            std = config.embed_std if isinstance(module, nn.Embedding) else config.init_std
+            if name.endswith(("o_proj", "down_proj")):      # what 2 L branches add up to stays as large as one of them
+                std /= math.sqrt(2 * config.layers)
+            nn.init.normal_(module.weight, 0.0, std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
     return m.eval()
@@ -963,10 +972,10 @@ def read_checkpoint(path):
         raise InputError(f"checkpoint {path} is damaged or no checkpoint ({reason}): use an earlier one") from error
 
 
-def load(folder, dtype=None, device="cpu", file="checkpoint.pt"):
+def load(folder, dtype=None, device="cpu", file="checkpoint.pt", attention="fused"):
     """The model of a run folder, in eval mode; the picture tokenizer stays float32."""
     state = read_checkpoint(Path(folder) / file)
-    config = state["config"]
+    config = state["config"] | {"attention": attention}
     m = from_config(Config(**config | {key: tuple(config[key]) for key in ("vq_mult", "vq_attention")}))
     m.load_state_dict(state["model"])
     m.tokenizer_file = Path(folder) / "tokenizer.json"

@@ -213,7 +213,7 @@ def test_cached_steps_equal_the_full_pass(m, lengths):
 
 def test_greedy_text_equals_full_passes_and_stops_at_eos(m):
     """A batch of questions about pictures, padded on the left, against one question at a time without a cache."""
-    picture, pixels, expected = [m.ids["placeholder"]] * 36, torch.randn(2, 3, 24, 24), []
+    picture, pixels, expected = [m.ids["placeholder"]] * 16, torch.randn(2, 3, 16, 16), []
     rows = [words(3) + picture + words(2), words(6) + picture + words(4)]
     for b, row in enumerate(rows):
         new = []
@@ -306,12 +306,12 @@ def test_sampling_keeps_what_it_is_told_to():
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("holes, pictures", [(35, 1), (0, 1), (36, 0), (36, 2)])
+@pytest.mark.parametrize("holes, pictures", [(15, 1), (0, 1), (16, 0), (16, 2)])
 def test_placeholders_must_match_the_pictures(m, holes, pictures):
-    """A picture of 6 x 6 tokens needs 36 of them, else codes would land on the wrong places."""
+    """A picture of 4 x 4 tokens needs 16 of them, else codes would land on the wrong places."""
     ids = torch.tensor([words(2) + [m.ids["placeholder"]] * holes])
     with pytest.raises(InputError, match=f"^{holes} placeholders"):
-        m.logits(ids, torch.randn(pictures, 3, 24, 24) if pictures else None)
+        m.logits(ids, torch.randn(pictures, 3, 16, 16) if pictures else None)
 
 
 @pytest.mark.parametrize("guidance", [1.0, None])
