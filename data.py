@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import aia
 import model
@@ -63,14 +63,12 @@ def run(command):
 # The world: scenes, drawing, reading
 # ---------------------------------------------------------------------------------------------------------------------
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
-           "purple": (175, 60, 205)}
+COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50)}
 BACKGROUND = (245, 245, 245)
-CELL, GRID = 8, 3                              # pixels per cell, cells per side of a picture
+CELL, GRID = 8, 2                               # pixels per cell, cells per side of a picture
 CELLS, WORLD_SIZE = GRID * GRID, GRID * CELL
 EXTENT = 3.6                                    # half the extent of a shape in pixels
-PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
-          "at the bottom left", "at the bottom", "at the bottom right")
+PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three")
@@ -87,7 +85,7 @@ class Thing:
 
 
 def sprites():
-    """All (shape, colour), and their smooth-edged cells (n, 8, 8, 3) in 0..255. Entry 0 is the empty cell."""
+    """All (shape, colour), and their smooth-edged cells (n, CELL, CELL, 3) in 0..255. Entry 0 is the empty cell."""
     fine, r = 8, EXTENT
     at = (np.arange(CELL * fine) + 0.5) / fine - CELL / 2
     y, x = np.meshgrid(at, at, indexing="ij")
@@ -140,12 +138,13 @@ def read(pictures):
 # ---------------------------------------------------------------------------------------------------------------------
 # The world: combinations, wordings, held-out split
 # ---------------------------------------------------------------------------------------------------------------------
-# A skill of drawing (the six of GenEval) mentions one combination of words; what a picture shows is the set of its
-# combinations. A sixth of each kind is held out: no training picture shows any of them.
+# A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
+# skill is held out: no training picture shows one of them, though each two of its words are met together.
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
-HELD_OUT = 1 / 6
-DESCRIBED = 1 / 2                               # share of understanding samples that end with a full description
+HELD_OUT = 1 / 8
+SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
+TURNS = 2                                       # questions of each kind in a training conversation
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
 
 
@@ -156,36 +155,35 @@ def relations(a, b):
 
 
 def combinations(scene):
-    """All combinations that a scene shows: {(skill, words...)}, each in one canonical order."""
-    shown = {("one object", t.shape, t.place) for t in scene} | {("colours", t.colour, t.shape, t.place) for t in scene}
-    if len(scene) > 1 and len({(t.shape, t.colour) for t in scene}) == 1:
-        shown.add(("counting", len(scene), scene[0].colour, scene[0].shape))
-    for a in scene:
-        for b in scene:
-            if a.shape < b.shape:
-                shown.add(("two objects", a.shape, b.shape))
-                shown.add(("colour attribution", *sorted([(a.colour, a.shape), (b.colour, b.shape)])))
-                shown |= {canonical_relation(a.shape, name, b.shape) for name in relations(a, b)}
-    return shown
+    """All combinations that a scene shows, and nothing besides: {(skill, words...)}, each in one canonical order.
 
-
-def canonical_relation(first, name, second):
-    """A relation and its mirror image are one combination: ("position", shape, relation, shape)."""
-    return ("position", first, name, second) if first < second else ("position", second, OPPOSITE[name], first)
+    A scene fulfils a prompt if the prompt's combination is among them: one thing more, and it is not.
+    """
+    objects = [(thing.colour, thing.shape) for thing in scene]
+    if len(scene) == 1:
+        return {("one object", objects[0][1], scene[0].place), ("colours", *objects[0], scene[0].place)}
+    if len(set(objects)) == 1:
+        return {("counting", len(scene), *objects[0])}
+    if len(scene) != 2 or scene[0].shape == scene[1].shape:
+        return set()                                # nothing, or a crowd
+    a, b = sorted(scene)                            # by shape
+    x, y = (a.colour, a.shape), (b.colour, b.shape)
+    return {("two objects", a.shape, a.place, b.shape, b.place), ("colour attribution", x, y),
+            *(("position", x, name, y) for name in relations(a, b))}
 
 
 def all_combinations():
     """{skill: every combination of it}, in a fixed order."""
-    pairs = [(a, b) for a in SHAPES for b in SHAPES if a < b]
-    objects = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    objects, places = [(colour, shape) for colour in COLOURS for shape in SHAPES], range(CELLS)
+    pairs = [(x, y) for x in objects for y in objects if x[1] < y[1]]
     return {
-        "one object": [("one object", s, p) for s in SHAPES for p in range(CELLS)],
-        "two objects": [("two objects", *pair) for pair in pairs],
-        "counting": [("counting", n, *o) for n in (2, 3) for o in objects],
-        "colours": [("colours", *o, p) for o in objects for p in range(CELLS)],
-        "position": [("position", a, name, b) for a, b in pairs for name in RELATIONS],
-        "colour attribution": [("colour attribution", *sorted([x, y])) for x in objects for y in objects
-                               if x[1] < y[1]],
+        "one object": [("one object", s, p) for s in SHAPES for p in places],
+        "two objects": [("two objects", s, p, t, q) for s in SHAPES for t in SHAPES if s < t
+                        for p in places for q in places if p != q],
+        "counting": [("counting", n, *x) for n in (2, 3) for x in objects],
+        "colours": [("colours", *x, p) for x in objects for p in places],
+        "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
+        "colour attribution": [("colour attribution", x, y) for x, y in pairs],
     }
 
 
@@ -199,19 +197,16 @@ def prompt_text(combination, rng):
         text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
     elif skill == "counting":
         text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
-    elif skill == "position":
-        a, name, b = words if swap else (words[2], OPPOSITE[words[1]], words[0])
-        text = f"a {a} {name} a {b}"
+    elif skill == "two objects":
+        pair = [f"a {words[0]} {PLACES[words[1]]}", f"a {words[2]} {PLACES[words[3]]}"]
+        text = " and ".join(pair[::-1] if swap else pair)
     else:
-        a, b = (w if skill == "two objects" else " ".join(w) for w in (words[::-1] if swap else words))
-        text = f"a {a} and a {b}"
+        first, *name, second = words
+        name = name[0] if name else "and"
+        if swap:
+            first, name, second = second, OPPOSITE.get(name, name), first
+        text = f"a {' '.join(first)} {name} a {' '.join(second)}"
     return PREFIXES[rng.integers(len(PREFIXES))] + text
-
-
-def fulfils(combination, scene):
-    """Does a scene show what the combination says, and nothing else?"""
-    number = {"one object": 1, "colours": 1, "counting": combination[1]}.get(combination[0], 2)
-    return len(scene) == number and combination in combinations(scene)
 
 
 def plural(word):
@@ -231,29 +226,18 @@ class World:
     def scene(self, rng):
         """A training scene: one object, a group of two or three equal ones, or two different ones."""
         while True:
-            scene = random_scene(rng, ("one", "group", "two", "two")[rng.integers(4)])
+            scene = random_scene(rng, SCENES[rng.integers(len(SCENES))])
             if not combinations(scene) & self.held_out:
                 return scene
 
-    def question(self, scene, kind, rng):
-        """A training question: its text names no held-out combination, not even to deny it. It would always be denied,
-        and a model would learn to answer "no" without looking."""
-        while True:
-            asked = question(scene, kind, rng)
-            if asked.mentions not in self.held_out:
-                return asked
-
     def crowd(self, rng):
         """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
-        scene = ()
-        for place in rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist():
-            for _ in range(4):
-                shape, colour = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
-                more = (*scene, Thing(shape, colour, place))
-                if not combinations(more) & self.held_out:
-                    scene = more
-                    break
-        return scene
+        while True:
+            places = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
+            scene = tuple(Thing(SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))], place)
+                          for place in sorted(places))
+            if not combinations(scene) & self.held_out:
+                return scene
 
     def held_out_scene(self, skill, rng):
         """A scene and the held-out combination of this skill that it shows."""
@@ -273,21 +257,22 @@ def random_scene(rng, kind, wanted=None):
     shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
     number = {"one": 1, "two": 2}.get(kind) or int(rng.integers(2, 4))
     skill, *words = wanted or (None,)
-    if skill in ("one object", "colours"):
-        *_, shapes[0], places[0] = words
-        colours[0] = words[0] if skill == "colours" else colours[0]
+    if skill == "one object":
+        shapes[0], places[0] = words
+    elif skill == "colours":
+        colours[0], shapes[0], places[0] = words
     elif skill == "counting":
         number, colours[0], shapes[0] = words
-    elif skill == "colour attribution":
-        colours, shapes = [list(pair) for pair in zip(*words, strict=True)]
+    elif skill == "two objects":
+        shapes[0], places[0], shapes[1], places[1] = words
     elif skill:
-        shapes = [words[0], words[-1]]
+        colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
     return tuple(sorted((Thing(shapes[i * (kind == "two")], colours[i * (kind == "two")], places[i])
                          for i in range(number)), key=lambda thing: thing.place))
 
 
 def describe(scene):
-    """Everything in a scene: "a red circle at the top and a blue square in the middle"."""
+    """Everything in a scene: "a red circle at the top left and a blue square ..."."""
     return " and ".join(f"a {thing.colour} {thing.shape} {PLACES[thing.place]}" for thing in scene)
 
 
@@ -296,7 +281,7 @@ def caption(scene, rng):
     if rng.random() < 1 / 3:
         return describe(scene)
     shown = sorted(combinations(scene), key=repr)
-    skills = sorted({c[0] for c in shown if fulfils(c, scene)})
+    skills = sorted({c[0] for c in shown})
     skill = skills[rng.integers(len(skills))]
     mine = [c for c in shown if c[0] == skill]
     return prompt_text(mine[rng.integers(len(mine))], rng)
@@ -307,24 +292,22 @@ def caption(scene, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Question:
-    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty; mentions is the
-    combination that the text names, if any."""
+    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty."""
 
     kind: str
     text: str
     answer: str
     options: tuple = ()
-    mentions: tuple = ()
 
 
-def yes_no(kind, text, truth, mentions=()):
-    return Question(kind, text, "yes" if truth else "no", mentions=mentions)
+def yes_no(kind, text, truth):
+    return Question(kind, text, "yes" if truth else "no")
 
 
 def question(scene, kind, rng, truth=None, closed=None):
     """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice"); closed
     False for an open one where there is one (not for "existence", nor for the position of two different things)."""
-    closed = truth is not None or (rng.random() < 0.25 if closed is None else closed)
+    closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
     truth = bool(rng.random() < 0.5) if truth is None else truth
     thing = scene[rng.integers(len(scene))]
     return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
@@ -338,14 +321,8 @@ def other(rng, known, *present):
 
 
 def ask_existence(scene, thing, rng, closed, truth):
-    if rng.random() < 0.5:
-        shape = thing.shape if truth else other(rng, SHAPES, *(t.shape for t in scene))
-        return yes_no("existence", f"is there a {shape}?", truth)
-    colour, shape = thing.colour, thing.shape
-    if not truth:                                   # a near miss: one word is right, the pair is not in the picture
-        near = [(c, s) for c in COLOURS for s in SHAPES if (c == colour) != (s == shape)]
-        colour, shape = other(rng, near, *((t.colour, t.shape) for t in scene))
-    return yes_no("existence", f"is there a {colour} {shape}?", truth)
+    shape = thing.shape if truth else other(rng, SHAPES, *(t.shape for t in scene))
+    return yes_no("existence", f"is there a {shape}?", truth)
 
 
 def ask_count(scene, thing, rng, closed, truth):
@@ -359,16 +336,15 @@ def ask_count(scene, thing, rng, closed, truth):
 
 def ask_position(scene, thing, rng, closed, truth):
     others = [t for t in scene if t.shape != thing.shape]
+    if not closed and (others or len(scene) == 1):
+        return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
     if others:
         holds = relations(thing, others[0])
         name = holds[rng.integers(len(holds))]
         name = name if truth else OPPOSITE[name]
-        mentions = canonical_relation(thing.shape, name, others[0].shape)
-        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth, mentions)
-    if not closed and len(scene) == 1:
-        return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
+        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
     place = thing.place if truth else other(rng, range(CELLS), *(t.place for t in scene))
-    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth, ("one object", thing.shape, place))
+    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
 
 
 def ask_colour(scene, thing, rng, closed, truth):
@@ -428,16 +404,25 @@ class Text:
 
 
 def train_tokenizer(file, config):
-    """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json."""
+    """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json.
+
+    Merges never cross the edge of a word that means something; what stands between such words may become one token, so
+    that conversations are short.
+    """
+    words = [*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS, *PLACES, *RELATIONS, "yes", "no", "nothing", *"ABCD"]
+    words = "|".join(sorted(words, key=len, reverse=True))
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf" ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = tokenizers.decoders.ByteLevel()
     world, rng, lines = World(0), np.random.default_rng(0), []
     for _ in range(2000):
         scene = world.scene(rng)
         asked = question(scene, QUESTIONS[rng.integers(len(QUESTIONS))], rng)
-        lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT, caption(scene, rng), " " + caption(scene, rng)]
-        lines += [asked.text, asked.answer, " " + asked.answer, f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
+        lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT, JANUS_USER, JANUS_ASSISTANT]
+        lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer]
+        lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     core.train_from_iterator(lines, trainer)
@@ -558,6 +543,7 @@ DROP = {"emu3": 0.05, "janus": 0.10}             # share of generation prompts t
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 MAX_RATIO = {"emu3": 5, "janus": 27}             # Emu3's own limit; Janus-Pro shrinks the short side to 14 of 384
+MIN_SIDE = {"emu3": 8, "janus": 1}               # Emu3's own limit
 
 
 def check_size(width, height, kind):
@@ -566,6 +552,8 @@ def check_size(width, height, kind):
         raise InputError(f"the picture has {width} x {height} pixels (limit {Image.MAX_IMAGE_PIXELS}): shrink it first")
     if max(width, height) > MAX_RATIO[kind] * min(width, height):
         raise InputError(f"the picture is {width} x {height}, one side over {MAX_RATIO[kind]} times the other: crop it")
+    if min(width, height) < MIN_SIDE[kind]:
+        raise InputError(f"the picture is {width} x {height}, a side below {MIN_SIDE[kind]} pixels: enlarge it")
 
 
 def smart_resize(height, width, config):
@@ -638,9 +626,9 @@ class Record:
 class WorldSource:
     """Training data of a World: a pool of pictures, each with fresh words whenever it is met."""
 
-    def __init__(self, world, n, seed, turns=5):
+    def __init__(self, world, n, seed):
         rng = np.random.default_rng([seed, 2])
-        self.world, self.turns, self.bad = world, turns, []
+        self.world, self.bad = world, []
         self.scenes = [world.scene(rng) for _ in range(n)]
         self.pictures = draw(self.scenes)
         self.crowded = draw([world.crowd(rng) for _ in range(n // 2)])
@@ -653,12 +641,8 @@ class WorldSource:
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
-            kinds = [QUESTIONS[i % len(QUESTIONS)] for i in rng.permutation(self.turns)]
-            turns = tuple((q.text, q.answer) for q in (self.world.question(scene, kind, rng) for kind in kinds))
-            if rng.random() < DESCRIBED:
-                # Last, or the questions after it could be answered from it. It is not scored, but its many words teach
-                # what the single words of the other answers teach slowly.
-                turns = (*turns[:-1], ("what is there?", describe(scene)))
+            kinds = rng.permutation(TURNS * QUESTIONS)
+            turns = tuple((q.text, q.answer) for q in (question(scene, kind, rng) for kind in kinds))
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 
@@ -753,7 +737,7 @@ def load_picture(source, kind):
     picture = open_picture(source)
     check_size(*picture.size, kind)
     try:
-        return picture.convert("RGB")
+        return ImageOps.exif_transpose(picture).convert("RGB")                  # as a viewer shows it
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"picture {source} is broken ({error}): replace it") from error
 
