@@ -5,7 +5,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
 
     python eval.py score    --checkpoint runs/tiny-emu3-seed0
     python eval.py generate --checkpoint runs/tiny-emu3-seed0 --prompt "a red circle above a blue square" --out red.png
-    python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a red circle?"
+    python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
 """
@@ -90,8 +90,8 @@ def score_understanding(m, text, world, n, seed=0):
     """Plain accuracy per question kind on n held-out pictures each, and the stricter measures of the three benchmarks.
 
     existence  yes/no, balanced; f1 with "yes" as positive (POPE)
-    count, position, colour  an open question about each picture; acc+ asks a true and a false yes/no question about the
-               same picture and wants both right (MME)
+    count, position, colour  a true and a false yes/no question about each picture; acc+ wants both right (MME); open is
+               the accuracy on questions without yes or no ("how many circles are there?")
     choice     four options; circular wants the right letter under all four rotations (MMBench)
     """
     rng = np.random.default_rng([seed, 6])
@@ -99,25 +99,28 @@ def score_understanding(m, text, world, n, seed=0):
     for kind in data.QUESTIONS:
         for i in range(n):
             scene, _ = world.held_out_scene(SHOWN[kind][i % len(SHOWN[kind])], rng)
-            truth = i % 4 < 2 if kind == "existence" else None
-            plain = data.question(scene, kind, rng, truth, closed=False)
-            strict = {"existence": [], "choice": data.rotations(plain) if kind == "choice" else []}.get(kind)
-            if strict is None:
-                strict = [data.question(scene, kind, rng, truth) for truth in (True, False)]
-            picture = data.draw([scene])[0]
-            asked += [(kind, i, picture, plain)] + [(kind + " strict", i, picture, question) for question in strict]
+            picture, plain = data.draw([scene])[0], data.question(scene, kind, rng, closed=False)
+            if kind == "existence":
+                questions = [(kind, data.question(scene, kind, rng, i % 4 < 2))]
+            elif kind == "choice":
+                questions = [(kind, plain), *(("circular", turned) for turned in data.rotations(plain))]
+            else:
+                questions = [(kind, data.question(scene, kind, rng, truth)) for truth in (True, False)]
+                questions.append(("open", plain))
+            asked += [(measure, (kind, i), picture, question) for measure, question in questions]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
-    right = {}
-    for (measure, i, _, question), reply in zip(asked, said, strict=True):
-        right.setdefault(measure, {}).setdefault(i, []).append(reply == question.answer)
-    share = {measure: float(np.mean([all(group) for group in groups.values()])) for measure, groups in right.items()}
-    kinds = {kind: share[kind] for kind in data.QUESTIONS}
-    pairs = [(reply == "yes", question.answer == "yes") for (kind, _, _, question), reply
-             in zip(asked, said, strict=True) if kind == "existence"]
+    right = {}                                                                  # {measure: {picture: [right or not]}}
+    for (measure, number, _, question), reply in zip(asked, said, strict=True):
+        right.setdefault(measure, {}).setdefault(number, []).append(reply == question.answer)
+    plain = {measure: float(np.mean(sum(groups.values(), []))) for measure, groups in right.items()}
+    strict = {measure: float(np.mean([all(group) for group in groups.values()])) for measure, groups in right.items()}
+    kinds = {kind: plain[kind] for kind in data.QUESTIONS}
+    pairs = [(reply == "yes", question.answer == "yes") for (measure, _, _, question), reply
+             in zip(asked, said, strict=True) if measure == "existence"]
     hits, claimed, true = (sum(x) for x in ([a and b for a, b in pairs], [a for a, _ in pairs], [b for _, b in pairs]))
     return {"und": float(np.mean(list(kinds.values()))), "und_by_kind": kinds, "f1": 2 * hits / max(claimed + true, 1),
-            "acc_plus": float(np.mean([share[f"{kind} strict"] for kind in ("count", "position", "colour")])),
-            "circular": share["choice strict"]}
+            "acc_plus": float(np.mean([strict[kind] for kind in ("count", "position", "colour")])),
+            "circular": strict["circular"], "open": plain["open"]}
 
 
 def score_generation(m, text, world, n, seed=0):
@@ -127,7 +130,8 @@ def score_generation(m, text, world, n, seed=0):
     prompts = [data.prompt_text(goal, rng) for goal in goals]
     pictures = np.stack([data.to_picture(pixels) for pixels in draw(m, text, prompts, seed)])
     scenes, clear = data.read(pictures)
-    right = [bool(ok) and data.fulfils(goal, scene) for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
+    right = [bool(ok) and goal in data.combinations(scene)
+             for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
     skills = {skill: float(np.mean(right[i * n:(i + 1) * n])) for i, skill in enumerate(data.SKILLS)}
     return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills}, (prompts, pictures, right)
 
@@ -363,7 +367,8 @@ def print_scores(scores):
     for title, key in (("understanding", "und"), ("generation", "gen")):
         rows = scores["und_by_kind" if key == "und" else "gen_by_skill"]
         print(f"{title:20s} {scores[key]:.3f}   " + "   ".join(f"{name} {value:.2f}" for name, value in rows.items()))
-    print(f"stricter: f1 {scores['f1']:.3f}, acc+ {scores['acc_plus']:.3f}, circular {scores['circular']:.3f}")
+    print(f"stricter: f1 {scores['f1']:.3f}, acc+ {scores['acc_plus']:.3f}, circular {scores['circular']:.3f}; "
+          f"open questions {scores['open']:.3f}")
 
 
 @dataclass(frozen=True)
@@ -458,9 +463,13 @@ def print_curves(result):
     for task in aia.TASKS:
         for name, row in result[task].items():
             if isinstance(row, dict):
-                gap = np.abs(np.array(row["intensity"]) - np.array(result[task]["target"])).mean()
-                print(f"{task} {LABEL[name]:26s} L_AIA {row['aia']:.4f}   mean |I - T| {gap:.3f}   "
-                      f"share of keys {row['uniform']:.3f}   ntp {row['ntp']:.3f}")
+                print(f"{task} {LABEL[name]:26s} L_AIA {row['aia']:.4f}   mean |I - T| "
+                      f"{distance(result[task], name):.3f}   share of keys {row['uniform']:.3f}   ntp {row['ntp']:.3f}")
+
+
+def distance(rows, name):
+    """Mean over layers of |intensity - target| of one model."""
+    return float(np.abs(np.array(rows[name]["intensity"]) - np.array(rows["target"])).mean())
 
 
 @dataclass(frozen=True)
@@ -472,13 +481,16 @@ class Collect:
 
 
 def collect(settings):
-    """Read result.json and scores.json of each run; write them with their mean and range for each preset."""
+    """Read result.json, scores.json and curves.json of each run; write them with mean and range for each preset."""
     rows = []
     for file in sorted(Path().glob(f"{settings.runs}/result.json")):
         row = json.loads(file.read_text())
-        scores = json.loads((file.parent / "scores.json").read_text())
-        rows.append(row | {key: scores[key] for key in ("und_by_kind", "gen_by_skill", "f1", "acc_plus", "circular")}
-                    | {"before": {key: scores["before"][key] for key in ("und", "gen")}})
+        scores, lines = (json.loads((file.parent / f"{name}.json").read_text()) for name in ("scores", "curves"))
+        rows.append(row | {key: scores[key] for key in ("und_by_kind", "gen_by_skill", "f1", "acc_plus", "circular",
+                                                  "open")}
+                    | {"before": {key: scores["before"][key] for key in ("und", "gen")}}
+                    | {"distance": {f"{task} {name}": distance(lines[task], name) for task in aia.TASKS
+                                    for name in ("before", "after")}})
     if not rows:
         raise InputError(f"no finished run matches {settings.runs}: train some, then give their folders as --runs")
     summary = {}
@@ -487,7 +499,7 @@ def collect(settings):
         summary[preset] = {key: {"mean": float(np.mean([row[key] for row in mine])),
                                  "min": min(row[key] for row in mine), "max": max(row[key] for row in mine)}
                            for key in ("und", "gen", "reader", "psnr", "seconds", "rss_gb", "aia_gen", "aia_und")}
-        for group in ("und_by_kind", "gen_by_skill", "before"):
+        for group in ("und_by_kind", "gen_by_skill", "before", "distance"):
             names = mine[0][group]
             summary[preset][group] = {name: float(np.mean([row[group][name] for row in mine])) for name in names}
         print(f"{preset}, {len(mine)} seeds: " + ", ".join(
