@@ -92,7 +92,7 @@ def equal(one, other):
 @both_models
 def test_micro_batches_change_memory_not_the_gradient(name, texts):
     """Sums are divided by the counts of the whole step, so 1 x 8 = 2 x 4 = 4 x 2, also with dropped prompts."""
-    m, results = fresh(name), []
+    m, results = fresh(name, embed_std=0.1), []             # gradients of order 1, where 1e-6 is above rounding
     for micro_batch in (8, 4, 2):
         batches = schedule(m, texts[name], 16, micro_batch, drop=0.3).step(0)
         assert len(batches) == 2 * 8 // micro_batch
@@ -144,19 +144,19 @@ def test_one_batch_is_overfit_on_both_tasks(name, texts):
     with torch.no_grad():                                       # rows of the codebook are latents: codes that differ
         z = m.vq.latents(torch.stack([data.to_tensor(p) for p in plan.source.pictures])).movedim(1, -1).flatten(0, 2)
         m.vq.quantize.weight.copy_(z[torch.randperm(len(z))[:m.config.codebook]])
-    optimizer = train.make_optimizer(m, train.Stage("joint", 150, 4, 3e-3, 1, ("vq",)), 0.0)
-    while len(losses) < 150 and (not losses or any(losses[-1][task] > 0.05 * losses[0][task] for task in aia.TASKS)):
+    optimizer = train.make_optimizer(m, train.Stage("joint", 150, 4, 3e-3, 1, ("vq",), weight_decay=0.0))
+    while len(losses) < 150 and (not losses or any(losses[-1][task] > 0.02 * losses[0][task] for task in aia.TASKS)):
         losses.append({task: row["ntp"] for task, row in train.accumulate(m, plan.step(0), TARGETS, OFF).items()})
         optimizer.step()
         optimizer.zero_grad()
     for task in aia.TASKS:
-        assert losses[0][task] > 3 and losses[-1][task] <= 0.05 * losses[0][task], (losses[0], losses[-1])
+        assert losses[0][task] > 3 and losses[-1][task] <= 0.02 * losses[0][task], (losses[0], losses[-1])
     for i in range(2):
         drawn, asked = (plan.record(task, i)[0] for task in aia.TASKS)
         (question, expected), *_ = asked.turns
         assert judge.answer(m, texts[name], [(asked.pictures[0], question)]) == [expected]
         codes, = plan.preparer.codes(drawn.pictures)
-        assert len(codes.unique()) > 10
+        assert len(codes.unique()) > 5                              # of 16: not one code everywhere
         prompt = [i for ids, _ in plan.preparer.template.prompt(drawn.turns[0][0], m.config.grid) for i in ids]
         logits = m.image_logits(torch.tensor([prompt]), codes[None])
         assert (logits.argmax(-1) == codes.flatten()).float().mean() > 0.9
@@ -177,7 +177,7 @@ def test_aia_moves_the_intensity_towards_its_target(name, task, texts):
     ends = {}
     for weight in (0.0, 300.0):
         m = copy.deepcopy(start)
-        optimizer = train.make_optimizer(m, train.Stage("tune", 20, 4, 3e-3, 1, ("vq",), True), 0.0)
+        optimizer = train.make_optimizer(m, train.Stage("tune", 20, 4, 3e-3, 1, ("vq",), True, weight_decay=0.0))
         for _ in range(20):
             train.accumulate(m, [batch], TARGETS, {task: weight})
             optimizer.step()
@@ -241,11 +241,14 @@ def whole(request, tmp_path_factory):
 
 
 def test_frozen_parts_do_not_move(whole):
-    """The picture tokenizer learns alone and then stands still, SigLIP from stage 3 on; everything else moves."""
+    """The picture tokenizer learns alone and then stands still, SigLIP from stage 3 on; reading uses no
+    part that only draws; everything else moves."""
     config, moved = whole
     everything = {name for name, _ in model.build(config.preset).named_children()}
+    drawing = {name for name in everything if name.startswith("gen_")}
     for stage, parts in moved.items():
-        assert parts == ({"vq"} if stage.name == "tokenizer" else everything - set(stage.frozen)), stage.name
+        still = {*stage.frozen} | (drawing if stage.name == "read" else set())
+        assert parts == ({"vq"} if stage.name == "tokenizer" else everything - still), stage.name
     assert "vq" in stage.frozen and ("vision" in stage.frozen or config.preset == "tiny-emu3")
 
 
@@ -316,7 +319,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage, function, saved", [("tokenizer", "tokenizer_step", "no checkpoint yet"),
-                                                    ("joint", "accumulate", "last good checkpoint {}/checkpoint.pt")])
+                                                    ("read", "accumulate", "last good checkpoint {}/checkpoint.pt")])
 def test_a_broken_number_stops_before_it_is_stored(stage, function, saved, tmp_path, unscored, monkeypatch):
     """One infinite weight makes the loss NaN: the message names stage, step, records and the last good checkpoint."""
     step, calls = getattr(train, function), []
@@ -327,7 +330,7 @@ def test_a_broken_number_stops_before_it_is_stored(stage, function, saved, tmp_p
             next(p for p in m.parameters() if p.requires_grad).data.fill_(math.inf)
         return step(m, *rest, **named)
     monkeypatch.setattr(train, function, breaks)
-    records = "world picture [0-9]+, world picture" if stage == "joint" else "tokenizer pictures"
+    records = "world picture [0-9]+, world picture" if stage == "read" else "tokenizer pictures"
     with pytest.raises(InputError, match=f"stage {stage}, step 3: .*not finite.*{records}.*{saved.format(tmp_path)}"):
         train.train(settings(tmp_path, steps=4, save_every=100))
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
@@ -428,7 +431,8 @@ def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
                  "result.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("joint", 2), ("tune", 2)]
+    assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("read", 2), ("joint", 2),
+                                                               ("tune", 2)]
     assert log[-1]["gen"]["lambda"] > 0 and len(log[-1]["und"]["intensity"]) == SMALL[name].layers
 
 
@@ -483,3 +487,21 @@ def test_another_models_run_is_no_start(whole, tmp_path, capsys):
     other, = {*NAMES} - {config.preset}
     assert "tokenizer" in refused(capsys, "--preset", other, "--init", config.out, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_attention_can_be_chosen_for_a_loaded_run(whole, tmp_path, unscored):
+    """--attention is a way to compute, not a property of the weights: it is honoured with --init too."""
+    config, _ = whole
+    run = train.train(settings(tmp_path, config.preset, init=config.out, steps=1, attention="explicit"))
+    assert all(layer.self_attn.attend is model.attend_explicit for layer in run.m.lm.layers)
+
+
+def test_ctrl_c_at_the_end_is_no_traceback(monkeypatch, tmp_path, capsys):
+    """Pressed while scores are computed, nothing is lost: the checkpoint is there, the message says how to go on."""
+    def pressed(run):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "finish", pressed)
+    with pytest.raises(SystemExit) as stop:
+        command(*TWO_STEPS, "--out", tmp_path / "run")
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoint.pt").exists()
