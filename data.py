@@ -139,7 +139,7 @@ def read(pictures):
 # The world: combinations, wordings, held-out split
 # ---------------------------------------------------------------------------------------------------------------------
 # A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
-# skill is held out: no training picture shows one of them, though each two of its words are met together.
+# skill is held out: no training picture shows one of them.
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
@@ -201,8 +201,7 @@ def prompt_text(combination, rng):
         pair = [f"a {words[0]} {PLACES[words[1]]}", f"a {words[2]} {PLACES[words[3]]}"]
         text = " and ".join(pair[::-1] if swap else pair)
     else:
-        first, *name, second = words
-        name = name[0] if name else "and"
+        first, name, second = words[0], words[1] if skill == "position" else "and", words[-1]
         if swap:
             first, name, second = second, OPPOSITE.get(name, name), first
         text = f"a {' '.join(first)} {name} a {' '.join(second)}"
@@ -306,7 +305,7 @@ def yes_no(kind, text, truth):
 
 def question(scene, kind, rng, truth=None, closed=None):
     """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice"); closed
-    False for an open one where there is one (not for "existence", nor for the position of two different things)."""
+    False for an open one where there is one (not for "existence", nor for the position of a group)."""
     closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
     truth = bool(rng.random() < 0.5) if truth is None else truth
     thing = scene[rng.integers(len(scene))]
@@ -410,7 +409,7 @@ def train_tokenizer(file, config):
     that conversations are short.
     """
     words = [*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS, *PLACES, *RELATIONS, "yes", "no", "nothing", *"ABCD"]
-    words = "|".join(sorted(words, key=len, reverse=True))
+    words = "|".join(sorted(words, key=len, reverse=True))      # beside them numbers, line ends and the * of sizes
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf" ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
@@ -613,6 +612,9 @@ def janus_drawing(picture, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and where they come from
 # ---------------------------------------------------------------------------------------------------------------------
+SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
+
+
 @dataclass(frozen=True)
 class Record:
     """One example: a picture (or several, for questions) with a conversation. `place` names it in messages."""
@@ -630,8 +632,12 @@ class WorldSource:
         rng = np.random.default_rng([seed, 2])
         self.world, self.bad = world, []
         self.scenes = [world.scene(rng) for _ in range(n)]
-        self.pictures = draw(self.scenes)
-        self.crowded = draw([world.crowd(rng) for _ in range(n // 2)])
+        self.pictures, self.rng = draw(self.scenes), rng
+
+    @functools.cached_property
+    def crowded(self):
+        """Pictures for the picture tokenizer, half as many; drawn when they are needed."""
+        return draw([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)])
 
     def count(self, task):
         return len(self.scenes)
@@ -666,7 +672,7 @@ class FileSource:
             except InputError as error:
                 self.bad.append(f"{file}:{number}: {error}")
                 if on_bad_record == "stop":
-                    raise InputError(f"{self.bad[-1]} (--on-bad-record skip leaves such records out)") from error
+                    raise InputError(f"{self.bad[-1]} ({SKIP_HINT})") from error
         if not any(self.records.values()):
             raise InputError(f"--data {file} holds no usable record: see README, 'Your own pictures'")
 
@@ -814,7 +820,7 @@ class Preparer:
         return emu3_picture(picture, self.config, self.config.image_size**2 if self.training else None)
 
     def batch(self, records, rngs=None, drop=0.0):
-        """Records of one task -> Batch. rngs (one a record) decide which generation prompts are dropped."""
+        """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
         task, janus = records[0].task, self.config.kind == "janus"
         sources = [p for r in records for p in r.pictures]
         codes = self.codes(sources) if task == "gen" or not janus else None
@@ -823,7 +829,7 @@ class Preparer:
             pixels = torch.stack([janus_reading(load_picture(p, "janus"), self.config) for p in sources])
         samples, valid, first = [], [], 0
         for i, record in enumerate(records):
-            dropped = task == "gen" and rngs is not None and bool(rngs[i].random() < drop)
+            dropped = task == "gen" and drop > 0 and bool(rngs[i].random() < drop)
             mine = None if codes is None else codes[first:first + len(record.pictures)]
             first += len(record.pictures)
             if task == "gen":
@@ -883,9 +889,24 @@ def samples_before(step, batch_size, ratio):
     return {"gen": gen, "und": total - gen}
 
 
-def bad_record(record, error):
-    """What is wrong with a record, with its place."""
-    return str(error) if record.place in str(error) else f"{record.place}: {error}"
+def usable_batch(preparer, get, positions, drop=0.0, bad=None):
+    """Batch of the records at these positions, or None if there is none. get(position) -> record, random numbers.
+
+    A record that cannot be used is noted in the list `bad` and left out; without a list it stops the command.
+    """
+    pairs = [get(position) for position in positions]
+    try:
+        return preparer.batch([record for record, _ in pairs], [rng for _, rng in pairs], drop) if pairs else None
+    except InputError as error:
+        if len(positions) > 1:                      # find it: each record alone, with fresh random numbers
+            good = [position for position in positions if usable_batch(preparer, get, [position], drop, bad)]
+            if len(good) == len(positions):
+                raise
+            return usable_batch(preparer, get, good, drop, bad)
+        text = str(error) if pairs[0][0].place in str(error) else f"{pairs[0][0].place}: {error}"
+        if bad is None:
+            raise InputError(f"{text} ({SKIP_HINT})") from error
+        bad += [text] if text not in bad else []
 
 
 class Schedule:
@@ -917,31 +938,10 @@ class Schedule:
         batches = []
         for task in aia.TASKS:
             for first in range(start[task], end[task], self.micro_batch):
-                batches.append(self.prepare(task, range(first, min(first + self.micro_batch, end[task]))))
+                batches.append(usable_batch(self.preparer, functools.partial(self.record, task),
+                                            range(first, min(first + self.micro_batch, end[task])), self.drop,
+                                            self.bad if self.on_bad_record == "skip" else None))
         return [batch for batch in batches if batch is not None]
-
-    def prepare(self, task, positions):
-        pairs = [self.record(task, position) for position in positions]
-        try:
-            return self.preparer.batch([r for r, _ in pairs], [rng for _, rng in pairs], self.drop)
-        except InputError:
-            return self.prepare_one_by_one(task, positions)
-
-    def prepare_one_by_one(self, task, positions):
-        """Find the bad record of a batch: stop there, or leave it out and go on with the others."""
-        good = []
-        for position in positions:
-            record, rng = self.record(task, position)
-            try:
-                self.preparer.batch([record], [rng], self.drop)
-                good.append(position)
-            except InputError as error:
-                text = bad_record(record, error)
-                if self.on_bad_record == "stop":
-                    raise InputError(f"{text} (--on-bad-record skip leaves such records out)") from error
-                self.bad += [text] if text not in self.bad else []
-        pairs = [self.record(task, position) for position in good]
-        return self.preparer.batch([r for r, _ in pairs], [rng for _, rng in pairs], self.drop) if good else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py collect  --runs "runs/tiny-*"
 """
 
+import glob
 import json
 import os
 import sys
@@ -99,14 +100,15 @@ def score_understanding(m, text, world, n, seed=0):
     for kind in data.QUESTIONS:
         for i in range(n):
             scene, _ = world.held_out_scene(SHOWN[kind][i % len(SHOWN[kind])], rng)
-            picture, plain = data.draw([scene])[0], data.question(scene, kind, rng, closed=False)
+            picture = data.draw([scene])[0]
             if kind == "existence":
                 questions = [(kind, data.question(scene, kind, rng, i % 4 < 2))]
             elif kind == "choice":
-                questions = [(kind, plain), *(("circular", turned) for turned in data.rotations(plain))]
+                first, *others = data.rotations(data.question(scene, kind, rng))
+                questions = [(kind, first), *(("turned", question) for question in others)]
             else:
                 questions = [(kind, data.question(scene, kind, rng, truth)) for truth in (True, False)]
-                questions.append(("open", plain))
+                questions.append(("open", data.question(scene, kind, rng, closed=False)))
             asked += [(measure, (kind, i), picture, question) for measure, question in questions]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
     right = {}                                                                  # {measure: {picture: [right or not]}}
@@ -120,7 +122,8 @@ def score_understanding(m, text, world, n, seed=0):
     hits, claimed, true = (sum(x) for x in ([a and b for a, b in pairs], [a for a, _ in pairs], [b for _, b in pairs]))
     return {"und": float(np.mean(list(kinds.values()))), "und_by_kind": kinds, "f1": 2 * hits / max(claimed + true, 1),
             "acc_plus": float(np.mean([strict[kind] for kind in ("count", "position", "colour")])),
-            "circular": strict["circular"], "open": plain["open"]}
+            "circular": float(np.mean([all(right["choice"][number] + turned)
+                                       for number, turned in right["turned"].items()])), "open": plain["open"]}
 
 
 def score_generation(m, text, world, n, seed=0):
@@ -183,19 +186,10 @@ class FileBatches:
         self.source, self.bad = source, bad
 
     def batches(self, preparer, task, n, batch=8):
-        records = [record for record in self.source.records[task][:n] if self.usable(preparer, record)]
+        records = self.source.records[task][:n]
         for start in range(0, len(records), batch):
-            yield preparer.batch(records[start:start + batch])
-
-    def usable(self, preparer, record):
-        try:
-            preparer.batch([record])
-            return True
-        except InputError as error:
-            if self.bad is None:
-                raise InputError(data.bad_record(record, error)) from error
-            self.bad += [text] if (text := data.bad_record(record, error)) not in self.bad else []
-            return False
+            positions = range(start, min(start + batch, len(records)))
+            yield data.usable_batch(preparer, lambda i: (records[i], None), positions, bad=self.bad)
 
 
 def uniform_share(batch):
@@ -205,12 +199,12 @@ def uniform_share(batch):
 
 
 @torch.inference_mode()
-def measure(m, preparer, samples, task, n, target, delta):
-    """One task on n samples: intensity per layer (mean and standard deviation over samples), without the first token of
+def measure(m, batches, target, delta):
+    """Batches of one task: intensity per layer (mean and standard deviation over samples), without the first token of
     the sequence (an attention sink), share of keys, next-token loss and L_AIA."""
     device = next(m.parameters()).device
     found, sinkless, uniform, ntp, tokens = [], [], [], 0.0, 0
-    for batch in samples.batches(preparer, task, n):
+    for batch in batches:
         batch = batch.to(device)
         out = m(batch)
         ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
@@ -229,14 +223,15 @@ def measure(m, preparer, samples, task, n, target, delta):
 
 
 def curves(models, preparer, samples, targets, n=100):
-    """Both tasks of several models {name: m}, with their targets -> one JSON-ready dict."""
+    """Both tasks of several models {name: m} with one picture tokenizer, and their targets -> one JSON-ready dict."""
     result = {}
     for task in aia.TASKS:
         target, delta = targets[task]
+        batches = [batch for batch in samples.batches(preparer, task, n) if batch]
         # JSON has no infinity: without Huber, delta is null.
         result[task] = {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
         for name, m in models.items():
-            result[task][name] = measure(m, preparer, samples, task, n, target, delta)
+            result[task][name] = measure(m, batches, target, delta)
     return result
 
 
@@ -310,8 +305,11 @@ def wrap(text, width=26):
 def write_json(content, file):
     """Write aside, then rename: a reader never sees half a file."""
     aside = Path(f"{file}.part")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    try:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}): give a file in a folder that exists") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,16 +481,16 @@ class Collect:
 def collect(settings):
     """Read result.json, scores.json and curves.json of each run; write them with mean and range for each preset."""
     rows = []
-    for file in sorted(Path().glob(f"{settings.runs}/result.json")):
-        row = json.loads(file.read_text())
-        scores, lines = (json.loads((file.parent / f"{name}.json").read_text()) for name in ("scores", "curves"))
+    for file in sorted(glob.glob(f"{settings.runs}/scores.json")):              # runs on own pictures have none
+        row, scores, lines = (json.loads(Path(file).with_name(f"{name}.json").read_text())
+                              for name in ("result", "scores", "curves"))
         rows.append(row | {key: scores[key] for key in ("und_by_kind", "gen_by_skill", "f1", "acc_plus", "circular",
                                                   "open")}
                     | {"before": {key: scores["before"][key] for key in ("und", "gen")}}
                     | {"distance": {f"{task} {name}": distance(lines[task], name) for task in aia.TASKS
                                     for name in ("before", "after")}})
     if not rows:
-        raise InputError(f"no finished run matches {settings.runs}: train some, then give their folders as --runs")
+        raise InputError(f"no finished run of the world matches {settings.runs}: train some, then give their folders")
     summary = {}
     for preset in sorted({row["preset"] for row in rows}):
         mine = [row for row in rows if row["preset"] == preset]
@@ -521,7 +519,7 @@ def main(argv=None):
         raise InputError(f"eval.py knows no command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
     cls, command = COMMANDS[argv[0]]
     settings = data.parse(cls, argv[1:], f"eval.py {argv[0]}")
-    if not getattr(settings, "checkpoint", "none needed"):
+    if "checkpoint" in vars(settings) and not settings.checkpoint:
         raise InputError(f"eval.py {argv[0]} needs --checkpoint, the folder of a run")
     print("result " + json.dumps(command(settings)))
 

@@ -490,15 +490,14 @@ class VQ(nn.Module):
         return distance.argmin(1).view(z.shape[0], *z.shape[2:])
 
     def start_local(self):
-        """Fresh weights by which a code depends on the pixels under it: branches that mix places begin at zero. From
-        random ones it depends on the whole picture, stays so, and a language model cannot predict it."""
+        """Fresh weights by which a code depends mostly on the pixels under it: branches that mix places begin at zero.
+        From random ones it depends on the whole picture, and a language model learns such codes slowly."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, AttnBlock):
                 nn.init.zeros_(module.proj_out.weight)
-        ends = self.encoder.conv_in.weight.data, self.encoder.conv_out.weight.data
-        for weight in ends:
+        for weight in (self.encoder.conv_in.weight.data, self.encoder.conv_out.weight.data):
             centre = 3 * weight[:, :, 1, 1]
             weight.mul_(0.01)[:, :, 1, 1] = centre
         for halve in self.encoder.downsample:       # its stride is 2: 2 x 2 of 3 x 3 tile the picture

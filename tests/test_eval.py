@@ -168,8 +168,8 @@ def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
     """Attention on a set of keys is a sum, so the gap is the attention on the first token, which is text."""
     m, text = opened(runs["tiny-emu3"])
     preparer, samples = data.Preparer(m, text), judge.HeldOut(data.World(0), 0)
-    rows = judge.measure(m, preparer, samples, task, 3, *aia.targets(2, task))
     batch, = samples.batches(preparer, task, 3)
+    rows = judge.measure(m, [batch], *aia.targets(2, task))
     first = torch.zeros_like(batch.condition)
     first[:, 0] = task == "gen"
     with torch.inference_mode():
@@ -223,7 +223,7 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     (["chat", "--checkpoint", "RUN", "--image", "none.png", "--question", "?"], "picture none.png is missing"),
     (["chat", "--checkpoint", "RUN", "--image", "RUN/settings.json", "--question", "?"], "settings.json cannot be"),
     (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "--data none.jsonl cannot be read"),
-    (["collect", "--runs", "nowhere/*"], "no finished run matches nowhere"),
+    (["collect", "--runs", "nowhere/*"], "no finished run of the world matches nowhere"),
     (["chat", "--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_input_is_refused_with_one_line(words, message, runs, capsys):
     """The line names cause and remedy, the exit status is 2."""
@@ -242,3 +242,27 @@ def test_an_incomplete_run_folder_is_named(missing, runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command("curves", "--checkpoint", tmp_path)
     assert stop.value.code == 2 and missing in capsys.readouterr().err
+
+
+def test_results_of_several_runs_are_collected(tmp_path, capsys):
+    """Means over seeds from what each run wrote, wherever the runs lie; a run on own pictures has no scores to add."""
+    curve = {"target": [0.2, 0.4], "before": {"intensity": [0.0, 0.0]}, "after": {"intensity": [0.2, 0.3]}}
+    for seed, und in ((0, 0.5), (1, 0.7)):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        numbers = {"preset": "tiny-emu3", "seed": seed, "und": und, "gen": 0.1, "reader": 1.0, "psnr": 30.0,
+                   "seconds": 9.0, "rss_gb": 0.5, "aia_gen": 0.1, "aia_und": 0.1}
+        scores = {"und_by_kind": {"count": und}, "gen_by_skill": {"counting": 0.1}, "f1": 1, "acc_plus": 1,
+                  "circular": 1, "open": 1, "before": {"und": 0.4, "gen": 0.1}}
+        for name, content in (("result", numbers), ("scores", scores), ("curves", dict.fromkeys(aia.TASKS, curve))):
+            judge.write_json(content, folder / f"{name}.json")
+    (tmp_path / "run2").mkdir()
+    judge.write_json({"und": None}, tmp_path / "run2/result.json")
+    command("collect", "--runs", tmp_path / "run*", "--out", tmp_path / "all.json")
+    summary = json.loads((tmp_path / "all.json").read_text())["summary"]["tiny-emu3"]
+    assert summary["und"] == pytest.approx({"mean": 0.6, "min": 0.5, "max": 0.7})
+    assert summary["distance"] == pytest.approx({"gen before": 0.3, "gen after": 0.05, "und before": 0.3,
+                                                 "und after": 0.05})
+    with pytest.raises(SystemExit) as stop:
+        command("collect", "--runs", tmp_path / "run*", "--out", tmp_path / "missing/all.json")
+    assert stop.value.code == 2 and "folder that exists" in capsys.readouterr().err

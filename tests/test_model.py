@@ -483,3 +483,20 @@ def test_janus_drawing_equals_transformers(janus):
     expected = theirs.generate(inputs=ids, attention_mask=torch.ones_like(ids), generation_mode="image",
                                guidance_scale=5, do_sample=False)
     assert torch.equal(ours.generate_images(ids, guidance=5.0, temperature=0), expected)
+
+
+@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
+def test_a_fresh_code_depends_mostly_on_the_pixels_under_it(name, monkeypatch):
+    """Another top left quarter changes the latents of the bottom right at most a third as much as its own. From random
+    weights it is more, which shows that the start does this, not the architecture."""
+    def spread():
+        torch.manual_seed(0)
+        m, pictures = model.build(name), torch.rand(16, 3, 16, 16) * 2 - 1
+        changed = pictures.clone()
+        changed[:, :, :8, :8] = pictures.roll(1, 0)[:, :, :8, :8]
+        with torch.no_grad():
+            moved = (m.vq.latents(pictures) - m.vq.latents(changed)).square().sum(1)                 # (16, 4, 4)
+        return moved[:, 2:, 2:].mean() / moved[:, :2, :2].mean()
+    local = spread()
+    monkeypatch.setattr(model.VQ, "start_local", lambda self: None)
+    assert local < 1 / 3 < spread()

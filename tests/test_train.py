@@ -505,3 +505,11 @@ def test_ctrl_c_at_the_end_is_no_traceback(monkeypatch, tmp_path, capsys):
         command(*TWO_STEPS, "--out", tmp_path / "run")
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
     assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_a_run_of_drawing_alone_never_reads():
+    """--ratio 1:0 asks for no questions at all, so the part that learns reading first is left out too."""
+    def parts(**changes):
+        return [stage.name for stage in train.plan(train.TrainConfig(**changes))]
+    assert parts(ratio="1:0") == parts(data="own.jsonl") == ["tokenizer", "joint", "tune"]
+    assert parts() == parts(ratio="0:1") == ["tokenizer", "read", "joint", "tune"]
