@@ -144,7 +144,8 @@ SKILLS = ("one object", "two objects", "counting", "colours", "position", "colou
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
 SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
-TURNS = 2                                       # questions of each kind in a training conversation
+ASKED = 3                                       # questions of a training conversation, before a description
+DESCRIBE = "what is there?"
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
 
 
@@ -420,7 +421,7 @@ def train_tokenizer(file, config):
         scene = world.scene(rng)
         asked = question(scene, QUESTIONS[rng.integers(len(QUESTIONS))], rng)
         lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT, JANUS_USER, JANUS_ASSISTANT]
-        lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer]
+        lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer, DESCRIBE]
         lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -647,8 +648,8 @@ class WorldSource:
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
-            kinds = rng.permutation(TURNS * QUESTIONS)
-            turns = tuple((q.text, q.answer) for q in (question(scene, kind, rng) for kind in kinds))
+            asked = [question(scene, kind, rng) for kind in rng.permutation(QUESTIONS)[:ASKED]]
+            turns = (*((q.text, q.answer) for q in asked), (DESCRIBE, describe(scene)))
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 

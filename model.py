@@ -131,13 +131,13 @@ JANUS_PRO_1B = replace(
 TINY_TEXT = 480
 TINY_EMU3 = Config(
     kind="emu3", layers=4, width=96, ffn=256, heads=3, kv_heads=3, head_dim=32, vocab=TINY_TEXT + 73, theta=1e4,
-    norm_eps=1e-5, codebook=64, code_dim=4, vq_width=32, vq_mult=(1, 1, 1), vq_blocks=0, vq_attention=(2,),
-    vq_latent=4, image_size=16, context=256, min_pixels=16 * 16, max_pixels=16 * 16, guidance=1.2, init_std=0.1,
-    embed_std=1.0, ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
+    norm_eps=1e-5, codebook=64, code_dim=8, vq_width=32, vq_mult=(1, 1, 1), vq_blocks=0, vq_attention=(2,),
+    vq_latent=8, image_size=16, context=256, min_pixels=16 * 16, max_pixels=16 * 16, guidance=1.2, top_k=2,
+    init_std=0.1, embed_std=1.0, ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
 )
 TINY_JANUS = replace(
     TINY_EMU3, kind="janus", vocab=TINY_TEXT + 8, norm_eps=1e-6, code_dim=8, vq_latent=64, min_pixels=0, max_pixels=0,
-    vit_width=96, vit_layers=2, vit_heads=4, vit_ffn=192, vit_patch=4,
+    vit_width=96, vit_layers=2, vit_heads=4, vit_ffn=192, vit_patch=8,
     ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["janus"])},
 )
 PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "emu3-8b": EMU3_8B, "janus-pro-1b": JANUS_PRO_1B,
@@ -375,6 +375,7 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1)
         self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)           # fresh branches, here and below, begin by adding nothing
 
     def forward(self, x, codes=None):
         y = self.conv1(F.silu(self.norm1(x, codes)))
@@ -388,6 +389,7 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.norm = norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x, codes=None):
         y = self.norm(x, codes)
@@ -489,21 +491,6 @@ class VQ(nn.Module):
         distance = rows.square().sum(1) - 2 * flat @ rows.T                     # (B h w, K)
         return distance.argmin(1).view(z.shape[0], *z.shape[2:])
 
-    def start_local(self):
-        """Fresh weights by which a code depends mostly on the pixels under it: branches that mix places begin at zero.
-        From random ones it depends on the whole picture, and a language model learns such codes slowly."""
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-            elif isinstance(module, AttnBlock):
-                nn.init.zeros_(module.proj_out.weight)
-        for weight in (self.encoder.conv_in.weight.data, self.encoder.conv_out.weight.data):
-            centre = 3 * weight[:, :, 1, 1]
-            weight.mul_(0.01)[:, :, 1, 1] = centre
-        for halve in self.encoder.downsample:       # its stride is 2: 2 x 2 of 3 x 3 tile the picture
-            patch = 1.5 * halve.weight.data[:, :, :2, :2]
-            halve.weight.data.mul_(0.01)[:, :, :2, :2] = patch
-
     def vectors(self, codes):
         """Codes (B, h, w) -> rows (B, code_dim, h, w)."""
         return F.embedding(codes, self.rows()).permute(0, 3, 1, 2)
@@ -516,14 +503,33 @@ class VQ(nn.Module):
         """Codes (B, h, w) -> pixels (B, 3, S, S), not clipped."""
         return self.pixels(self.vectors(codes))
 
-    def forward(self, pixels, commitment=0.25):
-        """Training: reconstruction, codes, and |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv 1711.00937, Eq. 3)."""
+    def patches(self, pixels, latents):
+        """Which patch of pixels lies under each latent: flat latents (n, code_dim), the patch of each (n,) as a number
+        that equal patches share, and the mean latent of each number (m, code_dim)."""
+        side = pixels.shape[-1] // latents.shape[-1]
+        patch = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)               # (n, 3 side side)
+        patch, times = torch.unique(patch, dim=0, return_inverse=True, return_counts=True)[1:]
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)                        # (n, code_dim)
+        mean = torch.zeros_like(flat[:len(times)]).index_add(0, patch, flat) / times[:, None]
+        return flat, patch, mean
+
+    def forward(self, pixels, commitment=0.25, quantize=True):
+        """Training: reconstruction, codes, |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv 1711.00937, Eq. 3), and
+        the share of the latents' variance that lies within equal patches.
+
+        Equal patches of pixels get one code, that of their mean latent, whatever surrounds them: language models learn
+        such codes many times faster. Where all patches differ this is plain vector quantization.
+        """
         z = self.latents(pixels)                                                # (B, code_dim, h, w)
-        codes = self.nearest(z.detach())                                        # (B, h, w)
+        flat, patch, mean = self.patches(pixels, z)
+        within = (flat - mean[patch]).square().sum(1).mean() / (flat - flat.mean(0)).square().sum(1).mean().detach()
+        if not quantize:
+            return self.pixels(z), None, 0.0, within
+        codes = self.nearest(mean.detach()[:, :, None, None])[patch].view(len(z), *z.shape[2:])     # (B, h, w)
         e = self.vectors(codes)                                                 # (B, code_dim, h, w)
         pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
         # Straight through: forward e, backward to z as if there were no rounding.
-        return self.pixels(z + (e - z).detach()), codes, pull
+        return self.pixels(z + (e - z).detach()), codes, pull, within
 
 
 class JanusVQ(VQ):
@@ -534,7 +540,6 @@ class JanusVQ(VQ):
         self.encoder, self.decoder = Encoder(config), PixelDecoder(config, Norm)
         self.quant_conv = nn.Conv2d(config.vq_latent, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.vq_latent, 1)
-        self.start_local()
 
     def rows(self):
         return F.normalize(self.quantize.weight, dim=1)
@@ -601,7 +606,6 @@ class Emu3VQ(VQ):
         self.quant_conv, self.post_quant_conv = CausalConv3d(z, (3, 1, 1)), CausalConv3d(z, (3, 1, 1))
         for module in [*self.encoder_time_conv, *self.decoder_time_conv, self.quant_conv, self.post_quant_conv]:
             module.pass_through()
-        self.start_local()
 
     def latents(self, pixels):
         # The four frames are equal, so the 2-D encoder sees one of them; time begins after it.
@@ -651,7 +655,8 @@ class SigLIP(nn.Module):
         super().__init__()
         c = config.vit_width
         self.patch_embed = nn.Conv2d(3, c, config.vit_patch, stride=config.vit_patch)
-        self.pos_embed = nn.Parameter(torch.randn(1, (config.image_size // config.vit_patch) ** 2, c) * 0.02)
+        places = (config.image_size // config.vit_patch) ** 2
+        self.pos_embed = nn.Parameter(config.embed_std * torch.randn(1, places, c))
         self.blocks = nn.ModuleList(VitBlock(c, config.vit_heads, config.vit_ffn) for _ in range(config.vit_layers))
         self.norm = nn.LayerNorm(c, eps=1e-6)
 
@@ -950,8 +955,8 @@ def from_config(config):
         raise InputError(f"attention {config.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
     m = MODELS[config.kind](config)
     for name, module in m.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vq"):
-            std = config.embed_std if isinstance(module, nn.Embedding) else config.init_std
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) and not name.startswith("vq"):
+            std = config.init_std if isinstance(module, nn.Linear) else config.embed_std        # words, patches
             if name.endswith(("o_proj", "down_proj")):      # what 2 L branches add up to stays as large as one of them
                 std /= math.sqrt(2 * config.layers)
             nn.init.normal_(module.weight, 0.0, std)

@@ -94,11 +94,12 @@ class Stage:
 # Found by trial: beside drawing, reading takes several times as many questions to learn, so it comes first. Strong
 # weight decay brings prompts that were held out closer to those that were seen.
 TOKENIZER = Stage("tokenizer", 1000, 8, 8e-3, 30, betas=(0.9, 0.99), weight_decay=0.0)
-READ = Stage("read", 700, 16, 3e-3, 50, ("vq",), ratio="0:1")
-JOINT = Stage("joint", 1200, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
+READ = Stage("read", 1000, 24, 3e-3, 50, ("vq",), ratio="0:1")
+JOINT = Stage("joint", 1500, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
 TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
 PLANS = {"tiny-emu3": (TOKENIZER, READ, JOINT, TUNE),
          "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}
+AGREEMENT = 5.0                     # stage 1: weight of the latents' variance within equal patches, when it ends
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 
 
@@ -212,42 +213,37 @@ def calibrate(m, schedule, targets, config, autocast):
 # One step of the picture tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def fill_codebook(vq, pixels, everything):
-    """Move codebook rows onto latents of these pictures: all rows at the start, later only those that nobody uses.
+def fill_codebook(vq, pixels):
+    """Move the codebook rows onto mean latents of equal patches of these pictures.
 
-    Each row goes to the latent that is farthest from all rows so far. Latents of plain background outnumber all others:
-    rows drawn at random would land there, and one background would have many codes that no language model can predict.
+    Each row goes to the mean that is farthest from all rows so far. Rows drawn at random would land on the background,
+    which outnumbers all else.
     """
-    z = vq.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)                    # (B h w, code_dim)
-    rows = vq.rows().clone()                                                    # (K, code_dim)
-    distance = torch.cdist(z, rows).square()                                    # (B h w, K)
-    idle = torch.ones(len(rows), dtype=torch.bool, device=z.device)
-    idle[distance.argmin(1)] = everything
-    nearest = (z - z[0]).square().sum(1) if everything else distance[:, ~idle].amin(1)
-    for i in idle.nonzero()[:, 0].tolist():
-        rows[i] = z[nearest.argmax()]
-        nearest = torch.minimum(nearest, (z - rows[i]).square().sum(1))
-    vq.quantize.weight.copy_(rows)
+    mean = vq.patches(pixels, vq.latents(pixels))[-1]                           # (m, code_dim)
+    nearest = torch.full_like(mean[:, 0], torch.inf)
+    for i in range(len(vq.quantize.weight)):
+        vq.quantize.weight[i] = mean[nearest.argmax()]
+        nearest = torch.minimum(nearest, (mean - vq.quantize.weight[i]).square().sum(1))
 
 
 def tokenizer_step(m, pictures, step, stage, seed):
-    """Gradients of one step of stage 1: reconstruction plus codebook, on a batch that the seed and the step decide."""
+    """Gradients of one step of stage 1: reconstruction, codebook and agreement of equal patches, on a batch that the
+    seed and the step decide."""
     rng, device = np.random.default_rng([seed, 10, step]), m.vq.quantize.weight.device
 
     def some(n):
         return torch.stack([data.to_tensor(pictures[i]) for i in rng.integers(len(pictures), size=n)]).to(device)
     warm = stage.steps // 5                         # first without the codebook, so that latents mean something
-    if step == warm or (warm < step < stage.steps // 2 and step % 50 == 0):
-        fill_codebook(m.vq, some(64), everything=step == warm)
+    if step in (warm, stage.steps // 2):
+        fill_codebook(m.vq, some(128))
     pixels = some(stage.batch_size)
-    if step < warm:
-        again, pull, used = m.vq.pixels(m.vq.latents(pixels)), torch.zeros((), device=device), 0
-    else:
-        again, codes, pull = m.vq(pixels)
-        used = len(codes.unique())
+    again, codes, pull, within = m.vq(pixels, quantize=step >= warm)
     error = again - pixels
-    (error.abs().mean() + error.square().mean() + pull).backward()
-    return {"tokenizer": {"l1": error.abs().mean().item(), "pull": pull.item(), "codes": used}}
+    # Asked for at full weight from the start, agreement is reached by latents that say nothing.
+    agree = AGREEMENT * step / stage.steps * within
+    (error.abs().mean() + error.square().mean() + pull + agree).backward()
+    used = 0 if codes is None else len(codes.unique())
+    return {"tokenizer": {"l1": error.abs().mean().item(), "within": within.item(), "codes": used}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,7 +446,7 @@ def pictures_of(run):
 
 def check_finite(norm, metrics, stage, step, batches, run):
     """Stop before a broken number reaches the weights; say where it came from."""
-    losses = [value for row in metrics.values() for name, value in row.items() if name in ("ntp", "aia", "l1", "pull")]
+    losses = [value for row in metrics.values() for name, value in row.items() if name in ("ntp", "aia", "l1")]
     if math.isfinite(norm) and all(map(math.isfinite, losses)):
         return
     places = [place for batch in batches for place in batch.places]
