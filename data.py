@@ -144,7 +144,7 @@ SKILLS = ("one object", "two objects", "counting", "colours", "position", "colou
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
 SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
-ASKED = 3                                       # questions of a training conversation, before a description
+ASKED = 4                                       # questions of a training conversation; half end in a description
 DESCRIBE = "what is there?"
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
 
@@ -306,7 +306,7 @@ def yes_no(kind, text, truth):
 
 def question(scene, kind, rng, truth=None, closed=None):
     """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice"); closed
-    False for an open one where there is one (not for "existence", nor for the position of a group)."""
+    False for an open one where there is one (not for the position of a group): those teach what the others need."""
     closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
     truth = bool(rng.random() < 0.5) if truth is None else truth
     thing = scene[rng.integers(len(scene))]
@@ -321,8 +321,11 @@ def other(rng, known, *present):
 
 
 def ask_existence(scene, thing, rng, closed, truth):
-    shape = thing.shape if truth else other(rng, SHAPES, *(t.shape for t in scene))
-    return yes_no("existence", f"is there a {shape}?", truth)
+    absent = other(rng, SHAPES, *(t.shape for t in scene))
+    if not closed:
+        first, second = (thing.shape, absent) if truth else (absent, thing.shape)
+        return Question("existence", f"is there a {first} or a {second}?", thing.shape)
+    return yes_no("existence", f"is there a {thing.shape if truth else absent}?", truth)
 
 
 def ask_count(scene, thing, rng, closed, truth):
@@ -336,11 +339,14 @@ def ask_count(scene, thing, rng, closed, truth):
 
 def ask_position(scene, thing, rng, closed, truth):
     others = [t for t in scene if t.shape != thing.shape]
-    if not closed and (others or len(scene) == 1):
+    if not closed and (len(scene) == 1 or others and rng.random() < 0.5):
         return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
     if others:
         holds = relations(thing, others[0])
         name = holds[rng.integers(len(holds))]
+        if not closed:
+            which = "left or right of" if "of" in name else "above or below"
+            return Question("position", f"is the {thing.shape} {which} the {others[0].shape}?", name.split()[0])
         name = name if truth else OPPOSITE[name]
         return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
     place = thing.place if truth else other(rng, range(CELLS), *(t.place for t in scene))
@@ -409,7 +415,8 @@ def train_tokenizer(file, config):
     Merges never cross the edge of a word that means something; what stands between such words may become one token, so
     that conversations are short.
     """
-    words = [*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS, *PLACES, *RELATIONS, "yes", "no", "nothing", *"ABCD"]
+    words = [*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS, "at the top", "at the bottom", "left", "right",
+             *RELATIONS, "yes", "no", "nothing", *"ABCD"]
     words = "|".join(sorted(words, key=len, reverse=True))      # beside them numbers, line ends and the * of sizes
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
@@ -649,7 +656,8 @@ class WorldSource:
             turns = ((caption(scene, rng), "<image>"),)
         else:
             asked = [question(scene, kind, rng) for kind in rng.permutation(QUESTIONS)[:ASKED]]
-            turns = (*((q.text, q.answer) for q in asked), (DESCRIBE, describe(scene)))
+            described = [(DESCRIBE, describe(scene))] * int(rng.integers(2))
+            turns = (*((q.text, q.answer) for q in asked), *described)
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 

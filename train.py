@@ -95,7 +95,7 @@ class Stage:
 # weight decay brings prompts that were held out closer to those that were seen.
 TOKENIZER = Stage("tokenizer", 1000, 8, 8e-3, 30, betas=(0.9, 0.99), weight_decay=0.0)
 READ = Stage("read", 1000, 24, 3e-3, 50, ("vq",), ratio="0:1")
-JOINT = Stage("joint", 1500, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
+JOINT = Stage("joint", 1300, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
 TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
 PLANS = {"tiny-emu3": (TOKENIZER, READ, JOINT, TUNE),
          "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}

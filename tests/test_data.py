@@ -182,6 +182,14 @@ def answer_of(text, scene):
                  "below": row > row2}[found[2]]
     elif text == "what is there?":
         return " and ".join(f"a {t.colour} {t.shape} {data.PLACES[t.place]}" for t in scene)
+    elif found := match(f"is there a {SHAPE} or a {SHAPE}?"):
+        shape, = (name for name in found.groups() if count(shape=name))
+        return shape
+    elif found := match(f"is the {SHAPE} (left or right of|above or below) the {SHAPE}?"):
+        sides = ("left", "right") if "left" in found[2] else ("above", "below")
+        right, = (side for side in sides
+                  if answer_of(text.replace(found[2], side + " of" * ("left" in found[2])), scene) == "yes")
+        return right
     elif found := match(f"how many {SHAPE}PLURAL are there?"):
         return data.NUMBERS[count(shape=found[1])]
     elif found := match(f"where is the {SHAPE}?"):
