@@ -127,11 +127,12 @@ def score_understanding(m, text, world, n, seed=0):
 
 
 def score_generation(m, text, world, n, seed=0):
-    """One guided picture for each of n held-out prompts per skill, read back from its pixels -> scores, samples."""
+    """One guided picture, of the likeliest codes, for each of n held-out prompts per skill, read back from its pixels
+    -> scores, samples."""
     rng = np.random.default_rng([seed, 7])
     goals = [world.held_out_scene(skill, rng)[1] for skill in data.SKILLS for _ in range(n)]
     prompts = [data.prompt_text(goal, rng) for goal in goals]
-    pictures = np.stack([data.to_picture(pixels) for pixels in draw(m, text, prompts, seed)])
+    pictures = np.stack([data.to_picture(pixels) for pixels in draw(m, text, prompts, temperature=0)])
     scenes, clear = data.read(pictures)
     right = [bool(ok) and goal in data.combinations(scene)
              for goal, scene, ok in zip(goals, scenes, clear, strict=True)]

@@ -132,7 +132,7 @@ TINY_TEXT = 480
 TINY_EMU3 = Config(
     kind="emu3", layers=4, width=96, ffn=256, heads=3, kv_heads=3, head_dim=32, vocab=TINY_TEXT + 73, theta=1e4,
     norm_eps=1e-5, codebook=64, code_dim=8, vq_width=32, vq_mult=(1, 1, 1), vq_blocks=0, vq_attention=(2,),
-    vq_latent=8, image_size=16, context=256, min_pixels=16 * 16, max_pixels=16 * 16, guidance=1.2, top_k=1,
+    vq_latent=8, image_size=16, context=256, min_pixels=16 * 16, max_pixels=16 * 16, guidance=1.2, top_k=2,
     init_std=0.1, embed_std=1.0, ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["emu3"])},
 )
 TINY_JANUS = replace(

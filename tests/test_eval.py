@@ -88,7 +88,7 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, monkeypatch):
     scenes, choose = [], data.World.held_out_scene
     monkeypatch.setattr(data.World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
 
-    def paint(m, text, prompts, seed):
+    def paint(m, text, prompts, temperature):
         assert len(prompts) == len(scenes)
         shown = [scene for scene, _ in scenes]
         if drawn == "another shape":
