@@ -327,25 +327,39 @@ def device_of(name):
     return name
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Where the model of a command comes from."""
+
+    checkpoint: str = opt("", "run folder of train.py, or a folder or hub id of public weights")
+    vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model")
+    dtype: str = opt("stored", "of the weights", ("stored", "float32", "bfloat16"))
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
 def load_run(settings, file="checkpoint.pt"):
-    """Model, text tokenizer and settings of a run folder."""
-    folder = Path(settings.checkpoint)
-    m = model.load(folder, device=device_of(settings.device), file=file)
-    try:
-        run = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'settings.json'} cannot be read ({error}): give the folder of a run") from error
+    """Model, text tokenizer and settings of a run folder, or of public weights with the defaults of a run."""
+    if not settings.checkpoint:
+        raise InputError("give --checkpoint, a run folder of train.py or a folder of public weights")
+    dtype = {"stored": None}.get(settings.dtype, getattr(torch, settings.dtype, None))
+    m = model.load(settings.checkpoint, dtype, device_of(settings.device), settings.vision_tokenizer, file=file)
+    if not m.tokenizer_file or not Path(m.tokenizer_file).name == "tokenizer.json":
+        raise InputError(f"{settings.checkpoint} holds no tokenizer.json: put that of its -hf version there")
+    run, own = {"seed": 0, "aia_targets": "depth", "aia_variant": "full"}, Path(settings.checkpoint) / "settings.json"
+    if (Path(settings.checkpoint) / file).exists():
+        try:
+            run = json.loads(own.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{own} cannot be read ({error}): give the folder of a run") from error
     return m, data.Text(m.tokenizer_file, m.config.kind), run
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Loaded):
     """Score a run on held-out combinations of the built-in world."""
 
-    checkpoint: str = opt("", "run folder of train.py")
     n: int = opt(100, "pictures for each question kind, and prompts for each skill")
     seed: int = opt(0, "draws questions, prompts and codes")
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     out: str = opt("", "JSON file; empty: scores.json in the run folder")
 
 
@@ -371,17 +385,15 @@ def print_scores(scores):
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Loaded):
     """Draw a picture from a prompt."""
 
-    checkpoint: str = opt("", "run folder of train.py")
     prompt: str = opt("a red circle above a blue square", "what to draw")
     out: str = opt("picture.png", "PNG file to write")
     guidance: float = opt(0.0, "classifier-free guidance; 0: the model's own, 1: none")
     temperature: float = opt(1.0, "0 takes the likeliest code")
     seed: int = opt(0, "draws the codes")
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def generate(settings):
@@ -401,15 +413,13 @@ def generate(settings):
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Loaded):
     """Answer a question about a picture."""
 
-    checkpoint: str = opt("", "run folder of train.py")
     image: str = opt("", "picture file")
     question: str = opt("", "what to ask")
     max_new_tokens: int = opt(64, "longest answer in tokens")
     temperature: float = opt(0.0, "0 is greedy")
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def chat(settings):
@@ -423,14 +433,12 @@ def chat(settings):
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Loaded):
     """Intensity per layer of both tasks on held-out samples: before AIA, after, and the target."""
 
-    checkpoint: str = opt("", "run folder of train.py")
     data: str = opt("", "JSON-lines file of samples; empty: held-out scenes of the world")
     n: int = opt(100, "samples for each task")
     seed: int = opt(0, "draws the samples")
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder")
 
 

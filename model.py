@@ -7,14 +7,19 @@ token spends on the keys of the other modality (the I_l of aia.py, before averag
     python -m pytest tests/test_model.py
 """
 
+import functools
 import json
 import math
+import re
+import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import aia
@@ -976,12 +981,348 @@ def read_checkpoint(path):
         raise InputError(f"checkpoint {path} is damaged or no checkpoint ({reason}): use an earlier one") from error
 
 
-def load(folder, dtype=None, device="cpu", file="checkpoint.pt", attention="fused"):
-    """The model of a run folder, in eval mode; the picture tokenizer stays float32."""
-    state = read_checkpoint(Path(folder) / file)
-    config = state["config"] | {"attention": attention}
-    m = from_config(Config(**config | {key: tuple(config[key]) for key in ("vq_mult", "vq_attention")}))
-    m.load_state_dict(state["model"])
-    m.tokenizer_file = Path(folder) / "tokenizer.json"
-    m.to(device, dtype).vq.float()
+def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused",
+         file="checkpoint.pt"):
+    """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
+
+    dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
+    beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do.
+    """
+    folder = find_folder(folder)
+    if (folder / file).exists() or not (folder / "config.json").exists() and folder.is_dir():
+        state = read_checkpoint(folder / file)
+        m = from_config(configured(state["config"] | {"attention": attention}))
+        m.load_state_dict(state["model"])
+        m.tokenizer_file = folder / "tokenizer.json"
+    else:
+        m = load_public(folder, dtype, device, vision_tokenizer, attention)
+    m.lm.rope_bf16 = rope_bf16
+    for name, part in m.named_children():
+        part.to(device, None if name == "vq" else dtype)
     return m.eval()
+
+
+def configured(values):
+    """A Config from plain values, lists where it has tuples."""
+    return Config(**values | {key: tuple(values[key]) for key in ("vq_mult", "vq_attention")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public checkpoints: names
+# ---------------------------------------------------------------------------------------------------------------------
+# Ordered rules from our names to those of each layout. "hf" is transformers; decoder levels of Emu3 count from the
+# highest resolution there, and `top` is the number of the lowest.
+VQ_NAMES = ((r"quantize\.", "quantize.embedding."), (r"(down|up)sample\.(\d)", r"\1.\2.\1sample.conv"))
+EMU3_VQ_NAMES = (
+    *VQ_NAMES, (r"coder_time_conv\.(\d)", r"coder.time_conv.\1.conv"), (r"coder_time_blocks", "coder.time_res_stack"),
+    (r"decoder\.up\.(\d)", lambda found, top: f"decoder.up.{top - int(found[1])}"))
+NAMES = {
+    ("emu3", "original"): (*EMU3_VQ_NAMES, (r"^vq\.", ""), (r"^lm\.", "model.")),
+    ("emu3", "hf"): (
+        *EMU3_VQ_NAMES, (r"^vq\.", "model.vqmodel."), (r"^lm\.", "model.text_model."),
+        (r"coder\.(down|up)\.", r"coder.\1_block.\1."), (r"\.mid\.", ".middle_block."),
+        (r"attn\.(\d)\.norm\.", r"attn_norms.\1."), (r"attn_1\.norm\.", "attn_norm."),
+        (r"(attn[._]\d)\.([qkv])\.", r"\1.\2_proj."), (r"(attn[._]\d)\.proj_out", r"\1.out_proj")),
+    ("janus", "original"): (
+        *VQ_NAMES, (r"^vq\.", "gen_vision_model."), (r"coder\.(down|up)\.", "coder.conv_blocks."),
+        (r"(conv_blocks\.\d)\.block\.", r"\1.res."), (r"mid\.block_1", "mid.0"), (r"mid\.attn_1", "mid.1"),
+        (r"mid\.block_2", "mid.2"), (r"^lm\.", "language_model.model."), (r"^lm_head", "language_model.lm_head"),
+        (r"aligner\.(\d)", r"aligner.layers.\1"), (r"^gen_head\.0", "gen_head.output_mlp_projector"),
+        (r"^gen_head\.2", "gen_head.vision_head"), (r"^vision\.", "vision_model.vision_tower."),
+        (r"patch_embed\.", "patch_embed.proj."), (r"(blocks\.\d+)\.(qkv|proj)\.", r"\1.attn.\2."),
+        (r"(blocks\.\d+)\.fc", r"\1.mlp.fc")),
+    ("janus", "hf"): (
+        *VQ_NAMES, (r"^vq\.", "model.vqmodel."), (r"^lm\.", "model.language_model."), (r"^aligner", "model.aligner"),
+        (r"^gen_", "model.generation_"), (r"aligner\.0", "aligner.fc1"), (r"aligner\.2", "aligner.hidden_layers.0"),
+        (r"generation_embed", "generation_embeddings"), (r"head\.0", "head.proj_out"),
+        (r"head\.2", "head.vision_head"),
+        (r"^vision\.patch_embed", "vision.embeddings.patch_embedding"),
+        (r"^vision\.pos_embed", "vision.embeddings.position_embedding.weight"),
+        (r"^vision\.norm", "vision.post_layernorm"), (r"^vision\.", "model.vision_model."),
+        (r"blocks\.(\d+)\.norm", r"blocks.\1.layer_norm"), (r"blocks\.(\d+)\.fc", r"blocks.\1.mlp.fc"),
+        (r"blocks\.(\d+)\.proj", r"blocks.\1.self_attn.projection_layer"),
+        (r"blocks\.(\d+)\.qkv", r"blocks.\1.self_attn.qkv"), (r"blocks\.", "encoder.layers.")),
+}
+# What transformers writes for Emu3 differs from what it holds in memory; it reads both, and so do we.
+EMU3_ON_DISK = (("model.text_model.", "text_model.model."), ("lm_head.", "text_model.lm_head."),
+                ("model.vqmodel.", "vqmodel."))
+UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, used by nobody
+
+
+def public_names(name, config, layout):
+    """The public names of one of our tensors: one, or three where a fused projection is stored apart."""
+    for pattern, new in NAMES[config.kind, layout]:
+        rule = (lambda found, new=new: new(found, len(config.vq_mult) - 1)) if callable(new) else new
+        name = re.sub(pattern, rule, name)
+    return [name.replace("qkv", f"{part}_proj") for part in "qkv"] if layout == "hf" and "qkv" in name else [name]
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public checkpoints: configuration
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields of config.json by our names, and what the code takes for granted of the others.
+TEXT = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers",
+        "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+        "vocab": "vocab_size", "norm_eps": "rms_norm_eps", "theta": "rope_theta", "context": "max_position_embeddings"}
+TEXT_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+             "rope_type": "default"}
+VQ_HF = {"code_dim": "embed_dim", "vq_latent": "latent_channels", "vq_width": "base_channels",
+         "vq_mult": "channel_multiplier", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
+VQ_ORIGINAL = {"codebook": "codebook_size", "code_dim": "embed_dim", "vq_latent": "z_channels", "vq_width": "ch",
+               "vq_mult": "ch_mult", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
+VQ_ONLY = {"double_latent": False, "double_z": False, "in_channels": 3, "out_channels": 3,
+           "temporal_downsample_factor": Emu3VQ.frames}
+VIT = {"vit_width": "hidden_size", "vit_layers": "num_hidden_layers", "vit_heads": "num_attention_heads",
+       "vit_patch": "patch_size", "image_size": "image_size"}
+VIT_ONLY = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_qk_norm": False, "attention_bias": True, "depth": 2,
+            "num_channels": 3}
+LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocab": 32000, "norm_eps": 1e-6, "theta": 1e4,
+         "context": 2048}                        # what transformers assumes where a Llama's config.json is silent
+SIGLIP_L = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1, "image_size": 384}
+EMU3_IDS = {"pad": "pad_token_id", "bos": "bos_token_id", "eos": "eos_token_id", "img": "img_token_id",
+            "boi": "boi_token_id", "eoi": "eoi_token_id", "eol": "eol_token_id", "eof": "eof_token_id"}
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}): download the whole folder again") from error
+
+
+def taken(section, names, only, place):
+    """{our field: value} of those a section of config.json holds; what the code cannot honour is an error."""
+    for key, value in only.items():
+        if section.get(key, value) != value:
+            raise InputError(f"{place}: {key} {section[key]!r} cannot be honoured, only {value!r}")
+    return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
+
+
+def read_config(folder):
+    """config.json of a public folder -> (layout, values of a Config without ids, its content)."""
+    file = folder / "config.json"
+    content = read_json(file)
+    layout = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
+              "multi_modality": ("janus", "original")}.get(content.get("model_type"))
+    if not layout:
+        raise InputError(f"{file}: model_type {content.get('model_type')!r} is not emu3, Emu3, janus or multi_modality")
+    kind, layout = layout
+    values = asdict(EMU3_8B) if kind == "emu3" else asdict(JANUS_PRO_7B) | LLAMA
+    text = content if (kind, layout) == ("emu3", "original") else \
+        content.get("text_config" if layout == "hf" else "language_config", {})
+    text = text | (text.get("rope_parameters") or {})
+    values["kv_heads"] = values["head_dim"] = None
+    values |= taken(text, TEXT, TEXT_ONLY, file)
+    default_kv = EMU3_8B.kv_heads if kind == "emu3" else values["heads"]
+    values["kv_heads"] = values["kv_heads"] or default_kv
+    values["head_dim"] = values["head_dim"] or values["width"] // values["heads"]
+    if layout == "hf":
+        books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
+        values |= taken(content.get("vq_config", {}), VQ_HF | books, VQ_ONLY, file)
+    if kind == "janus":
+        values["vq_attention"] = [len(values["vq_mult"]) - 1]
+        vision = content.get("vision_config", {})
+        if layout == "hf":
+            values |= taken(vision, VIT, VIT_ONLY, file)
+            values["vit_ffn"] = int(values["vit_width"] * vision.get("mlp_ratio", 4.0))
+        else:
+            taken(vision.get("params", {}), {}, SIGLIP_L, file)
+    return layout, values, content
+
+
+def read_ids(folder, kind, content, values):
+    """(ids by role, tokenizer file or None): from the tokenizer's own files where they are there, else config.json."""
+    file = folder / "tokenizer.json"
+    if file.exists():
+        return special_ids(file, kind), file
+    text = content | content.get("text_config", {})
+    ids = {role: text[key] for role, key in EMU3_IDS.items() if text.get(key) is not None}
+    if content.get("image_token_id") is not None:
+        ids["placeholder"] = content["image_token_id"]
+    if kind == "emu3":
+        known = content.get("vocabulary_map") or original_emu3_ids(folder)
+        if known:
+            known = {SPECIAL[kind]["placeholder"]: known.get("<image>")} | known
+            ids |= {role: known[token] for role, token in SPECIAL[kind].items() if known.get(token) is not None}
+    return ids, folder / "emu3.tiktoken" if (folder / "emu3.tiktoken").exists() else None
+
+
+def original_emu3_ids(folder):
+    """{special token: id} of Emu3's own tokenizer files: they follow the ranks, in a fixed order."""
+    ranks, visual = folder / "emu3.tiktoken", folder / "emu3_vision_tokens.txt"
+    if not (ranks.exists() and visual.exists()):
+        return {}
+    first = sum(1 for line in ranks.read_bytes().splitlines() if line.strip())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+               *filter(None, map(str.strip, visual.read_text(encoding="utf-8").splitlines()))]
+    return {token: first + i for i, token in enumerate(special)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public checkpoints: reading and writing
+# ---------------------------------------------------------------------------------------------------------------------
+def find_folder(name):
+    """A folder (or .pth file) that exists, or else the local copy of a hub id, downloaded if need be."""
+    if Path(name).exists():
+        return Path(name)
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name)))
+    except Exception as error:                      # no such id, no network, no rights: all end here
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{name} is no folder and cannot be had from the hub ({reason}): run `hf download {name}` "
+                         "where there is a network, then give that folder") from error
+
+
+class Tensors:
+    """Tensors of a folder (or of one .pth file) by name, read one at a time; pickled files run no code."""
+
+    def __init__(self, place):
+        folder = place if place.is_dir() else place.parent
+        index = next(iter(sorted(folder.glob("*.index.json"))), None)
+        files = [place] if place.is_file() else sorted(
+            {folder / name for name in read_json(index)["weight_map"].values()} if index else
+            list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pth")))
+        if not files:
+            raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
+        self.place, self.get = place, {}
+        for file in files:
+            try:
+                if file.suffix == ".safetensors":
+                    shard = safe_open(file, "pt")
+                    self.get |= {name: functools.partial(shard.get_tensor, name) for name in shard.keys()}
+                else:
+                    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                    self.get |= {name: functools.partial(state.get, name) for name in state}
+            except Exception as error:              # missing, truncated, not a checkpoint: all mean the same
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+                raise InputError(f"weights {file} cannot be read ({reason}): download this file again") from error
+
+
+def load_public(place, dtype, device, vision_tokenizer, attention):
+    """A model from public weights: built without memory, then filled tensor by tensor."""
+    folder = place if place.is_dir() else place.parent
+    layout, values, content = read_config(folder)
+    kind, sources = values["kind"], [Tensors(place)]
+    if (kind, layout) == ("emu3", "original"):
+        sources.append(Tensors(find_vision_tokenizer(folder, vision_tokenizer, values)))
+    ids, tokenizer_file = read_ids(folder, kind, content, values)
+    with torch.device("meta"):
+        m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
+    known = {name: read for source in sources for name, read in source.get.items() if not re.search(UNUSED, name)}
+    if (kind, layout) == ("emu3", "hf"):
+        known = {functools.reduce(lambda n, rule: re.sub("^" + rule[1], rule[0], n), EMU3_ON_DISK, name): read
+                 for name, read in known.items()}
+    state, problems, used = {}, [], set()
+    for name, like in m.state_dict().items():
+        public = public_names(name, m.config, layout)
+        used.update(public)
+        missing = [part for part in public if part not in known]
+        problems += [f"{part} is missing" for part in missing]
+        if missing:
+            continue
+        value = torch.cat([known[part]() for part in public]) if len(public) > 1 else known[public[0]]()
+        if [n for n in value.shape if n != 1] != [n for n in like.shape if n != 1]:
+            problems.append(f"{public[0]} is {tuple(value.shape)}, not {tuple(like.shape)}")
+            continue
+        wanted = value.dtype if not value.is_floating_point() else torch.float32 if name.startswith("vq.") else \
+            dtype or value.dtype
+        state[name] = value.reshape(like.shape).to(device, wanted, copy=True)
+    problems += [f"{name} is not known" for name in known.keys() - used]
+    if problems:
+        shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise InputError(f"weights in {place} do not fit its config.json: {shown}")
+    m.load_state_dict(state, assign=True)
+    m.tokenizer_file = tokenizer_file
+    return m
+
+
+def find_vision_tokenizer(folder, given, values):
+    """The folder of Emu3's picture tokenizer, given or beside the language model; its sizes go into `values`."""
+    beside = [file.parent for file in sorted(folder.parent.glob("*/config.json"))
+              if read_json(file).get("model_type") == "Emu3VisionVQ"]
+    if not given and not beside:
+        raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
+                         "(hub: BAAI/Emu3-VisionTokenizer)")
+    found = find_folder(given) if given else beside[0]
+    values |= taken(read_json(found / "config.json"), VQ_ORIGINAL, VQ_ONLY, found / "config.json")
+    return found
+
+
+SHARD_BYTES = 5e9
+
+
+def save(m, folder):
+    """Write the layout of transformers, which AutoModelForImageTextToText reads: config.json, generation_config.json,
+    safetensors, and the tokenizer.json where it is known. A folder that holds anything is refused."""
+    folder, config = Path(folder), m.config
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty: choose another folder to save to")
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    shards, size = [{}], 0
+    for name, value in m.state_dict().items():
+        public = public_names(name, config, "hf")
+        for part, tensor in zip(public, value.chunk(len(public)), strict=True):
+            if tensor.ndim == 4 and re.search(r"(q|k|v|out)_proj", part):       # 1 x 1 convolutions are linear there
+                tensor = tensor[:, :, 0, 0]
+            tensor = tensor[0] if part.endswith("position_embedding.weight") else tensor
+            if config.kind == "emu3":
+                part = functools.reduce(lambda n, rule: re.sub("^" + rule[0], rule[1], n), EMU3_ON_DISK, part)
+            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+                shards, size = [*shards, {}], 0
+            shards[-1][part], size = tensor.contiguous(), size + tensor.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else \
+        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, aside / file, metadata={"format": "pt"})
+    described = {"config": public_config(m), "generation_config": generation_config(m)}
+    if len(shards) > 1:
+        described["model.safetensors.index"] = {
+            "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
+    for name, content in described.items():
+        (aside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
+        shutil.copy(m.tokenizer_file, aside / "tokenizer.json")
+    if folder.exists():
+        folder.rmdir()
+    aside.rename(folder)
+
+
+def public_config(m):
+    """config.json in the words of transformers."""
+    c, ids = m.config, m.ids
+    text = {theirs: getattr(c, ours) for ours, theirs in TEXT.items() if ours != "theta"}
+    text |= {"rope_parameters": {"rope_theta": c.theta, "rope_type": "default"}, "tie_word_embeddings": False,
+             **{f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}}
+    vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items()}
+    common = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False,
+              "dtype": str(m.lm_head.weight.dtype).removeprefix("torch.")}
+    if c.kind == "emu3":
+        known = {SPECIAL["emu3"][role]: i for role, i in ids.items()} | {"<image>": ids["placeholder"]}
+        known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
+        vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
+               "temporal_downsample_factor": Emu3VQ.frames}
+        return {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
+                "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known, **common}
+    if set(c.vq_attention) != {len(c.vq_mult) - 1}:
+        raise InputError(f"vq_attention {c.vq_attention}: transformers has it at the last level only")
+    vq = {key: value for key, value in vq.items() if key != "attn_resolutions"} | {
+        "num_embeddings": c.codebook, "projection_dim": c.width, "image_token_embed_dim": c.width,
+        "num_hidden_layers": 2}
+    vision = {theirs: getattr(c, ours) for ours, theirs in VIT.items()} | {
+        "mlp_ratio": c.vit_ffn / c.vit_width, "projection_dim": c.width, "depth": 2,
+        "num_image_tokens": (c.image_size // c.vit_patch) ** 2}
+    return {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
+            "text_config": text | {"model_type": "llama"}, "vision_config": vision, **common}
+
+
+def generation_config(m):
+    """generation_config.json: special ids, and for Janus-Pro what drawing in transformers asks for."""
+    content = {f"{role}_token_id": m.ids[role] for role in ("bos", "eos", "pad") if role in m.ids}
+    if m.config.kind == "janus" and "boi" in m.ids:
+        content |= {"generation_kwargs": {"boi_token_id": m.ids["boi"]}, "guidance_scale": m.config.guidance}
+    return content

@@ -304,7 +304,7 @@ class Run:
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
         self.stages = plan(config)
         if config.init:
-            self.m = model.load(config.init, device=self.device, attention=config.attention)
+            self.m = model.load(config.init, torch.float32, self.device, attention=config.attention)
             model.special_ids(self.m.tokenizer_file, kind)      # another kind is refused before anything is written
         else:
             self.m = model.build(config.preset, attention=config.attention).to(self.device)

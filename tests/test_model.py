@@ -1,13 +1,16 @@
 """Claims about the two models (model.py): attention, sizes, padding, caching, drawing, and parity with transformers."""
 
-import functools
-import re
-from dataclasses import replace
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import aia
 import data
@@ -345,34 +348,13 @@ def test_unknown_settings_are_refused(name, changes, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Parity with transformers: tiny random checkpoints of its Emu3 and Janus
 # ---------------------------------------------------------------------------------------------------------------------
-SHARED = [(r"^vq\.", "model.vqmodel."), (r"quantize\.", "quantize.embedding."),
-          (r"(down|up)sample\.(\d)", r"\1.\2.\1sample.conv")]
-EMU3_NAMES = [
-    *SHARED, (r"^lm\.", "model.text_model."),
-    (r"coder_time_conv\.(\d)", r"coder.time_conv.\1.conv"), (r"coder_time_blocks", "coder.time_res_stack"),
-    (r"(?<=decoder\.up\.)\d", lambda found: str(3 - int(found[0]))),            # theirs: highest resolution first
-    (r"coder\.(down|up)\.", r"coder.\1_block.\1."), (r"\.mid\.", ".middle_block."),
-    (r"attn\.(\d)\.norm\.", r"attn_norms.\1."), (r"attn_1\.norm\.", "attn_norm."),
-    (r"(attn[._]\d)\.([qkv])\.", r"\1.\2_proj."), (r"(attn[._]\d)\.proj_out", r"\1.out_proj"),
-]
-JANUS_NAMES = [
-    *SHARED, (r"^lm\.", "model.language_model."), (r"^aligner", "model.aligner"), (r"^gen_", "model.generation_"),
-    (r"aligner\.0", "aligner.fc1"), (r"aligner\.2", "aligner.hidden_layers.0"), (r"_embed\.", "_embeddings."),
-    (r"head\.0", "head.proj_out"), (r"head\.2", "head.vision_head"), (r"^vision\.", "model.vision_model."),
-    (r"patch_embeddings", "embeddings.patch_embedding"), (r"pos_embed", "embeddings.position_embedding.weight"),
-    (r"vision_model\.norm", "vision_model.post_layernorm"), (r"blocks\.", "encoder.layers."),
-    (r"layers\.(\d)\.(qkv|proj)\.", r"layers.\1.self_attn.\2."), (r"self_attn\.proj\.", "self_attn.projection_layer."),
-    (r"layers\.(\d)\.norm", r"layers.\1.layer_norm"), (r"layers\.(\d)\.fc", r"layers.\1.mlp.fc"),
-]
-
-
-def copy_weights(theirs, ours, names):
+def copy_weights(theirs, ours):
     """Fill our model from theirs by renaming; every weight of theirs must be used."""
     source, state, used = theirs.state_dict(), {}, set()
     for key, value in ours.state_dict().items():
-        name = functools.reduce(lambda name, rule: re.sub(*rule, name), names, key)
-        parts = [name.replace("qkv", f"{x}_proj") for x in "qkv"] if "qkv" in name else [name]
-        state[key] = (torch.cat([source[p] for p in parts]) if len(parts) > 1 else source[name]).reshape(value.shape)
+        parts = model.public_names(key, ours.config, "hf")
+        whole = torch.cat([source[part] for part in parts]) if len(parts) > 1 else source[parts[0]]
+        state[key] = whole.reshape(value.shape)
         used.update(parts)
     assert used == set(source)
     ours.load_state_dict(state)
@@ -398,7 +380,7 @@ def emu3():
         model.EMU3_8B, layers=3, width=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=112, codebook=64,
         vq_width=32, ids=ids))
     shake(theirs).model.vqmodel.quantize.embedding.weight.data *= 0.2           # rows among the latents: many codes
-    return copy_weights(theirs, ours, EMU3_NAMES)
+    return copy_weights(theirs, ours)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +400,7 @@ def janus():
         model.JANUS_PRO_7B, layers=3, width=64, ffn=128, heads=4, kv_heads=4, head_dim=16, vocab=160, codebook=64,
         vq_width=32, vq_latent=16, image_size=64, vit_width=32, vit_layers=2, vit_heads=4, vit_ffn=128,
         ids={"bos": 100, "eos": 101, "pad": 102, "boi": 110, "eoi": 111, "placeholder": 120}))
-    return copy_weights(shake(theirs), ours, JANUS_NAMES)
+    return copy_weights(shake(theirs), ours)
 
 
 @pytest.fixture(params=["emu3", "janus"])
@@ -503,3 +485,206 @@ def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vec
         equal = torch.cat([z[:, 1, 2], z[:1, 0, 0]])                # picture 0 shows the patch twice
         spread = (equal - equal.mean(0)).square().sum() / (z - z.mean((0, 1, 2))).square().sum()
     assert within.item() == pytest.approx(spread.item(), rel=1e-4) and within > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("preset, architecture, original", [
+    ("emu3-8b", "Emu3ForConditionalGeneration", 786), ("janus-pro-1b", "JanusForConditionalGeneration", 868),
+    ("janus-pro-7b", "JanusForConditionalGeneration", 922)])
+def test_the_names_of_full_size_models_are_all_those_of_transformers(preset, architecture, original):
+    """Every key and shape of the model that transformers builds, and as many original names as the files hold."""
+    hf = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        ours = model.build(preset)
+        content = model.public_config(ours)
+        theirs = getattr(hf, architecture)(getattr(hf, architecture.replace("ForConditionalGeneration", "Config"))(
+            **{key: value for key, value in content.items() if key not in ("architectures", "model_type")}))
+    shapes = {}
+    for name, value in ours.state_dict().items():
+        parts = model.public_names(name, ours.config, "hf")
+        shapes |= {part: (value.shape.numel() // len(parts)) for part in parts}
+    assert shapes == {name: value.numel() for name, value in theirs.state_dict().items()}
+    names = [part for name in ours.state_dict() for part in model.public_names(name, ours.config, "original")]
+    assert len(names) == len(set(names)) == original
+
+
+ORIGINAL_NAMES = {
+    "lm.layers.11.self_attn.q_proj.weight": ("model.layers.11.self_attn.q_proj.weight",
+                                             "language_model.model.layers.11.self_attn.q_proj.weight"),
+    "lm_head.weight": ("lm_head.weight", "language_model.lm_head.weight"),
+    "vq.quantize.weight": ("quantize.embedding.weight", "gen_vision_model.quantize.embedding.weight"),
+    "vq.encoder.down.1.block.0.nin_shortcut.weight": ("encoder.down.1.block.0.nin_shortcut.weight", None),
+    "vq.encoder.down.3.attn.1.proj_out.bias": ("encoder.down.3.attn.1.proj_out.bias", None),
+    "vq.encoder.downsample.2.weight": ("encoder.down.2.downsample.conv.weight",
+                                       "gen_vision_model.encoder.conv_blocks.2.downsample.conv.weight"),
+    "vq.encoder_time_conv.1.conv.bias": ("encoder.time_conv.1.conv.conv.bias", None),
+    "vq.encoder_time_blocks.1.conv2.conv.weight": ("encoder.time_res_stack.1.conv2.conv.weight", None),
+    "vq.decoder.up.0.block.2.conv1.weight": ("decoder.up.3.block.2.conv1.weight",
+                                             "gen_vision_model.decoder.conv_blocks.0.res.2.conv1.weight"),
+    "vq.decoder.upsample.0.weight": ("decoder.up.3.upsample.conv.weight",
+                                     "gen_vision_model.decoder.conv_blocks.0.upsample.conv.weight"),
+    "vq.decoder.mid.attn_1.q.weight": ("decoder.mid.attn_1.q.weight", "gen_vision_model.decoder.mid.1.q.weight"),
+    "vq.quant_conv.conv.weight": ("quant_conv.conv.weight", None),
+    "vision.pos_embed": (None, "vision_model.vision_tower.pos_embed"),
+    "vision.patch_embed.weight": (None, "vision_model.vision_tower.patch_embed.proj.weight"),
+    "vision.blocks.23.qkv.bias": (None, "vision_model.vision_tower.blocks.23.attn.qkv.bias"),
+    "vision.blocks.10.proj.weight": (None, "vision_model.vision_tower.blocks.10.attn.proj.weight"),
+    "vision.blocks.10.fc1.weight": (None, "vision_model.vision_tower.blocks.10.mlp.fc1.weight"),
+    "vision.blocks.10.norm2.bias": (None, "vision_model.vision_tower.blocks.10.norm2.bias"),
+    "aligner.2.weight": (None, "aligner.layers.2.weight"),
+    "gen_aligner.0.bias": (None, "gen_aligner.layers.0.bias"),
+    "gen_head.0.weight": (None, "gen_head.output_mlp_projector.weight"),
+    "gen_head.2.weight": (None, "gen_head.vision_head.weight"),
+    "gen_embed.weight": (None, "gen_embed.weight"),
+}
+
+
+@pytest.mark.parametrize("ours", ORIGINAL_NAMES)
+def test_original_names_are_those_of_the_released_files(ours):
+    """One of each kind, written down by hand from the published lists of keys."""
+    for config, expected in zip((model.EMU3_8B, model.JANUS_PRO_7B), ORIGINAL_NAMES[ours], strict=True):
+        assert expected is None or model.public_names(ours, config, "original") == [expected]
+
+
+def test_transformers_folders_load_with_equal_weights(pair, tmp_path):
+    """What transformers saves, read by name from config.json and the file; no number of it is that of the recipe."""
+    theirs, ours = pair
+    theirs.save_pretrained(tmp_path)
+    m = model.load(tmp_path)
+    expected = ours.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in m.state_dict().items())
+    same = {f.name for f in fields(model.Config)} - {"ids", "context", "image_size", "init_std", "embed_std"}
+    assert {name: getattr(m.config, name) for name in same} == {name: getattr(ours.config, name) for name in same}
+    assert m.ids["placeholder"] == ours.ids["placeholder"] and m.ids["pad"] == ours.ids["pad"]
+
+
+def original_folder(m, folder, suffix):
+    """The model in original names and files: one folder for Janus-Pro, two side by side for Emu3."""
+    c, folder = m.config, folder / "language"
+    state = {model.public_names(name, c, "original")[0]: value for name, value in m.state_dict().items()}
+    text = {theirs: getattr(c, ours) for ours, theirs in model.TEXT.items()}
+    if c.kind == "emu3":
+        parts = {folder: {name: value for name, value in state.items() if name.startswith(("model.", "lm_head."))}}
+        parts[folder.parent / "vision"] = {name: value for name, value in state.items() if name not in parts[folder]}
+        ids = {theirs: m.ids[role] for role, theirs in model.EMU3_IDS.items()}
+        vq = {theirs: getattr(c, ours) for ours, theirs in model.VQ_ORIGINAL.items()}
+        configs = {folder: text | ids | {"model_type": "Emu3"},
+                   folder.parent / "vision": vq | {"model_type": "Emu3VisionVQ"}}
+    else:
+        state |= {"vision_model.vision_tower.attn_pool.q.weight": torch.ones(2),
+                  "gen_vision_model.quantize.codebook_used": torch.ones(3)}
+        parts, configs = {folder: state}, {folder: {"model_type": "multi_modality", "language_config": text}}
+    for place, tensors in parts.items():
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(configs[place]))
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        if suffix == "safetensors":
+            save_file(tensors, place / "model.safetensors")
+        elif suffix == "bin":                        # in two shards with an index
+            names = list(tensors)
+            halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+            for file, half in halves.items():
+                torch.save({name: tensors[name] for name in half}, place / file)
+            weight_map = {name: file for file, half in halves.items() for name in half}
+            (place / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        else:
+            torch.save(tensors, place / "iter_7.pth")
+    return folder
+
+
+OTHER = {"layers": 2, "width": 32, "ffn": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 97, "context": 77,
+         "vq_width": 32}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth"])
+@pytest.mark.parametrize("kind", ["emu3", "janus"])
+def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path):
+    """Both models in the authors' own names, in each way such files are stored."""
+    if kind == "emu3":
+        ids = dict(zip(("pad", "bos", "eos", "eol", "eof", "img", "boi", "eoi"), range(8), strict=True))
+        config = replace(model.EMU3_8B, **OTHER, codebook=48, vq_mult=(1, 2), vq_blocks=1, vq_attention=(1,), ids=ids)
+    else:                                            # what the original config.json does not say is fixed by the names
+        config = replace(model.JANUS_PRO_7B, **OTHER | {"vq_width": 128}, ids={})
+    torch.manual_seed(0)
+    ours = model.from_config(config)
+    folder = original_folder(ours, tmp_path, suffix)
+    m = model.load(folder / "iter_7.pth" if suffix == "pth" and kind == "janus" else folder)
+    assert all(torch.equal(value, m.state_dict()[name]) for name, value in ours.state_dict().items())
+    assert replace(m.config, ids=config.ids) == config
+
+
+def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(janus, tmp_path):
+    """Missing, unknown and misshaped tensors in one message, and a setting that the code cannot honour by name."""
+    janus[0].save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    state["model.extra"], gone = torch.ones(1), state.pop("lm_head.weight")
+    state["model.aligner.fc1.bias"] = torch.ones(7)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lm_head.weight is missing; model.aligner.fc1.bias is \(7,\), not \(64,\); "
+                                         "model.extra is not known"):
+        model.load(tmp_path)
+    assert gone is not None
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["text_config"]["hidden_act"] = "relu"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="config.json: hidden_act 'relu'"):
+        model.load(tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])
+    content["text_config"]["hidden_act"] = "silu"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="model.safetensors cannot be read"):
+        model.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
+def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, monkeypatch):
+    """A model of the laptop run, in several shards, read by transformers and by us; a folder in use is left alone."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    m = model.build(name)
+    monkeypatch.setattr(model, "SHARD_BYTES", 1e6)
+    model.save(m, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and not (tmp_path / "out.part").exists()
+    theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    ids = torch.randint(5, 400, (2, 12))
+    with torch.no_grad():
+        close(m.logits(ids), theirs(input_ids=ids).logits)
+    again = model.load(tmp_path / "out")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in m.state_dict().items())
+    half = model.load(tmp_path / "out", dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert all(torch.equal(value, half.vq.state_dict()[key]) for key, value in m.vq.state_dict().items())
+    with pytest.raises(InputError, match="not empty"):
+        model.save(m, tmp_path / "out")
+
+
+def test_loading_holds_the_model_once(tmp_path):
+    """Peak anonymous memory stays below 1.1 times the model in the target type plus the largest stored tensor."""
+    torch.manual_seed(0)
+    m = model.build("tiny-janus", width=768, ffn=3072, layers=8, heads=12, kv_heads=12, head_dim=64)
+    model.save(m, tmp_path / "big")
+    script = """
+import threading, torch, model
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+model.load(%r)
+before, peak, done = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=watch); thread.start()
+m = model.load(%r, dtype=torch.bfloat16)
+done.set(); thread.join()
+print(peak - before, sum(x.nbytes for x in m.state_dict().values()))
+"""
+    small = tmp_path / "small"
+    model.save(model.build("tiny-janus"), small)                    # imports and allocators warm up before it counts
+    done = subprocess.run([sys.executable, "-c", script % (str(small), str(tmp_path / "big"))], capture_output=True,
+                          text=True, cwd=Path(model.__file__).parent, check=True)
+    peak, size = map(int, done.stdout.split())
+    largest = max(value.nbytes for value in m.state_dict().values())
+    assert 0.5 * size < peak <= 1.1 * size + largest
