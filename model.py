@@ -989,7 +989,7 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do.
     """
     folder = find_folder(folder)
-    if (folder / file).exists() or not (folder / "config.json").exists() and folder.is_dir():
+    if (folder / file).exists() or not (folder.is_file() or (folder / "config.json").exists()):
         state = read_checkpoint(folder / file)
         m = from_config(configured(state["config"] | {"attention": attention}))
         m.load_state_dict(state["model"])
@@ -1120,7 +1120,10 @@ def read_config(folder):
     if layout == "hf":
         books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
         values |= taken(content.get("vq_config", {}), VQ_HF | books, VQ_ONLY, file)
-    if kind == "janus":
+    if kind == "emu3":
+        values |= {key: content[key] for key in ("min_pixels", "max_pixels") if key in content}
+        values["image_size"] = math.isqrt(content.get("image_area", values["image_size"] ** 2))
+    else:
         values["vq_attention"] = [len(values["vq_mult"]) - 1]
         vision = content.get("vision_config", {})
         if layout == "hf":
@@ -1164,7 +1167,7 @@ def original_emu3_ids(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 def find_folder(name):
     """A folder (or .pth file) that exists, or else the local copy of a hub id, downloaded if need be."""
-    if Path(name).exists():
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
     import huggingface_hub
     try:
@@ -1306,6 +1309,7 @@ def public_config(m):
         known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
         vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
                "temporal_downsample_factor": Emu3VQ.frames}
+        common |= {"image_area": c.image_size ** 2, "min_pixels": c.min_pixels, "max_pixels": c.max_pixels}
         return {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
                 "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known, **common}
     if set(c.vq_attention) != {len(c.vq_mult) - 1}:

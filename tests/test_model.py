@@ -600,13 +600,15 @@ OTHER = {"layers": 2, "width": 32, "ffn": 48, "heads": 4, "kv_heads": 2, "head_d
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth"])
 @pytest.mark.parametrize("kind", ["emu3", "janus"])
-def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path):
+def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path, monkeypatch):
     """Both models in the authors' own names, in each way such files are stored."""
+    small = {"vq_width": 32, "vq_latent": 32, "vit_width": 64, "vit_layers": 2, "vit_heads": 4, "vit_ffn": 128}
     if kind == "emu3":
         ids = dict(zip(("pad", "bos", "eos", "eol", "eof", "img", "boi", "eoi"), range(8), strict=True))
         config = replace(model.EMU3_8B, **OTHER, codebook=48, vq_mult=(1, 2), vq_blocks=1, vq_attention=(1,), ids=ids)
     else:                                            # what the original config.json does not say is fixed by the names
-        config = replace(model.JANUS_PRO_7B, **OTHER | {"vq_width": 128}, ids={})
+        monkeypatch.setattr(model, "JANUS_PRO_7B", replace(model.JANUS_PRO_7B, **small))
+        config = replace(model.JANUS_PRO_7B, **OTHER, ids={})
     torch.manual_seed(0)
     ours = model.from_config(config)
     folder = original_folder(ours, tmp_path, suffix)
@@ -654,6 +656,7 @@ def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, mon
         close(m.logits(ids), theirs(input_ids=ids).logits)
     again = model.load(tmp_path / "out")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in m.state_dict().items())
+    assert again.config.grid == m.config.grid and again.config.max_pixels == m.config.max_pixels
     half = model.load(tmp_path / "out", dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert all(torch.equal(value, half.vq.state_dict()[key]) for key, value in m.vq.state_dict().items())
