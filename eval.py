@@ -239,8 +239,10 @@ def curves(models, preparer, samples, targets, n=100):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of results
 # ---------------------------------------------------------------------------------------------------------------------
-COLOUR = {"before": "#999999", "control": "#56B4E9", "after": "#D55E00", "target": "#0072B2"}      # Okabe and Ito
-LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": "with AIA", "target": "target"}
+COLOUR = {"before": "#999999", "control": "#56B4E9", "after": "#D55E00", "target": "#0072B2",
+          "public": "#D55E00"}                      # Okabe and Ito
+LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": "with AIA", "target": "target",
+         "public": "the model"}
 PANEL = {"gen": "generation: image to text", "und": "understanding: text to image"}
 
 
@@ -254,13 +256,14 @@ def plot_curves(result, file):
         rows = result[task]
         layers = range(len(rows["target"]))
         panel.step(layers, rows["target"], where="mid", color=COLOUR["target"], linestyle="--", label=LABEL["target"])
-        for name in ("before", "control", "after"):
+        for name in ("before", "control", "after", "public"):
             if rows.get(name):
                 mean, std = np.array(rows[name]["intensity"]), np.array(rows[name]["std"])
                 panel.plot(layers, mean, color=COLOUR[name], marker="o", markersize=4, label=LABEL[name])
                 panel.fill_between(layers, mean - std, mean + std, color=COLOUR[name], alpha=0.15, linewidth=0)
-        if rows.get("after"):
-            even = rows["after"]["uniform"]
+        last = rows.get("after") or rows.get("public")
+        if last:
+            even = last["uniform"]
             panel.axhline(even, color="black", linewidth=0.8, linestyle=":", label="share of the keys")
         panel.set(title=PANEL[task], xlabel="layer")
         panel.spines[["top", "right"]].set_visible(False)
@@ -338,14 +341,12 @@ class Loaded:
 
 
 def load_run(settings, file="checkpoint.pt"):
-    """Model, text tokenizer and settings of a run folder, or of public weights with the defaults of a run."""
-    if not settings.checkpoint:
-        raise InputError("give --checkpoint, a run folder of train.py or a folder of public weights")
-    dtype = {"stored": None}.get(settings.dtype, getattr(torch, settings.dtype, None))
+    """Model, text tokenizer and settings of a run folder; of public weights, which have no settings, None."""
+    dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
     m = model.load(settings.checkpoint, dtype, device_of(settings.device), settings.vision_tokenizer, file=file)
-    if not m.tokenizer_file or not Path(m.tokenizer_file).name == "tokenizer.json":
+    if not m.tokenizer_file or m.tokenizer_file.name != "tokenizer.json":
         raise InputError(f"{settings.checkpoint} holds no tokenizer.json: put that of its -hf version there")
-    run, own = {"seed": 0, "aia_targets": "depth", "aia_variant": "full"}, Path(settings.checkpoint) / "settings.json"
+    run, own = None, Path(settings.checkpoint) / "settings.json"
     if (Path(settings.checkpoint) / file).exists():
         try:
             run = json.loads(own.read_text(encoding="utf-8"))
@@ -366,6 +367,8 @@ class Score(Loaded):
 def score(settings):
     """Scores of one run, printed and stored."""
     m, text, run = load_run(settings)
+    if run is None:
+        raise InputError(f"{settings.checkpoint} never saw the built-in world: score takes the folder of a run")
     world = data.World(run["seed"])
     scores = {**score_understanding(m, text, world, settings.n, settings.seed),
               **score_generation(m, text, world, settings.n, settings.seed)[0],
@@ -439,24 +442,27 @@ class Curves(Loaded):
     data: str = opt("", "JSON-lines file of samples; empty: held-out scenes of the world")
     n: int = opt(100, "samples for each task")
     seed: int = opt(0, "draws the samples")
-    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder")
+    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder, or here")
 
 
 def curve_command(settings):
     """Write curves.png and curves.json."""
     m, text, run = load_run(settings)
     folder = Path(settings.checkpoint)
-    models = {"after": m}
-    for name in ("before", "control"):
+    if run is None and not settings.data:
+        raise InputError("curves of public weights need --data FILE.jsonl: the built-in world means nothing to them")
+    models = {"after" if run else "public": m}
+    for name in ("before", "control") if run else ():
         if (folder / f"{name}.pt").exists():
             models[name] = load_run(settings, f"{name}.pt")[0]
     if settings.data:
         samples = FileBatches(data.FileSource(settings.data, m.config.kind))
     else:
         samples = HeldOut(data.World(run["seed"]), settings.seed)
-    wanted = {task: aia.targets(m.config.layers, task, run["aia_targets"], run["aia_variant"]) for task in aia.TASKS}
+    chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
+    wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
     result = curves(models, data.Preparer(m, text), samples, wanted, settings.n)
-    out = Path(settings.out or folder / "curves.png")
+    out = Path(settings.out or (folder / "curves.png" if run else "curves.png"))
     plot_curves(result, out)
     write_json(result, out.with_suffix(".json"))
     print_curves(result)

@@ -477,6 +477,11 @@ class PixelDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x, codes)))
 
 
+def flatten(latents):
+    """(B, code_dim, h, w) -> (B h w, code_dim)."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 class VQ(nn.Module):
     """What both tokenizers share: the codebook. Always float32: half precision flips codes."""
 
@@ -489,12 +494,11 @@ class VQ(nn.Module):
         """The codebook as it is compared and decoded: (K, code_dim)."""
         return self.quantize.weight
 
-    def nearest(self, z):
-        """Code of the nearest row (squared distance) for latents z (B, code_dim, h, w) -> (B, h, w)."""
-        flat, rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), self.rows()
+    def nearest(self, flat):
+        """Code of the nearest row (squared distance) for flat latents (n, code_dim) -> (n,)."""
+        rows = self.rows()
         # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, where |z|^2 does not change the order
-        distance = rows.square().sum(1) - 2 * flat @ rows.T                     # (B h w, K)
-        return distance.argmin(1).view(z.shape[0], *z.shape[2:])
+        return (rows.square().sum(1) - 2 * flat @ rows.T).argmin(1)
 
     def vectors(self, codes):
         """Codes (B, h, w) -> rows (B, code_dim, h, w)."""
@@ -502,7 +506,8 @@ class VQ(nn.Module):
 
     def encode(self, pixels):
         """Pixels (B, 3, S, S) in [-1, 1] -> codes (B, h, w)."""
-        return self.nearest(self.latents(pixels))
+        z = self.latents(pixels)                                                # (B, code_dim, h, w)
+        return self.nearest(flatten(z)).view(len(z), *z.shape[2:])
 
     def decode(self, codes):
         """Codes (B, h, w) -> pixels (B, 3, S, S), not clipped."""
@@ -512,9 +517,9 @@ class VQ(nn.Module):
         """Which patch of pixels lies under each latent: flat latents (n, code_dim), the patch of each (n,) as a number
         that equal patches share, and the mean latent of each number (m, code_dim)."""
         side = pixels.shape[-1] // latents.shape[-1]
-        patch = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)               # (n, 3 side side)
-        patch, times = torch.unique(patch, dim=0, return_inverse=True, return_counts=True)[1:]
-        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)                        # (n, code_dim)
+        content = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)             # (n, 3 side side)
+        _, patch, times = torch.unique(content, dim=0, return_inverse=True, return_counts=True)
+        flat = flatten(latents)                                                 # (n, code_dim)
         mean = torch.zeros_like(flat[:len(times)]).index_add(0, patch, flat) / times[:, None]
         return flat, patch, mean
 
@@ -530,7 +535,7 @@ class VQ(nn.Module):
         within = (flat - mean[patch]).square().sum(1).mean() / (flat - flat.mean(0)).square().sum(1).mean().detach()
         if not quantize:
             return self.pixels(z), None, 0.0, within
-        codes = self.nearest(mean.detach()[:, :, None, None])[patch].view(len(z), *z.shape[2:])     # (B, h, w)
+        codes = self.nearest(mean.detach())[patch].view(len(z), *z.shape[2:])   # (B, h, w)
         e = self.vectors(codes)                                                 # (B, code_dim, h, w)
         pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
         # Straight through: forward e, backward to z as if there were no rounding.
@@ -955,7 +960,7 @@ def build(name, **changes):
 
 
 def from_config(config):
-    """A model with fresh weights: normal ones in decoder, SigLIP, adapters and heads."""
+    """A model with fresh weights: Normal(0, init_std), embeddings Normal(0, embed_std); the VQ has its own."""
     if config.attention not in ATTENTION:
         raise InputError(f"attention {config.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
     m = MODELS[config.kind](config)
@@ -1057,7 +1062,6 @@ def public_names(name, config, layout):
     return [name.replace("qkv", f"{part}_proj") for part in "qkv"] if layout == "hf" and "qkv" in name else [name]
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Public checkpoints: configuration
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1134,7 +1138,7 @@ def read_config(folder):
     return layout, values, content
 
 
-def read_ids(folder, kind, content, values):
+def read_ids(folder, kind, content):
     """(ids by role, tokenizer file or None): from the tokenizer's own files where they are there, else config.json."""
     file = folder / "tokenizer.json"
     if file.exists():
@@ -1189,7 +1193,7 @@ class Tensors:
             list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pth")))
         if not files:
             raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
-        self.place, self.get = place, {}
+        self.get = {}
         for file in files:
             try:
                 if file.suffix == ".safetensors":
@@ -1210,7 +1214,7 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
     kind, sources = values["kind"], [Tensors(place)]
     if (kind, layout) == ("emu3", "original"):
         sources.append(Tensors(find_vision_tokenizer(folder, vision_tokenizer, values)))
-    ids, tokenizer_file = read_ids(folder, kind, content, values)
+    ids, tokenizer_file = read_ids(folder, kind, content)
     with torch.device("meta"):
         m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
     known = {name: read for source in sources for name, read in source.get.items() if not re.search(UNUSED, name)}
@@ -1243,12 +1247,12 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
 
 def find_vision_tokenizer(folder, given, values):
     """The folder of Emu3's picture tokenizer, given or beside the language model; its sizes go into `values`."""
-    beside = [file.parent for file in sorted(folder.parent.glob("*/config.json"))
-              if read_json(file).get("model_type") == "Emu3VisionVQ"]
-    if not given and not beside:
+    found = find_folder(given) if given else next(
+        (file.parent for file in sorted(folder.parent.glob("*/config.json"))
+         if read_json(file).get("model_type") == "Emu3VisionVQ"), None)
+    if not found:
         raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
                          "(hub: BAAI/Emu3-VisionTokenizer)")
-    found = find_folder(given) if given else beside[0]
     values |= taken(read_json(found / "config.json"), VQ_ORIGINAL, VQ_ONLY, found / "config.json")
     return found
 
@@ -1260,6 +1264,7 @@ def save(m, folder):
     """Write the layout of transformers, which AutoModelForImageTextToText reads: config.json, generation_config.json,
     safetensors, and the tokenizer.json where it is known. A folder that holds anything is refused."""
     folder, config = Path(folder), m.config
+    described = {"config": public_config(m), "generation_config": generation_config(m)}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another folder to save to")
     aside = folder.with_name(folder.name + ".part")
@@ -1281,7 +1286,6 @@ def save(m, folder):
         [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, aside / file, metadata={"format": "pt"})
-    described = {"config": public_config(m), "generation_config": generation_config(m)}
     if len(shards) > 1:
         described["model.safetensors.index"] = {
             "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},

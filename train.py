@@ -99,7 +99,6 @@ JOINT = Stage("joint", 1300, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
 TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
 PLANS = {"tiny-emu3": (TOKENIZER, READ, JOINT, TUNE),
          "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}
-AGREEMENT = 5.0                     # stage 1: weight of the latents' variance within equal patches, when it ends
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 
 
@@ -212,6 +211,9 @@ def calibrate(m, schedule, targets, config, autocast):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step of the picture tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
+AGREEMENT = 5.0                     # weight of the latents' variance within equal patches, at the end of stage 1
+
+
 @torch.no_grad()
 def fill_codebook(vq, pixels):
     """Move the codebook rows onto mean latents of equal patches of these pictures.

@@ -141,9 +141,7 @@ def test_one_batch_is_overfit_on_both_tasks(name, texts):
     """Labels, masks, heads and shifts fit together: two pictures and conversations are learned, then said again."""
     m = fresh(name, width=128, ffn=256)
     plan, losses = schedule(m, texts[name], 4), []
-    with torch.no_grad():                                       # rows of the codebook are latents: codes that differ
-        z = m.vq.latents(torch.stack([data.to_tensor(p) for p in plan.source.pictures])).movedim(1, -1).flatten(0, 2)
-        m.vq.quantize.weight.copy_(z[torch.randperm(len(z))[:m.config.codebook]])
+    train.fill_codebook(m.vq, torch.stack([data.to_tensor(p) for p in plan.source.pictures]))      # codes that differ
     optimizer = train.make_optimizer(m, train.Stage("joint", 150, 4, 3e-3, 1, ("vq",), weight_decay=0.0))
     while len(losses) < 150 and (not losses or any(losses[-1][task] > 0.02 * losses[0][task] for task in aia.TASKS)):
         losses.append({task: row["ntp"] for task, row in train.accumulate(m, plan.step(0), TARGETS, OFF).items()})
