@@ -1084,6 +1084,8 @@ VIT_ONLY = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_qk_norm": False, 
 LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocab": 32000, "norm_eps": 1e-6, "theta": 1e4,
          "context": 2048}                        # what transformers assumes where a Llama's config.json is silent
 SIGLIP_L = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1, "image_size": 384}
+# How pictures are sized and drawn: no public config.json says it, the presets of the recipes do; `save` writes it down.
+PICTURES = ("image_size", "min_pixels", "max_pixels", "min_side", "guidance", "top_k", "suffix", "negative")
 EMU3_IDS = {"pad": "pad_token_id", "bos": "bos_token_id", "eos": "eos_token_id", "img": "img_token_id",
             "boi": "boi_token_id", "eoi": "eoi_token_id", "eol": "eol_token_id", "eof": "eof_token_id"}
 
@@ -1125,7 +1127,6 @@ def read_config(folder):
         books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
         values |= taken(content.get("vq_config", {}), VQ_HF | books, VQ_ONLY, file)
     if kind == "emu3":
-        values |= {key: content[key] for key in ("min_pixels", "max_pixels") if key in content}
         values["image_size"] = math.isqrt(content.get("image_area", values["image_size"] ** 2))
     else:
         values["vq_attention"] = [len(values["vq_mult"]) - 1]
@@ -1135,7 +1136,7 @@ def read_config(folder):
             values["vit_ffn"] = int(values["vit_width"] * vision.get("mlp_ratio", 4.0))
         else:
             taken(vision.get("params", {}), {}, SIGLIP_L, file)
-    return layout, values, content
+    return layout, values | content.get("pictures", {}), content
 
 
 def read_ids(folder, kind, content):
@@ -1307,13 +1308,13 @@ def public_config(m):
              **{f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}}
     vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items()}
     common = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False,
-              "dtype": str(m.lm_head.weight.dtype).removeprefix("torch.")}
+              "dtype": str(m.lm_head.weight.dtype).removeprefix("torch."),
+              "pictures": {name: getattr(c, name) for name in PICTURES}}
     if c.kind == "emu3":
         known = {SPECIAL["emu3"][role]: i for role, i in ids.items()} | {"<image>": ids["placeholder"]}
         known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
         vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
                "temporal_downsample_factor": Emu3VQ.frames}
-        common |= {"image_area": c.image_size ** 2, "min_pixels": c.min_pixels, "max_pixels": c.max_pixels}
         return {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
                 "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known, **common}
     if set(c.vq_attention) != {len(c.vq_mult) - 1}:
