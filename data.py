@@ -7,13 +7,18 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 """
 
 import argparse
+import base64
 import functools
 import json
+import re
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import sentencepiece
 import tokenizers
 import torch
 from PIL import Image, ImageOps
@@ -390,57 +395,107 @@ def rotations(asked):
 # Text
 # ---------------------------------------------------------------------------------------------------------------------
 class Text:
-    """Encode and decode text with a tokenizer.json; special ids come from the file, by string."""
+    """Encode and decode text with a tokenizer.json, with Emu3's own emu3.tiktoken, or with a sentencepiece .model.
 
-    def __init__(self, file, kind):
-        self.file, self.ids = Path(file), model.special_ids(file, kind)
-        self.core = tokenizers.Tokenizer.from_file(str(file))
-        # Special strings inside a user's text stay text: they never turn into control tokens.
+    Special ids come from the file, by string. Special strings inside a user's text stay text, or are refused where the
+    tokenizer cannot keep them apart; allow_special turns them into control tokens instead.
+    """
+
+    def __init__(self, file, kind, allow_special=False):
+        self.file, self.ids, self.allow_special = Path(file), model.special_ids(file, kind), allow_special
+        known, control = model.token_ids(file), set(model.SPECIAL[kind].values())
+        if self.file.suffix == ".model":
+            self.core = Pieces(file)
+            control |= {token for token, i in known.items() if self.core.is_control(i)}
+        elif self.file.suffix == ".tiktoken":
+            self.core, control = byte_bpe(self.file, known), set(known)
+        else:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            for token in content["added_tokens"]:    # ordinary letters may be among them; control tokens are <...>
+                token["special"] |= bool(re.fullmatch("<.+>", token["content"]))
+                control |= {token["content"]} if token["special"] else set()
+            self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
         self.core.encode_special_tokens = True
+        self.control = {token: known[token] for token in control if token in known}
+        self.control_ids = frozenset(self.control.values())
         self.encode = functools.lru_cache(maxsize=100_000)(self._encode)
 
     def _encode(self, text):
-        return tuple(self.core.encode(text, add_special_tokens=False).ids)
+        if self.allow_special:
+            parts = re.split("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")", text)
+            return tuple(i for part in parts for i in ([self.control[part]] if part in self.control else
+                                                       self.core.encode(part, add_special_tokens=False).ids))
+        ids = tuple(self.core.encode(text, add_special_tokens=False).ids)
+        if found := self.control_ids.intersection(ids):
+            token = next(token for token, i in self.control.items() if i in found)
+            raise InputError(f"the text {text[:60]!r} holds the control string {token}: take it out, or let it act as "
+                             "one with --allow-special")
+        return ids
 
     def decode(self, ids):
-        """Ids up to the first EOS -> text without special tokens."""
+        """Ids up to the first EOS -> text without control tokens."""
         ids = [int(i) for i in ids]
         ids = ids[:ids.index(self.ids["eos"])] if self.ids["eos"] in ids else ids
-        return self.core.decode(ids, skip_special_tokens=True)
+        return self.core.decode([i for i in ids if i not in self.control_ids])
+
+    def store(self, folder):
+        """Write the tokenizer to a folder: emu3.tiktoken as the equal tokenizer.json, all others as they are."""
+        if self.file.suffix == ".tiktoken":
+            self.core.save(str(folder / model.TOKENIZERS[0]))
+        for name in (self.file.name, "added_tokens.json") if self.file.suffix != ".tiktoken" else ():
+            if self.file.with_name(name).exists():
+                shutil.copy(self.file.with_name(name), folder / name)
 
 
-def train_tokenizer(file, config):
-    """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json.
+class Pieces:
+    """A sentencepiece model with the two methods of a tokenizers.Tokenizer that Text needs."""
 
-    Merges never cross the edge of a word that means something; what stands between such words may become one token, so
-    that conversations are short.
+    def __init__(self, file):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+
+    def is_control(self, i):
+        """Control, unknown, or a token of the user's definition that looks like <this>; bytes like <0x0A> are text."""
+        p = self.pieces
+        return i >= len(p) or p.is_control(i) or p.is_unknown(i) or (
+            bool(re.fullmatch("<.+>", p.id_to_piece(i))) and not p.is_byte(i))
+
+    def encode(self, text, add_special_tokens):
+        return SimpleNamespace(ids=self.pieces.encode(text))
+
+    def decode(self, ids):
+        return self.pieces.decode(ids)
+
+
+# How Emu3's own tokenizer cuts text before merging bytes: contractions in any case, words with one character that is no
+# letter before them, single digits, other signs with a space before and line ends after them, line ends, spaces.
+EMU3_CUT = (r"(?i:'(?:s|t|re|ve|m|ll|d))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def byte_bpe(file, special):
+    """emu3.tiktoken (a byte string in base64 and its rank per line) as a byte-level BPE with special tokens {text: id}.
+
+    Such a file names no merges: any two neighbours whose joint bytes have a rank may merge, the lowest rank first.
     """
-    words = [*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS, "at the top", "at the bottom", "left", "right",
-             *RELATIONS, "yes", "no", "nothing", *"ABCD"]
-    words = "|".join(sorted(words, key=len, reverse=True))      # beside them numbers, line ends and the * of sizes
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise InputError(f"tokenizer {file} cannot be read ({error}): download this file again") from error
+    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \xa0\xad"]
+    letter = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(shown)))}
+    word = {token: "".join(map(letter.get, token)) for token in ranks}
+    merges = [(word[token[:i]], word[token[i:]]) for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={word[token]: rank for token, rank in ranks.items()}, merges=merges, ignore_merges=True))
+    core.normalizer = tokenizers.normalizers.NFC()
     core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf" ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(EMU3_CUT), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = tokenizers.decoders.ByteLevel()
-    world, rng, lines = World(0), np.random.default_rng(0), []
-    for _ in range(2000):
-        scene = world.scene(rng)
-        asked = question(scene, QUESTIONS[rng.integers(len(QUESTIONS))], rng)
-        lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT, JANUS_USER, JANUS_ASSISTANT]
-        lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer, DESCRIBE]
-        lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(lines, trainer)
-    if core.get_vocab_size() != model.TINY_TEXT:
-        raise RuntimeError(f"the world's text gives {core.get_vocab_size()} tokens, not {model.TINY_TEXT}")
-    special = list(model.SPECIAL[config.kind].values())
-    if config.kind == "emu3":
-        special += [f"<|visual token {code:06d}|>" for code in range(1, config.codebook)]
-    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    core.save(str(file))
-    return Text(file, config.kind)
+    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
+    return core
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,8 +505,6 @@ TEXT, CONTROL, IMAGE, ANSWER, PADDING = range(5)
 EMU3_SYSTEM = "You are a helpful assistant."
 EMU3_USER, EMU3_ASSISTANT = " USER: ", ". ASSISTANT:"        # the template itself adds the full stop
 JANUS_USER, JANUS_ASSISTANT, JANUS_TURN = ": ", ":", "\n\n"
-JANUS_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
-                "the user provides, and assist the user with a variety of tasks using natural language.")
 
 
 def spans(roles, task):
@@ -468,7 +521,7 @@ def spans(roles, task):
 class Emu3Template:
     """One stream: pictures are tokens like any other."""
 
-    def __init__(self, config, text):
+    def __init__(self, config, text, training=True):
         self.config, self.text, self.ids = config, text, text.ids
 
     def block(self, codes):
@@ -507,8 +560,9 @@ class Emu3Template:
 class JanusTemplate:
     """Roles and blank lines in the DeepSeek manner; pictures are placeholders that the model fills."""
 
-    def __init__(self, config, text, system=""):
-        self.config, self.text, self.ids, self.system = config, text, text.ids, system
+    def __init__(self, config, text, training=True):
+        self.config, self.text, self.ids = config, text, text.ids
+        self.system = "" if training else config.system         # the authors train without it, and answer with it
 
     def prompt(self, prompt, size=None, dropped=False):
         """Generation, up to begin-of-image. Dropped: every token between BOS and begin-of-image becomes a pad."""
@@ -802,7 +856,7 @@ class Preparer:
 
     def __init__(self, m, text, training=True):
         self.m, self.config, self.text, self.training = m, m.config, text, training
-        self.template = TEMPLATES[m.config.kind](m.config, text)
+        self.template = TEMPLATES[m.config.kind](m.config, text, training)
         self.known = {}                                                         # codes of world pictures, by content
 
     def codes(self, pictures):

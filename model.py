@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -67,6 +68,7 @@ class Config:
     top_k: int = 0                       # 0 keeps all codes
     suffix: str = ""                     # Emu3: added to every prompt when drawing
     negative: str = ""                   # Emu3: prompt of the unconditional branch when drawing
+    system: str = ""                     # Janus-Pro: what stands before a conversation, except in training
     init_std: float = 0.02               # of fresh weights; small widths learn many times faster from larger ones ...
     embed_std: float = 0.02              # ... and from embeddings that the first layers do not drown
     attention: str = "fused"             # "fused" or "explicit"
@@ -98,17 +100,54 @@ SPECIAL = {
 }
 
 
-def special_ids(tokenizer_file, kind):
-    """Ids of the special tokens by role, read from a tokenizer.json."""
-    try:
-        content = json.loads(Path(tokenizer_file).read_text(encoding="utf-8"))
-        known = dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in content["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"tokenizer {tokenizer_file} cannot be read ({error}): expected a tokenizer.json") from error
+TOKENIZERS = ("tokenizer.json", "emu3.tiktoken", "tokenizer.model")             # in this order of preference ...
+TOKENIZER_NOTES = ("emu3_vision_tokens.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja", "chat_template.json", "processor_config.json")        # ... and beside them
+
+
+def find_tokenizer(folder):
+    """The tokenizer's file in a folder, or None."""
+    return next((folder / name for name in TOKENIZERS if (folder / name).exists()), None)
+
+
+def special_ids(file, kind):
+    """Ids of the special tokens by role, read from a tokenizer's file."""
+    return roles(token_ids(file), kind, file)
+
+
+def roles(known, kind, place):
+    """{role: id} from {token: id}."""
+    if "<image>" in known:                           # how transformers calls Emu3's first reserved token
+        known = {SPECIAL["emu3"]["placeholder"]: known["<image>"]} | known
     missing = [text for text in SPECIAL[kind].values() if text not in known]
     if missing:
-        raise InputError(f"tokenizer {tokenizer_file} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
+        raise InputError(f"tokenizer {place} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
     return {role: known[text] for role, text in SPECIAL[kind].items()}
+
+
+def token_ids(file):
+    """{token: id} of a tokenizer.json or a sentencepiece .model; of emu3.tiktoken its special tokens."""
+    file = Path(file)
+    try:
+        if file.suffix == ".tiktoken":
+            return emu3_special(file)
+        if file.suffix == ".model":
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            added = file.with_name("added_tokens.json")
+            return {pieces.id_to_piece(i): i for i in range(len(pieces))} | (read_json(added) if added.exists() else {})
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"tokenizer {file} cannot be read ({error}): download this file again") from error
+
+
+def emu3_special(file):
+    """{special token: id} of Emu3's own tokenizer: they follow the ranks of emu3.tiktoken, in a fixed order."""
+    visual = file.with_name("emu3_vision_tokens.txt").read_text(encoding="utf-8").splitlines()
+    first = sum(1 for line in file.read_bytes().splitlines() if line.strip())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+               *filter(None, map(str.strip, visual))]
+    return {token: first + i for i, token in enumerate(special)}
 
 
 EMU3_8B = Config(
@@ -126,6 +165,8 @@ JANUS_PRO_7B = Config(
     norm_eps=1e-6, codebook=16384, code_dim=8, vq_width=128, vq_mult=(1, 1, 2, 2, 4), vq_blocks=2, vq_attention=(4,),
     vq_latent=256, image_size=384, context=16384, min_side=14, vit_width=1024, vit_layers=24, vit_heads=16,
     vit_ffn=4096, vit_patch=16, guidance=5.0,
+    system="You are a helpful language and vision assistant. You are able to understand the visual content that the "
+           "user provides, and assist the user with a variety of tasks using natural language.",
     ids={"bos": 100000, "eos": 100001, "pad": 100015, "boi": 100016, "eoi": 100593, "placeholder": 100594},
 )
 JANUS_PRO_1B = replace(
@@ -207,12 +248,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = aia.at_least_float32(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 def rotary(positions, head_dim, theta, dtype, rounded=False):
-    """Cosine and sine of RoPE for positions (B, T): two tensors (B, 1, T, D).
+    """Cosine and signed sine of RoPE for positions (B, T): two tensors (B, 1, T, D).
 
     The frequencies are made here each time, in float32: a buffer would be rounded by model.to(bfloat16), which at
     theta 1e6 and position 9216 is wrong by 10 radians. `rounded` repeats that slip, to match published scripts.
@@ -221,24 +262,28 @@ def rotary(positions, head_dim, theta, dtype, rounded=False):
     if rounded:
         frequency = frequency.bfloat16().float()
     angle = positions[:, None, :, None].float() * frequency                     # (B, 1, T, D / 2)
-    angle = torch.cat([angle, angle], -1)                                       # (B, 1, T, D)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)            # (B, 1, T, D) each
 
 
 def rotate(x, rope):
     """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, H, T, D) -> same."""
     cos, sin = rope
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    # x_i cos - x_{i + D/2} sin  and  x_{i + D/2} cos + x_i sin; the sine brings its sign
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Cache:
-    """Keys and values of all layers, allocated once for `size` tokens."""
+    """Keys and values of all layers, allocated once for prompts with mask (B, T) bool and `new` tokens after them;
+    their rotations and who is real are known beforehand too."""
 
-    def __init__(self, config, rows, size, like):
-        shape = (config.layers, rows, config.kv_heads, size, config.head_dim)
+    def __init__(self, lm, mask, new):
+        c, like, self.used = lm.config, lm.embed_tokens.weight, 0
+        real = F.pad(mask, (0, new), value=True)                                # (B, U)
+        self.mask = None if bool(mask.all()) else real
+        shape = (c.layers, len(mask), c.kv_heads, real.shape[1], c.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.used = 0
+        self.rope = lm.rotations(positions(real if self.mask is not None else real[:1]))
 
     def add(self, layer, k, v):
         """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
@@ -311,16 +356,26 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
+    def rotations(self, positions):
+        """RoPE of positions (B, T), in the type of the weights."""
+        return rotary(positions, self.config.head_dim, self.config.theta, self.embed_tokens.weight.dtype,
+                      self.rope_bf16)
+
     def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False):
         """Run embeddings x (B, T, C) through all layers.
 
-        mask (B, U) bool: True = real token, over cached and new tokens; None: no padding, or padding on the right
+        mask (B, T) bool: True = real token; None: no padding, or padding on the right. A cache brings its own
         condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1)
         -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
         """
-        past = cache.used if cache else 0
-        positions, visible = positions_and_visibility(mask, past, x)
-        rope = rotary(positions, self.config.head_dim, self.config.theta, x.dtype, self.rope_bf16)
+        past, new = cache.used if cache else 0, x.shape[1]
+        if cache:
+            mask = None if cache.mask is None else cache.mask[:, :past + new]
+            rope = [part[:, :, past:past + new] for part in cache.rope]         # (B or 1, 1, T, D) each
+        else:
+            mask = None if mask is None or bool(mask.all()) else mask
+            rope = self.rotations(positions(mask) if mask is not None else torch.arange(new, device=x.device)[None])
+        visible = visibility(mask, past, x)
         intensities, states = [], [x]
         for layer in self.layers:
             x, mass = layer(x, rope, visible, condition, cache)                 # (B, T, C), (B, H, T)
@@ -329,21 +384,27 @@ class Decoder(nn.Module):
             if hidden:
                 states.append(x)
         if cache:
-            cache.used += x.shape[1]
+            cache.used += new
         return self.norm(x), torch.stack(intensities, 1) if intensities else None, states if hidden else None
 
 
-def positions_and_visibility(mask, past, x):
-    """Positions (B or 1, T) of new tokens x (B, T, C) after `past` cached ones, and who may see whom (None: causal)."""
-    new = torch.arange(past, past + x.shape[1], device=x.device)                # (T,)
-    keys = torch.arange(past + x.shape[1], device=x.device)                     # (U,)
-    if mask is None or bool(mask.all()):
-        alone = past == 0 or len(new) == 1
-        return new[None], None if alone else (keys <= new[:, None])[None, None]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]             # (B, T)
-    visible = (keys <= new[:, None]) & mask[:, None]                            # (B, T, U)
+def positions(mask):
+    """Positions (B, T), counted from the first real token of a mask (B, T)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def visibility(mask, past, x):
+    """Who sees whom: (B or 1, 1, T, U) bool of new tokens x (B, T, C) after `past` cached ones, or None: causal where
+    nothing is cached, everything where one token is new. mask (B, U) bool or None: no padding."""
+    new = x.shape[1]
+    if mask is None and (past == 0 or new == 1):
+        return None
+    keys = torch.arange(past + new, device=x.device)                            # (U,)
+    causal = keys <= keys[past:, None]                                          # (T, U)
+    if mask is None:
+        return causal[None, None]
     # A padded row sees at least itself, else its softmax is 0/0 and poisons everything.
-    return positions, (visible | (keys == new[:, None]))[:, None]               # (B, T), (B, 1, T, U)
+    return (causal & mask[:, None] | (keys == keys[past:, None]))[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,34 +573,6 @@ class VQ(nn.Module):
     def decode(self, codes):
         """Codes (B, h, w) -> pixels (B, 3, S, S), not clipped."""
         return self.pixels(self.vectors(codes))
-
-    def patches(self, pixels, latents):
-        """Which patch of pixels lies under each latent: flat latents (n, code_dim), the patch of each (n,) as a number
-        that equal patches share, and the mean latent of each number (m, code_dim)."""
-        side = pixels.shape[-1] // latents.shape[-1]
-        content = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)             # (n, 3 side side)
-        _, patch, times = torch.unique(content, dim=0, return_inverse=True, return_counts=True)
-        flat = flatten(latents)                                                 # (n, code_dim)
-        mean = torch.zeros_like(flat[:len(times)]).index_add(0, patch, flat) / times[:, None]
-        return flat, patch, mean
-
-    def forward(self, pixels, commitment=0.25, quantize=True):
-        """Training: reconstruction, codes, |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv 1711.00937, Eq. 3), and
-        the share of the latents' variance that lies within equal patches.
-
-        Equal patches of pixels get one code, that of their mean latent, whatever surrounds them: language models learn
-        such codes many times faster. Where all patches differ this is plain vector quantization.
-        """
-        z = self.latents(pixels)                                                # (B, code_dim, h, w)
-        flat, patch, mean = self.patches(pixels, z)
-        within = (flat - mean[patch]).square().sum(1).mean() / (flat - flat.mean(0)).square().sum(1).mean().detach()
-        if not quantize:
-            return self.pixels(z), None, 0.0, within
-        codes = self.nearest(mean.detach())[patch].view(len(z), *z.shape[2:])   # (B, h, w)
-        e = self.vectors(codes)                                                 # (B, code_dim, h, w)
-        pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
-        # Straight through: forward e, backward to z as if there were no rounding.
-        return self.pixels(z + (e - z).detach()), codes, pull, within
 
 
 class JanusVQ(VQ):
@@ -740,43 +773,38 @@ class Unified(nn.Module):
         h, w = size or self.config.grid
         guidance = self.config.guidance if guidance is None else guidance
         top_k = self.config.top_k if top_k is None else top_k
-        guided = guidance != 1
-        mask = left_padding(ids, mask)
+        mask, guided = left_padding(ids, mask), guidance != 1
         rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
-        x, cache = self.embed_text(rows), None
-        codes = []
+        x, cache, codes = self.embed_text(rows), Cache(self.lm, mask, h * (w + 1)), []
         for i in range(h * w):
-            cache = cache or Cache(self.config, len(x), rows.shape[1] + h * (w + 1), x)
-            seen = F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
-            logits = self.head("gen")(self.lm(x, seen, cache=cache)[0][:, -1]).float()             # (rows, V or K)
-            logits = self.code_logits(logits)                                   # (rows, K)
+            logits = self.code_logits(self.lm(x, cache=cache)[0][:, -1]).float()                   # (rows, K)
             if guided:
                 # Rows alternate: conditional, unconditional. s = u + g (c - u)
                 given, free = logits[0::2], logits[1::2]
                 logits = free + guidance * (given - free)                       # (B, K)
             code = sample(logits, temperature, top_k, 1.0, generator)           # (B,)
             codes.append(code)
-            x = self.embed_code(code.repeat_interleave(2 if guided else 1), row_end=(i + 1) % w == 0)
+            x = self.embed_code(code.repeat_interleave(2) if guided else code, row_end=(i + 1) % w == 0)
         return self.as_codes(torch.stack(codes, 1).view(-1, h, w))
 
     @torch.inference_mode()
     def generate_text(self, ids, pixels=None, mask=None, max_new_tokens=512, temperature=0.0, top_p=1.0,
-                      generator=None):
+                      generator=None, watch=None):
         """Answer: ids (B, T) as in `logits`, padding on the left -> new ids (B, up to max_new_tokens).
 
-        temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended.
+        temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended. watch is called with the
+        tokens (B,) of each step, as they come.
         """
-        mask, x = left_padding(ids, mask), self.embed_text(ids, pixels)
-        cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, x)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        new = []
+        x, cache = self.embed_text(ids, pixels), Cache(self.lm, left_padding(ids, mask), max_new_tokens)
+        done, new = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), []
         while len(new) < max_new_tokens and not done.all():
-            seen = F.pad(mask, (0, cache.used + x.shape[1] - mask.shape[1]), value=True)
-            logits = self.lm_head(self.lm(x, seen, cache=cache)[0][:, -1]).float()                 # (B, V)
+            logits = self.lm_head(self.lm(x, cache=cache)[0][:, -1]).float()    # (B, V)
             token = sample(logits, temperature, 0, top_p, generator)            # (B,)
-            token = torch.where(done, self.ids["pad"], token)
+            token = token.masked_fill(done, self.ids["pad"])
             new.append(token)
-            done = done | (token == self.ids["eos"])
+            if watch:
+                watch(token)
+            done |= token == self.ids["eos"]
             x = self.lm.embed_tokens(token[:, None])                            # (B, 1, C)
         return torch.stack(new, 1) if new else ids[:, :0]
 
@@ -816,9 +844,11 @@ class Emu3(Unified):
         tokens = (code + self.ids["visual"])[:, None]                           # (B, 1)
         return self.lm.embed_tokens(F.pad(tokens, (0, 1), value=self.ids["eol"]) if row_end else tokens)
 
-    def code_logits(self, logits):
-        """The visual slice (..., K) of all logits. Inside a picture no other token is allowed, before any top-k."""
-        return logits[..., self.ids["visual"]:self.ids["visual"] + self.config.codebook]
+    def code_logits(self, x):
+        """Logits (..., K) of the picture codes: no other row of the head is read, since inside a picture no other token
+        is allowed, before any top-k."""
+        first = self.ids["visual"]
+        return F.linear(x, self.lm_head.weight[first:first + self.config.codebook])
 
     def image_logits(self, ids, codes):
         """Teacher-forced: prompts ids (B, T) and codes (B, h, w) -> (B, N, K), row ends skipped."""
@@ -826,7 +856,7 @@ class Emu3(Unified):
         visual = (tokens != self.ids["eol"]).flatten(1)[0]                      # (h (w + 1),)
         x = self.lm.embed_tokens(torch.cat([ids, tokens.flatten(1)[:, :-1]], 1))
         x = self.lm(x)[0][:, ids.shape[1] - 1:]                                 # (B, h (w + 1), C)
-        return self.code_logits(self.lm_head(x[:, visual]))
+        return self.code_logits(x[:, visual])
 
     def guided_rows(self, ids, mask, negative):
         """Prompts and the negative prompt in turn, padded on the left: (2 B, T), (2 B, T)."""
@@ -887,13 +917,13 @@ class Janus(Unified):
     def embed_code(self, code, row_end):
         return self.embed_codes(code[:, None])
 
-    def code_logits(self, logits):
-        return logits
+    def code_logits(self, x):
+        return self.gen_head(x)
 
     def image_logits(self, ids, codes):
         """Teacher-forced: prompts ids (B, T) that end with begin-of-image and codes (B, N) -> (B, N, K)."""
         x = torch.cat([self.lm.embed_tokens(ids), self.embed_codes(codes[:, :-1])], 1)
-        return self.gen_head(self.lm(x)[0][:, ids.shape[1] - 1:])
+        return self.code_logits(self.lm(x)[0][:, ids.shape[1] - 1:])
 
     def guided_rows(self, ids, mask, negative):
         """Prompts in turn with the same prompts blanked: pads between BOS and begin-of-image, which *are* attended."""
@@ -982,8 +1012,8 @@ def read_checkpoint(path):
     except FileNotFoundError as error:
         raise InputError(f"checkpoint {path} is missing: give the folder of a run that has saved one") from error
     except Exception as error:                      # a truncated zip or pickle fails in many ways, all mean the same
-        reason = str(error).splitlines()[0][:120]
-        raise InputError(f"checkpoint {path} is damaged or no checkpoint ({reason}): use an earlier one") from error
+        raise InputError(f"checkpoint {path} is damaged or no checkpoint ({first_line(error)}): use an earlier one") \
+            from error
 
 
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused",
@@ -998,7 +1028,7 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
         state = read_checkpoint(folder / file)
         m = from_config(configured(state["config"] | {"attention": attention}))
         m.load_state_dict(state["model"])
-        m.tokenizer_file = folder / "tokenizer.json"
+        m.tokenizer_file = find_tokenizer(folder)
     else:
         m = load_public(folder, dtype, device, vision_tokenizer, attention)
     m.lm.rope_bf16 = rope_bf16
@@ -1049,43 +1079,65 @@ NAMES = {
         (r"blocks\.(\d+)\.qkv", r"blocks.\1.self_attn.qkv"), (r"blocks\.", "encoder.layers.")),
 }
 # What transformers writes for Emu3 differs from what it holds in memory; it reads both, and so do we.
-EMU3_ON_DISK = (("model.text_model.", "text_model.model."), ("lm_head.", "text_model.lm_head."),
-                ("model.vqmodel.", "vqmodel."))
+EMU3_TO_DISK = ((r"^model\.text_model\.", "text_model.model."), (r"^lm_head\.", "text_model.lm_head."),
+                (r"^model\.vqmodel\.", "vqmodel."))
+EMU3_FROM_DISK = ((r"^text_model\.model\.", "model.text_model."), (r"^text_model\.lm_head\.", "lm_head."),
+                  (r"^vqmodel\.", "model.vqmodel."))
 UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, used by nobody
+
+
+def renamed(name, rules):
+    """A name after all rules, in their order."""
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def public_names(name, config, layout):
     """The public names of one of our tensors: one, or three where a fused projection is stored apart."""
-    for pattern, new in NAMES[config.kind, layout]:
-        rule = (lambda found, new=new: new(found, len(config.vq_mult) - 1)) if callable(new) else new
-        name = re.sub(pattern, rule, name)
+    top = len(config.vq_mult) - 1
+    name = renamed(name, [(pattern, functools.partial(new, top=top) if callable(new) else new)
+                          for pattern, new in NAMES[config.kind, layout]])
     return [name.replace("qkv", f"{part}_proj") for part in "qkv"] if layout == "hf" and "qkv" in name else [name]
+
+
+def to_transformers(name, value, config):
+    """One of our tensors as {name: tensor} in memory of transformers."""
+    public = public_names(name, config, "hf")
+    parts = dict(zip(public, value.chunk(3), strict=True)) if len(public) == 3 else {public[0]: value}
+    if config.kind == "emu3":                       # 1 x 1 convolutions are linear there
+        return {part: x[:, :, 0, 0] if re.search(r"(q|k|v|out)_proj", part) and x.ndim == 4 else x
+                for part, x in parts.items()}
+    return {part: x[0] if part.endswith("position_embedding.weight") else x for part, x in parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Public checkpoints: configuration
 # ---------------------------------------------------------------------------------------------------------------------
-# Fields of config.json by our names, and what the code takes for granted of the others.
+# Fields of the json files by our names, and what the code takes for granted of the others.
 TEXT = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
         "vocab": "vocab_size", "norm_eps": "rms_norm_eps", "theta": "rope_theta", "context": "max_position_embeddings"}
 TEXT_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
-             "rope_type": "default"}
+             "rope_type": "default", "partial_rotary_factor": 1.0}
 VQ_HF = {"code_dim": "embed_dim", "vq_latent": "latent_channels", "vq_width": "base_channels",
          "vq_mult": "channel_multiplier", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
 VQ_ORIGINAL = {"codebook": "codebook_size", "code_dim": "embed_dim", "vq_latent": "z_channels", "vq_width": "ch",
                "vq_mult": "ch_mult", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
 VQ_ONLY = {"double_latent": False, "double_z": False, "in_channels": 3, "out_channels": 3,
-           "temporal_downsample_factor": Emu3VQ.frames}
+           "temporal_downsample_factor": Emu3VQ.frames, "num_hidden_layers": 2}
 VIT = {"vit_width": "hidden_size", "vit_layers": "num_hidden_layers", "vit_heads": "num_attention_heads",
        "vit_patch": "patch_size", "image_size": "image_size"}
 VIT_ONLY = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_qk_norm": False, "attention_bias": True, "depth": 2,
             "num_channels": 3}
+SIGLIP_L = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
 LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocab": 32000, "norm_eps": 1e-6, "theta": 1e4,
          "context": 2048}                        # what transformers assumes where a Llama's config.json is silent
-SIGLIP_L = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1, "image_size": 384}
-# How pictures are sized and drawn: no public config.json says it, the presets of the recipes do; `save` writes it down.
-PICTURES = ("image_size", "min_pixels", "max_pixels", "min_side", "guidance", "top_k", "suffix", "negative")
+RESIZE = {"min_pixels": "min_pixels", "max_pixels": "max_pixels", "min_side": "min_size"}
+RESIZE_ONLY = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "background_color": [127] * 3, "resample": 3,
+               "do_resize": True, "do_rescale": True, "do_normalize": True}
+# How pictures are drawn: no public config.json says it, the presets of the recipes do; `save` writes it down.
+PICTURES = ("image_size", "guidance", "top_k", "suffix", "negative", "system")
 EMU3_IDS = {"pad": "pad_token_id", "bos": "bos_token_id", "eos": "eos_token_id", "img": "img_token_id",
             "boi": "boi_token_id", "eoi": "eoi_token_id", "eol": "eol_token_id", "eof": "eof_token_id"}
 
@@ -1098,73 +1150,83 @@ def read_json(file):
 
 
 def taken(section, names, only, place):
-    """{our field: value} of those a section of config.json holds; what the code cannot honour is an error."""
+    """{our field: value} of those a section of a json file holds; what the code cannot honour is an error."""
     for key, value in only.items():
         if section.get(key, value) != value:
             raise InputError(f"{place}: {key} {section[key]!r} cannot be honoured, only {value!r}")
     return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
 
 
-def read_config(folder):
-    """config.json of a public folder -> (layout, values of a Config without ids, its content)."""
+def read_config(folder, known):
+    """config.json and preprocessor_config.json -> (layout, values of a Config without ids, content of config.json).
+    known {name: function that reads the tensor} fills in what Janus-Pro's original file leaves out."""
     file = folder / "config.json"
     content = read_json(file)
-    layout = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
-              "multi_modality": ("janus", "original")}.get(content.get("model_type"))
-    if not layout:
+    kind, layout = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
+                    "multi_modality": ("janus", "original")}.get(content.get("model_type"), (None, None))
+    if not kind:
         raise InputError(f"{file}: model_type {content.get('model_type')!r} is not emu3, Emu3, janus or multi_modality")
-    kind, layout = layout
     values = asdict(EMU3_8B) if kind == "emu3" else asdict(JANUS_PRO_7B) | LLAMA
     text = content if (kind, layout) == ("emu3", "original") else \
         content.get("text_config" if layout == "hf" else "language_config", {})
-    text = text | (text.get("rope_parameters") or {})
-    values["kv_heads"] = values["head_dim"] = None
-    values |= taken(text, TEXT, TEXT_ONLY, file)
-    default_kv = EMU3_8B.kv_heads if kind == "emu3" else values["heads"]
-    values["kv_heads"] = values["kv_heads"] or default_kv
+    values |= {"kv_heads": EMU3_8B.kv_heads if kind == "emu3" else None, "head_dim": None}
+    values |= taken(text | (text.get("rope_parameters") or {}), TEXT, TEXT_ONLY, file)
+    values["kv_heads"] = values["kv_heads"] or values["heads"]
     values["head_dim"] = values["head_dim"] or values["width"] // values["heads"]
+    vision = content.get("vision_config", {})
     if layout == "hf":
         books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
         values |= taken(content.get("vq_config", {}), VQ_HF | books, VQ_ONLY, file)
     if kind == "emu3":
         values["image_size"] = math.isqrt(content.get("image_area", values["image_size"] ** 2))
-    else:
+    elif layout == "hf":
+        values |= taken(vision, VIT, VIT_ONLY, file)
+        values["vit_ffn"] = int(values["vit_width"] * vision.get("mlp_ratio", 4.0))
         values["vq_attention"] = [len(values["vq_mult"]) - 1]
-        vision = content.get("vision_config", {})
-        if layout == "hf":
-            values |= taken(vision, VIT, VIT_ONLY, file)
-            values["vit_ffn"] = int(values["vit_width"] * vision.get("mlp_ratio", 4.0))
-        else:
-            taken(vision.get("params", {}), {}, SIGLIP_L, file)
+    else:
+        values |= taken(vision.get("params", {}), {"vit_heads": "heads"}, SIGLIP_L, file) | janus_sizes(known)
+    resize = folder / "preprocessor_config.json"
+    values |= taken(read_json(resize), RESIZE, RESIZE_ONLY, resize) if resize.exists() else {}
     return layout, values | content.get("pictures", {}), content
 
 
-def read_ids(folder, kind, content):
-    """(ids by role, tokenizer file or None): from the tokenizer's own files where they are there, else config.json."""
-    file = folder / "tokenizer.json"
-    if file.exists():
-        return special_ids(file, kind), file
+def janus_sizes(known):
+    """Sizes of SigLIP and the picture tokenizer from the shapes of Janus-Pro's original tensors; its config.json has
+    only a name for them. (The number of heads shows in no shape.)"""
+    def shape(name):
+        if name not in known:
+            raise InputError(f"weights lack {name}: download the whole folder again")
+        return known[name]().shape
+
+    def count(pattern):
+        return len({found[0] for found in map(re.compile(pattern).match, known) if found})
+    vit, vq = "vision_model.vision_tower.", "gen_vision_model."
+    levels, blocks = count(vq + r"encoder\.conv_blocks\.\d+\."), count(vq + r"encoder\.conv_blocks\.0\.res\.\d+\.")
+    vq_width, (vit_width, _, patch, _) = shape(vq + "encoder.conv_in.weight")[0], shape(vit + "patch_embed.proj.weight")
+    ends = [shape(f"{vq}encoder.conv_blocks.{i}.res.{blocks - 1}.conv2.weight")[0] for i in range(levels)]
+    codebook, code_dim = shape(vq + "quantize.embedding.weight")
+    return {"vq_width": vq_width, "vq_mult": [end // vq_width for end in ends], "vq_blocks": blocks,
+            "vq_attention": [i for i in range(levels) if count(rf"{vq}encoder\.conv_blocks\.{i}\.attn\.")],
+            "vq_latent": shape(vq + "encoder.conv_out.weight")[0], "codebook": codebook, "code_dim": code_dim,
+            "vit_width": vit_width, "vit_patch": patch, "vit_layers": count(vit + r"blocks\.\d+\."),
+            "vit_ffn": shape(vit + "blocks.0.mlp.fc1.weight")[0],
+            "image_size": patch * math.isqrt(shape(vit + "pos_embed")[1])}
+
+
+def read_ids(folder, content, values):
+    """(ids by role, tokenizer file or None): from the tokenizer's own file where it is there, else config.json."""
+    kind, file = values["kind"], find_tokenizer(folder)
+    known = token_ids(file) if file else content.get("vocabulary_map") or {}
+    if known:
+        ids = roles(known, kind, file or folder / "config.json")
+        last = f"<|visual token {values['codebook'] - 1:06d}|>"
+        if kind == "emu3" and known.get(last, ids["visual"] + values["codebook"] - 1) - ids["visual"] \
+                != values["codebook"] - 1:
+            raise InputError(f"{file}: the ids of the picture codes are not in one row from code 0 to {last}")
+        return ids, file
     text = content | content.get("text_config", {})
     ids = {role: text[key] for role, key in EMU3_IDS.items() if text.get(key) is not None}
-    if content.get("image_token_id") is not None:
-        ids["placeholder"] = content["image_token_id"]
-    if kind == "emu3":
-        known = content.get("vocabulary_map") or original_emu3_ids(folder)
-        if known:
-            known = {SPECIAL[kind]["placeholder"]: known.get("<image>")} | known
-            ids |= {role: known[token] for role, token in SPECIAL[kind].items() if known.get(token) is not None}
-    return ids, folder / "emu3.tiktoken" if (folder / "emu3.tiktoken").exists() else None
-
-
-def original_emu3_ids(folder):
-    """{special token: id} of Emu3's own tokenizer files: they follow the ranks, in a fixed order."""
-    ranks, visual = folder / "emu3.tiktoken", folder / "emu3_vision_tokens.txt"
-    if not (ranks.exists() and visual.exists()):
-        return {}
-    first = sum(1 for line in ranks.read_bytes().splitlines() if line.strip())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
-               *filter(None, map(str.strip, visual.read_text(encoding="utf-8").splitlines()))]
-    return {token: first + i for i, token in enumerate(special)}
+    return ids | ({"placeholder": content["image_token_id"]} if content.get("image_token_id") is not None else {}), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1178,50 +1240,57 @@ def find_folder(name):
     try:
         return Path(huggingface_hub.snapshot_download(str(name)))
     except Exception as error:                      # no such id, no network, no rights: all end here
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{name} is no folder and cannot be had from the hub ({reason}): run `hf download {name}` "
-                         "where there is a network, then give that folder") from error
+        raise InputError(f"{name} is no folder and cannot be had from the hub ({first_line(error)}): run `hf download "
+                         f"{name}` where there is a network, then give that folder") from error
 
 
-class Tensors:
-    """Tensors of a folder (or of one .pth file) by name, read one at a time; pickled files run no code."""
+def first_line(error):
+    """The beginning of what a library says, for messages of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
-    def __init__(self, place):
-        folder = place if place.is_dir() else place.parent
-        index = next(iter(sorted(folder.glob("*.index.json"))), None)
-        files = [place] if place.is_file() else sorted(
-            {folder / name for name in read_json(index)["weight_map"].values()} if index else
-            list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pth")))
-        if not files:
-            raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
-        self.get = {}
-        for file in files:
-            try:
-                if file.suffix == ".safetensors":
-                    shard = safe_open(file, "pt")
-                    self.get |= {name: functools.partial(shard.get_tensor, name) for name in shard.keys()}
-                else:
-                    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                    self.get |= {name: functools.partial(state.get, name) for name in state}
-            except Exception as error:              # missing, truncated, not a checkpoint: all mean the same
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-                raise InputError(f"weights {file} cannot be read ({reason}): download this file again") from error
+
+def stored_tensors(place):
+    """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
+    folder = place if place.is_dir() else place.parent
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    files = [place] if place.is_file() else sorted(
+        {folder / name for name in read_json(index)["weight_map"].values()} if index else
+        list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pth")))
+    if not files:
+        raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
+    known = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                shard = safe_open(file, "pt")
+                known |= {name: functools.partial(shard.get_tensor, name) for name in shard.keys()}
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                known |= {name: functools.partial(state.get, name) for name in state}
+        except Exception as error:                  # missing, truncated, not a checkpoint: all mean the same
+            raise InputError(f"weights {file} cannot be read ({first_line(error)}): download it again") from error
+    return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
 def load_public(place, dtype, device, vision_tokenizer, attention):
     """A model from public weights: built without memory, then filled tensor by tensor."""
-    folder = place if place.is_dir() else place.parent
-    layout, values, content = read_config(folder)
-    kind, sources = values["kind"], [Tensors(place)]
+    folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
+    layout, values, content = read_config(folder, known)
+    kind = values["kind"]
     if (kind, layout) == ("emu3", "original"):
-        sources.append(Tensors(find_vision_tokenizer(folder, vision_tokenizer, values)))
-    ids, tokenizer_file = read_ids(folder, kind, content)
+        vision = find_vision_tokenizer(folder, vision_tokenizer)
+        values |= taken(read_json(vision / "config.json"), VQ_ORIGINAL, VQ_ONLY, vision / "config.json")
+        resize = vision / "preprocessor_config.json"
+        values |= taken(read_json(resize), RESIZE, RESIZE_ONLY, resize) if resize.exists() else {}
+        known |= stored_tensors(vision)
+    if (kind, layout) == ("emu3", "hf"):
+        known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
+    ids, tokenizer_file = read_ids(folder, content, values)
     with torch.device("meta"):
         m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
-    known = {name: read for source in sources for name, read in source.get.items() if not re.search(UNUSED, name)}
-    if (kind, layout) == ("emu3", "hf"):
-        known = {functools.reduce(lambda n, rule: re.sub("^" + rule[1], rule[0], n), EMU3_ON_DISK, name): read
-                 for name, read in known.items()}
+    head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
+    if content.get("tie_word_embeddings") and head not in known and words in known:
+        known[head] = known[words]
     state, problems, used = {}, [], set()
     for name, like in m.state_dict().items():
         public = public_names(name, m.config, layout)
@@ -1246,15 +1315,14 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
     return m
 
 
-def find_vision_tokenizer(folder, given, values):
-    """The folder of Emu3's picture tokenizer, given or beside the language model; its sizes go into `values`."""
+def find_vision_tokenizer(folder, given):
+    """The folder of Emu3's picture tokenizer, given or beside the language model."""
     found = find_folder(given) if given else next(
         (file.parent for file in sorted(folder.parent.glob("*/config.json"))
          if read_json(file).get("model_type") == "Emu3VisionVQ"), None)
     if not found:
         raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
                          "(hub: BAAI/Emu3-VisionTokenizer)")
-    values |= taken(read_json(found / "config.json"), VQ_ORIGINAL, VQ_ONLY, found / "config.json")
     return found
 
 
@@ -1262,10 +1330,9 @@ SHARD_BYTES = 5e9
 
 
 def save(m, folder):
-    """Write the layout of transformers, which AutoModelForImageTextToText reads: config.json, generation_config.json,
-    safetensors, and the tokenizer.json where it is known. A folder that holds anything is refused."""
-    folder, config = Path(folder), m.config
-    described = {"config": public_config(m), "generation_config": generation_config(m)}
+    """Write the layout of transformers, which AutoModelForImageTextToText reads: json files of the configuration,
+    safetensors, and the tokenizer's files where they are known. A folder that holds anything is refused."""
+    folder, config, described = Path(folder), m.config, public_files(m)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another folder to save to")
     aside = folder.with_name(folder.name + ".part")
@@ -1273,15 +1340,10 @@ def save(m, folder):
     aside.mkdir(parents=True)
     shards, size = [{}], 0
     for name, value in m.state_dict().items():
-        public = public_names(name, config, "hf")
-        for part, tensor in zip(public, value.chunk(len(public)), strict=True):
-            if tensor.ndim == 4 and re.search(r"(q|k|v|out)_proj", part):       # 1 x 1 convolutions are linear there
-                tensor = tensor[:, :, 0, 0]
-            tensor = tensor[0] if part.endswith("position_embedding.weight") else tensor
-            if config.kind == "emu3":
-                part = functools.reduce(lambda n, rule: re.sub("^" + rule[0], rule[1], n), EMU3_ON_DISK, part)
+        for part, tensor in to_transformers(name, value, config).items():
             if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
                 shards, size = [*shards, {}], 0
+            part = renamed(part, EMU3_TO_DISK) if config.kind == "emu3" else part
             shards[-1][part], size = tensor.contiguous(), size + tensor.nbytes
     files = ["model.safetensors"] if len(shards) == 1 else \
         [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -1293,30 +1355,35 @@ def save(m, folder):
             "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
     for name, content in described.items():
         (aside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
-        shutil.copy(m.tokenizer_file, aside / "tokenizer.json")
+    for name in TOKENIZERS + TOKENIZER_NOTES if m.tokenizer_file else ():
+        if Path(m.tokenizer_file).with_name(name).exists():
+            shutil.copy(Path(m.tokenizer_file).with_name(name), aside / name)
     if folder.exists():
         folder.rmdir()
     aside.rename(folder)
 
 
-def public_config(m):
-    """config.json in the words of transformers."""
+def public_files(m):
+    """{name: content} of the json files that transformers writes beside the weights."""
     c, ids = m.config, m.ids
-    text = {theirs: getattr(c, ours) for ours, theirs in TEXT.items() if ours != "theta"}
-    text |= {"rope_parameters": {"rope_theta": c.theta, "rope_type": "default"}, "tie_word_embeddings": False,
-             **{f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}}
+    ends = {f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}
+    text = {theirs: getattr(c, ours) for ours, theirs in TEXT.items() if ours != "theta"} | ends | {
+        "rope_parameters": {"rope_theta": c.theta, "rope_type": "default"}, "tie_word_embeddings": False}
     vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items()}
-    common = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False,
+    config = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False,
               "dtype": str(m.lm_head.weight.dtype).removeprefix("torch."),
               "pictures": {name: getattr(c, name) for name in PICTURES}}
+    resize = {name: RESIZE_ONLY[name] for name in ("image_mean", "image_std")}
     if c.kind == "emu3":
         known = {SPECIAL["emu3"][role]: i for role, i in ids.items()} | {"<image>": ids["placeholder"]}
         known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
         vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
                "temporal_downsample_factor": Emu3VQ.frames}
-        return {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
-                "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known, **common}
+        config |= {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
+                   "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known}
+        resize |= {"image_processor_type": "Emu3ImageProcessor", "min_pixels": c.min_pixels,
+                   "max_pixels": c.max_pixels, "spatial_factor": c.factor}
+        return {"config": config, "generation_config": ends, "preprocessor_config": resize}
     if set(c.vq_attention) != {len(c.vq_mult) - 1}:
         raise InputError(f"vq_attention {c.vq_attention}: transformers has it at the last level only")
     vq = {key: value for key, value in vq.items() if key != "attn_resolutions"} | {
@@ -1325,13 +1392,9 @@ def public_config(m):
     vision = {theirs: getattr(c, ours) for ours, theirs in VIT.items()} | {
         "mlp_ratio": c.vit_ffn / c.vit_width, "projection_dim": c.width, "depth": 2,
         "num_image_tokens": (c.image_size // c.vit_patch) ** 2}
-    return {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
-            "text_config": text | {"model_type": "llama"}, "vision_config": vision, **common}
-
-
-def generation_config(m):
-    """generation_config.json: special ids, and for Janus-Pro what drawing in transformers asks for."""
-    content = {f"{role}_token_id": m.ids[role] for role in ("bos", "eos", "pad") if role in m.ids}
-    if m.config.kind == "janus" and "boi" in m.ids:
-        content |= {"generation_kwargs": {"boi_token_id": m.ids["boi"]}, "guidance_scale": m.config.guidance}
-    return content
+    config |= {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
+               "text_config": text | {"model_type": "llama"}, "vision_config": vision}
+    drawing = {"generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": c.guidance} if "boi" in ids else {}
+    resize |= {"image_processor_type": "JanusImageProcessor", "min_size": c.min_side,
+               "size": {"height": c.image_size, "width": c.image_size}}
+    return {"config": config, "generation_config": ends | drawing, "preprocessor_config": resize}

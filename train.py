@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import aia
@@ -209,9 +211,77 @@ def calibrate(m, schedule, targets, config, autocast):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The text tokenizer of the tiny models
+# ---------------------------------------------------------------------------------------------------------------------
+def train_tokenizer(file, config):
+    """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json.
+
+    Merges never cross the edge of a word that means something; what stands between such words may become one token, so
+    that conversations are short.
+    """
+    words = [*data.SHAPES, *map(data.plural, data.SHAPES), *data.COLOURS, *data.NUMBERS, "at the top", "at the bottom",
+             "left", "right", *data.RELATIONS, "yes", "no", "nothing", *"ABCD"]
+    words = "|".join(sorted(words, key=len, reverse=True))      # beside them numbers, line ends and the * of sizes
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf" ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = tokenizers.decoders.ByteLevel()
+    world, rng, lines = data.World(0), np.random.default_rng(0), []
+    for _ in range(2000):
+        scene = world.scene(rng)
+        asked = data.question(scene, data.QUESTIONS[rng.integers(len(data.QUESTIONS))], rng)
+        lines += [data.EMU3_SYSTEM + data.EMU3_USER, data.EMU3_USER, data.EMU3_ASSISTANT]
+        lines += [data.JANUS_USER, data.JANUS_ASSISTANT]
+        lines += [data.caption(scene, rng), asked.text, asked.answer, " " + asked.answer, data.DESCRIBE]
+        lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(lines, trainer)
+    if core.get_vocab_size() != model.TINY_TEXT:
+        raise RuntimeError(f"the world's text gives {core.get_vocab_size()} tokens, not {model.TINY_TEXT}")
+    special = list(model.SPECIAL[config.kind].values())
+    if config.kind == "emu3":
+        special += [f"<|visual token {code:06d}|>" for code in range(1, config.codebook)]
+    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    core.save(str(file))
+    return data.Text(file, config.kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One step of the picture tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 AGREEMENT = 5.0                     # weight of the latents' variance within equal patches, at the end of stage 1
+
+
+def equal_patches(pixels, latents):
+    """Which patch of pixels lies under each latent: flat latents (n, code_dim), the patch of each (n,) as a number that
+    equal patches share, and the mean latent of each number (m, code_dim)."""
+    side = pixels.shape[-1] // latents.shape[-1]
+    content = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)                 # (n, 3 side side)
+    _, patch, times = torch.unique(content, dim=0, return_inverse=True, return_counts=True)
+    flat = model.flatten(latents)                                               # (n, code_dim)
+    mean = torch.zeros_like(flat[:len(times)]).index_add(0, patch, flat) / times[:, None]
+    return flat, patch, mean
+
+
+def autoencode(vq, pixels, commitment=0.25, quantize=True):
+    """Pixels (B, 3, S, S) -> reconstruction, codes (B, h, w), |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv
+    1711.00937, Eq. 3), and the share of the latents' variance that lies within equal patches.
+
+    Equal patches of pixels get one code, that of their mean latent, whatever surrounds them: language models learn such
+    codes many times faster. Where all patches differ this is plain vector quantization.
+    """
+    z = vq.latents(pixels)                                                      # (B, code_dim, h, w)
+    flat, patch, mean = equal_patches(pixels, z)
+    within = (flat - mean[patch]).square().sum(1).mean() / (flat - flat.mean(0)).square().sum(1).mean().detach()
+    if not quantize:
+        return vq.pixels(z), None, 0.0, within
+    codes = vq.nearest(mean.detach())[patch].view(len(z), *z.shape[2:])         # (B, h, w)
+    e = vq.vectors(codes)                                                       # (B, code_dim, h, w)
+    pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
+    # Straight through: forward e, backward to z as if there were no rounding.
+    return vq.pixels(z + (e - z).detach()), codes, pull, within
 
 
 @torch.no_grad()
@@ -221,7 +291,7 @@ def fill_codebook(vq, pixels):
     Each row goes to the mean that is farthest from all rows so far. Rows drawn at random would land on the background,
     which outnumbers all else.
     """
-    mean = vq.patches(pixels, vq.latents(pixels))[-1]                           # (m, code_dim)
+    mean = equal_patches(pixels, vq.latents(pixels))[-1]                         # (m, code_dim)
     nearest = torch.full_like(mean[:, 0], torch.inf)
     for i in range(len(vq.quantize.weight)):
         vq.quantize.weight[i] = mean[nearest.argmax()]
@@ -239,7 +309,7 @@ def tokenizer_step(m, pictures, step, stage, seed):
     if step in (warm, stage.steps // 2):
         fill_codebook(m.vq, some(128))
     pixels = some(stage.batch_size)
-    again, codes, pull, within = m.vq(pixels, quantize=step >= warm)
+    again, codes, pull, within = autoencode(m.vq, pixels, quantize=step >= warm)
     error = again - pixels
     # Asked for at full weight from the start, agreement is reached by latents that say nothing.
     agree = AGREEMENT * step / stage.steps * within
@@ -307,6 +377,8 @@ class Run:
         self.stages = plan(config)
         if config.init:
             self.m = model.load(config.init, torch.float32, self.device, attention=config.attention)
+            if not self.m.tokenizer_file:
+                raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
             model.special_ids(self.m.tokenizer_file, kind)      # another kind is refused before anything is written
         else:
             self.m = model.build(config.preset, attention=config.attention).to(self.device)
@@ -316,12 +388,13 @@ class Run:
         aia.fixed_weights(config.aia_weight)
         data.parse_ratio(config.ratio)
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "tokenizer.json"
-        if config.init and not file.exists():
-            file.write_bytes(Path(self.m.tokenizer_file).read_bytes())
-        self.text = data.Text(file, kind) if file.exists() else data.train_tokenizer(file, self.m.config)
+        file = model.find_tokenizer(self.folder)
+        if config.init and not file:
+            data.Text(self.m.tokenizer_file, kind).store(self.folder)
+            file = model.find_tokenizer(self.folder)
+        self.text = data.Text(file, kind) if file else train_tokenizer(self.folder / "tokenizer.json", self.m.config)
         if self.text.ids != self.m.ids:
-            raise InputError(f"{file} has other special ids than the model: it belongs to another preset")
+            raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
         self.preparer = data.Preparer(self.m, self.text)
         judge.write_json(asdict(config), self.folder / "settings.json")
         print("settings " + json.dumps(asdict(config)))

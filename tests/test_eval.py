@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     for name in NAMES:
         folders[name] = folder = tmp_path_factory.mktemp(name)
         config = replace(model.PRESETS[name], layers=2, width=64, ffn=64)
-        data.train_tokenizer(folder / "tokenizer.json", config)
+        train.train_tokenizer(folder / "tokenizer.json", config)
         torch.manual_seed(0)
         train.save_checkpoint({"config": asdict(config), "model": model.from_config(config).state_dict()},
                               folder / "checkpoint.pt")

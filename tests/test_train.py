@@ -35,12 +35,12 @@ def texts(tmp_path_factory):
     """Tokenizers made once; while this module runs, the tiny presets are smaller and take these tokenizers."""
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
     for name, config in SMALL.items():
-        made[name] = data.train_tokenizer(folder / f"{name}.json", config)
+        made[name] = train.train_tokenizer(folder / f"{name}.json", config)
 
     def ready_made(file, config):
         return data.Text(shutil.copy(made[f"tiny-{config.kind}"].file, file), config.kind)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "train_tokenizer", ready_made)
+        patch.setattr(train, "train_tokenizer", ready_made)
         for name, config in SMALL.items():
             patch.setitem(model.PRESETS, name, config)
         yield made
@@ -511,3 +511,22 @@ def test_a_run_of_drawing_alone_never_reads():
         return [stage.name for stage in train.plan(train.TrainConfig(**changes))]
     assert parts(ratio="1:0") == parts(data="own.jsonl") == ["tokenizer", "joint", "tune"]
     assert parts() == parts(ratio="0:1") == ["tokenizer", "read", "joint", "tune"]
+
+
+@both_models
+def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vector_quantization(name):
+    """A code that changes with its surroundings is hard to predict; pictures whose patches all differ lose nothing."""
+    m = fresh(name)
+    noise = torch.rand(8, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        m.vq.quantize.weight.copy_(m.vq.latents(noise).movedim(1, -1).flatten(0, 2)[::2])       # 64 rows, all in use
+        assert torch.equal(train.autoencode(m.vq, noise)[1], m.vq.encode(noise))
+        assert train.autoencode(m.vq, noise)[3] == 0
+        shared = noise.clone()
+        shared[:, :, 4:8, 8:12] = noise[0, :, :4, :4]               # place (1, 2) of every picture
+        codes, within = train.autoencode(m.vq, shared)[1::2]
+        assert len(m.vq.encode(shared)[:, 1, 2].unique()) > 1 == len(codes[:, 1, 2].unique())
+        z = m.vq.latents(shared).movedim(1, -1)                                                 # (8, 4, 4, code_dim)
+        equal = torch.cat([z[:, 1, 2], z[:1, 0, 0]])                # picture 0 shows the patch twice
+        spread = (equal - equal.mean(0)).square().sum() / (z - z.mean((0, 1, 2))).square().sum()
+    assert within.item() == pytest.approx(spread.item(), rel=1e-4) and within > 0
