@@ -47,6 +47,8 @@ def parse(cls, argv=None, prog=None):
         kind = {"default": f.default, "help": f.metadata["help"]}
         if isinstance(f.default, bool):
             kind["action"] = argparse.BooleanOptionalAction
+        elif isinstance(f.default, tuple):
+            kind |= {"nargs": "*", "metavar": f.name.upper()}
         else:
             kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
             kind |= {} if f.name in positional else {"metavar": type(f.default).__name__.upper()}
@@ -651,6 +653,21 @@ def emu3_picture(picture, config, area=None):
     return to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
+def grid_for(aspect, config):
+    """Sides (h, w) of the code grid of a drawn picture with an aspect W:H, its area that of the model's square one."""
+    try:
+        w, h = (int(part) for part in aspect.split(":"))
+        side = config.image_size * (w * h) ** -0.5                              # of one unit of W:H, in pixels
+        grid = tuple(round(n * side / config.factor) for n in (h, w))           # half to even, as the authors round
+    except (ValueError, ZeroDivisionError, TypeError):
+        grid = (0, 0)
+    if min(grid) < 1 or max(grid) > MAX_RATIO["emu3"] * min(grid):
+        raise InputError(f"--aspect {aspect!r}: give two whole numbers as WIDTH:HEIGHT, up to {MAX_RATIO['emu3']}:1")
+    if config.kind == "janus" and grid != config.grid:
+        raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
+    return grid
+
+
 def janus_reading(picture, config):
     """Resize for SigLIP: the longer side to S with *truncated* sides, centred on grey 127."""
     size, longest = config.image_size, max(picture.size)
@@ -884,13 +901,20 @@ class Preparer:
 
     def batch(self, records, rngs=None, drop=0.0):
         """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
+        samples, valid, pixels, codes = self.pieces(records, rngs, drop)
+        return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"], pixels, codes,
+                       tuple(record.place for record in records))
+
+    def pieces(self, records, rngs=None, drop=0.0):
+        """Records of one task -> pieces of each, whether its prompt was kept, and what Janus-Pro takes apart from the
+        tokens: pixels (n, 3, S, S) of questions, codes (B, N) of drawings. An answer None ends a prompt."""
         task, janus = records[0].task, self.config.kind == "janus"
         sources = [p for r in records for p in r.pictures]
         codes = self.codes(sources) if task == "gen" or not janus else None
         pixels = None
-        if janus and task == "und":
+        if janus and task == "und" and sources:
             pixels = torch.stack([janus_reading(load_picture(p, "janus"), self.config) for p in sources])
-        samples, valid, first = [], [], 0
+        samples, kept, first = [], [], 0
         for i, record in enumerate(records):
             dropped = task == "gen" and drop > 0 and bool(rngs[i].random() < drop)
             mine = None if codes is None else codes[first:first + len(record.pictures)]
@@ -900,10 +924,8 @@ class Preparer:
             else:
                 pieces = self.template.understanding(question_parts(record.turns, len(record.pictures)), mine)
             samples.append(self.checked(pieces, record))
-            valid.append(not dropped)
-        codes = torch.stack(codes) if task == "gen" and janus else None
-        return collate(task, samples, torch.tensor(valid), self.text.ids["pad"], pixels, codes,
-                       tuple(record.place for record in records))
+            kept.append(not dropped)
+        return samples, kept, pixels, torch.stack(codes) if task == "gen" and janus else None
 
     def checked(self, pieces, record):
         length = sum(len(ids) for ids, _ in pieces)

@@ -42,40 +42,51 @@ def left_padded(samples, pad, device):
     return ids, mask
 
 
-def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, batch=128):
+def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, negative=None, batch=128):
     """Prompts -> pixels (n, 3, S, S) in [-1, 1], on the CPU. Same seed, same pictures."""
-    preparer, device = data.Preparer(m, text, training=False), next(m.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    size, config, pixels = size or m.config.grid, m.config, []
-    negative = None
-    if config.kind == "emu3" and guidance != 1:
-        negative = left_padded([preparer.template.prompt(config.negative, size)], text.ids["pad"], device)[0]
+    generator, pixels = torch.Generator(next(m.parameters()).device).manual_seed(seed), []
     for start in range(0, len(prompts), batch):
-        pieces = [preparer.template.prompt(prompt + config.suffix, size) for prompt in prompts[start:start + batch]]
-        ids, mask = left_padded(pieces, text.ids["pad"], device)
-        codes = m.generate_images(ids, mask, size, negative, guidance, temperature, generator=generator)
+        codes = draw_codes(m, text, prompts[start:start + batch], generator, guidance, temperature, size, negative)
         pixels.append(m.decode_images(codes).cpu())
     return torch.cat(pixels)
 
 
+def draw_codes(m, text, prompts, generator=None, guidance=None, temperature=1.0, size=None, negative=None):
+    """Prompts -> codes as m.generate_images gives them. negative None: the model's own negative prompt."""
+    template, device = data.TEMPLATES[m.config.kind](m.config, text, training=False), next(m.parameters()).device
+    size, away = size or m.config.grid, None
+    if m.config.kind == "emu3" and guidance != 1:
+        away = template.prompt(m.config.negative if negative is None else negative, size)
+        away = left_padded([away], text.ids["pad"], device)[0]
+    elif negative:
+        raise InputError("a negative prompt acts in Emu3 with guidance only: leave it out")
+    pieces = [template.prompt(prompt + m.config.suffix, size) for prompt in prompts]
+    ids, mask = left_padded(pieces, text.ids["pad"], device)
+    return m.generate_images(ids, mask, size, away, guidance, temperature, generator=generator)
+
+
 def answer(m, text, asked, max_new_tokens=16, temperature=0.0, batch=128):
     """Questions [(picture, question)] -> answers. A picture is a path or an array (S, S, 3) uint8."""
-    preparer, device = data.Preparer(m, text, training=False), next(m.parameters()).device
-    answers = []
+    preparer, answers = data.Preparer(m, text, training=False), []
     for start in range(0, len(asked), batch):
-        part = asked[start:start + batch]
-        pictures, pixels = [picture for picture, _ in part], None
-        if m.config.kind == "janus":
-            loaded = [data.janus_reading(data.load_picture(p, "janus"), m.config) for p in pictures]
-            pixels, codes = torch.stack(loaded).to(device), [None] * len(part)
-        else:
-            codes = preparer.codes(pictures)
-        turns = [data.question_parts([(question, None)], 1) for _, question in part]
-        pieces = [preparer.template.understanding(turn, [code]) for turn, code in zip(turns, codes, strict=True)]
-        ids, mask = left_padded(pieces, text.ids["pad"], device)
+        records = [conversation([(question, None)], (picture,)) for picture, question in asked[start:start + batch]]
+        ids, mask, pixels = ask(preparer, records)[1:]
         new = m.generate_text(ids, pixels, mask, max_new_tokens, temperature)
         answers += [text.decode(row).strip() for row in new.tolist()]
     return answers
+
+
+def conversation(turns, pictures):
+    """A record of turns [(question, answer)], the last answer None, with its pictures."""
+    return data.Record("the question", "und", tuple(turns), tuple(pictures))
+
+
+def ask(preparer, records):
+    """Conversations -> pieces of each, and what m.generate_text takes: ids (B, T), mask (B, T), pixels."""
+    device = next(preparer.m.parameters()).device
+    samples, _, pixels, _ = preparer.pieces(records)
+    ids, mask = left_padded(samples, preparer.text.ids["pad"], device)
+    return samples, ids, mask, None if pixels is None else pixels.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +204,37 @@ class FileBatches:
             yield data.usable_batch(preparer, lambda i: (records[i], None), positions, bad=self.bad)
 
 
+class FreeDecoding(data.Preparer):
+    """Records -> Batch with what the model itself draws or says in place of the stored answer.
+
+    A pass over the whole sequence then gives the attention that each token paid when it was drawn, since no token sees
+    a later one. Of a guided drawing it is that of the conditional branch.
+    """
+
+    def __init__(self, m, text, seed=0, max_new_tokens=64):
+        super().__init__(m, text, training=False)
+        self.generator = torch.Generator(next(m.parameters()).device).manual_seed(seed)
+        self.max_new_tokens = max_new_tokens
+
+    def batch(self, records, rngs=None, drop=0.0):
+        task, pixels, codes = records[0].task, None, None
+        if task == "gen":
+            prompts = [record.turns[0][0] for record in records]
+            drawn = draw_codes(self.m, self.text, prompts, self.generator).cpu()
+            samples = [self.template.generation(prompt + self.config.suffix, one)
+                       for prompt, one in zip(prompts, drawn, strict=True)]
+            codes = drawn if self.config.kind == "janus" else None
+        else:
+            asked = [replace(record, turns=((record.turns[0][0], None),)) for record in records]
+            samples, ids, mask, pixels = ask(self, asked)
+            said = self.m.generate_text(ids, pixels, mask, self.max_new_tokens).tolist()
+            eos = self.text.ids["eos"]
+            samples = [[*pieces, (row[:row.index(eos) + 1] if eos in row else row, data.ANSWER)]
+                       for pieces, row in zip(samples, said, strict=True)]
+        return data.collate(task, samples, torch.ones(len(samples), dtype=torch.bool), self.text.ids["pad"], pixels,
+                            codes, tuple(record.place for record in records))
+
+
 def uniform_share(batch):
     """The intensity of a model that spreads its attention evenly: share of the condition among visible keys (B,)."""
     keys = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
@@ -205,7 +247,7 @@ def measure(m, batches, target, delta):
     the sequence (an attention sink), share of keys, next-token loss and L_AIA."""
     device = next(m.parameters()).device
     found, sinkless, uniform, ntp, tokens = [], [], [], 0.0, 0
-    for batch in batches:
+    for batch in filter(None, batches):
         batch = batch.to(device)
         out = m(batch)
         ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
@@ -223,16 +265,18 @@ def measure(m, batches, target, delta):
             "ntp": ntp / tokens, "aia": aia.loss(found, target, delta, valid).item(), "samples": len(found)}
 
 
-def curves(models, preparer, samples, targets, n=100):
-    """Both tasks of several models {name: m} with one picture tokenizer, and their targets -> one JSON-ready dict."""
+def curves(models, preparer, samples, targets, n=100, decode=False):
+    """Both tasks of several models {name: m} with one picture tokenizer, and their targets -> one JSON-ready dict.
+    decode: on what each model says and draws by itself."""
     result = {}
     for task in aia.TASKS:
         target, delta = targets[task]
-        batches = [batch for batch in samples.batches(preparer, task, n) if batch]
+        batches = [] if decode else [*samples.batches(preparer, task, n)]
         # JSON has no infinity: without Huber, delta is null.
         result[task] = {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
         for name, m in models.items():
-            result[task][name] = measure(m, batches, target, delta)
+            own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches
+            result[task][name] = measure(m, own, target, delta)
     return result
 
 
@@ -338,21 +382,24 @@ class Loaded:
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model")
     dtype: str = opt("stored", "of the weights", ("stored", "float32", "bfloat16"))
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    rope_bf16: bool = opt(False, "round the rotary frequencies to bfloat16, as the authors' scripts do")
+    allow_special: bool = opt(False, "let strings such as <|image start|> in your text act as control tokens")
 
 
 def load_run(settings, file="checkpoint.pt"):
     """Model, text tokenizer and settings of a run folder; of public weights, which have no settings, None."""
     dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
-    m = model.load(settings.checkpoint, dtype, device_of(settings.device), settings.vision_tokenizer, file=file)
-    if not m.tokenizer_file or m.tokenizer_file.name != "tokenizer.json":
-        raise InputError(f"{settings.checkpoint} holds no tokenizer.json: put that of its -hf version there")
+    m = model.load(settings.checkpoint, dtype, device_of(settings.device), settings.vision_tokenizer,
+                   settings.rope_bf16, file=file)
+    if not m.tokenizer_file:
+        raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
     run, own = None, Path(settings.checkpoint) / "settings.json"
     if (Path(settings.checkpoint) / file).exists():
         try:
             run = json.loads(own.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{own} cannot be read ({error}): give the folder of a run") from error
-    return m, data.Text(m.tokenizer_file, m.config.kind), run
+    return m, data.Text(m.tokenizer_file, m.config.kind, settings.allow_special), run
 
 
 @dataclass(frozen=True)
@@ -393,6 +440,8 @@ class Generate(Loaded):
 
     prompt: str = opt("a red circle above a blue square", "what to draw")
     out: str = opt("picture.png", "PNG file to write")
+    aspect: str = opt("1:1", "WIDTH:HEIGHT of the picture; Janus-Pro draws squares only")
+    negative: str = opt("", "Emu3: prompt to be guided away from; empty: the model's own")
     guidance: float = opt(0.0, "classifier-free guidance; 0: the model's own, 1: none")
     temperature: float = opt(1.0, "0 takes the likeliest code")
     seed: int = opt(0, "draws the codes")
@@ -405,7 +454,8 @@ def generate(settings):
     if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
         raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
     m, text, _ = load_run(settings)
-    pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature)[0]
+    pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature,
+                  data.grid_for(settings.aspect, m.config), settings.negative or None)[0]
     picture = Image.fromarray(data.to_picture(pixels))
     scale = settings.scale or max(240 // max(picture.size), 1)
     size = tuple(side * scale for side in picture.size)
@@ -417,22 +467,92 @@ def generate(settings):
 
 @dataclass(frozen=True)
 class Chat(Loaded):
-    """Answer a question about a picture."""
+    """Answer a question about pictures; without a question, talk."""
 
-    image: str = opt("", "picture file")
-    question: str = opt("", "what to ask")
-    max_new_tokens: int = opt(64, "longest answer in tokens")
+    image: tuple = opt((), "picture files")
+    question: str = opt("", "what to ask; empty: a conversation in the terminal")
+    max_new_tokens: int = opt(512, "longest answer in tokens")
     temperature: float = opt(0.0, "0 is greedy")
+    top_p: float = opt(1.0, "draw from the fewest words that are so likely together; 1: from all")
+    seed: int = opt(0, "draws the words, where the temperature is not 0")
+
+
+HELP = "/image FILE shows a picture with your next question, /new starts over, /quit or Ctrl-D ends."
 
 
 def chat(settings):
-    """Print one answer."""
-    if not settings.image or not settings.question:
-        raise InputError("chat needs --image FILE and --question TEXT")
+    """Print one answer, or talk until the end of the input."""
     m, text, _ = load_run(settings)
-    reply = answer(m, text, [(settings.image, settings.question)], settings.max_new_tokens, settings.temperature)[0]
-    print(reply)
-    return {"answer": reply}
+    preparer = data.Preparer(m, text, training=False)
+    generator = torch.Generator(next(m.parameters()).device).manual_seed(settings.seed)
+    for path in settings.image:
+        data.load_picture(path, m.config.kind)
+
+    def reply(turns, pictures):
+        ids, mask, pixels = ask(preparer, [conversation(turns, pictures)])[1:]
+        typist = Typist(text)
+        m.generate_text(ids, pixels, mask, settings.max_new_tokens, settings.temperature, settings.top_p, generator,
+                        typist)
+        return typist.end()
+    if settings.question:
+        return {"answer": reply([(settings.question, None)], settings.image)}
+    return {"turns": converse(reply, m.config.kind, list(settings.image))}
+
+
+def converse(reply, kind, waiting):
+    """Questions from the terminal, answered by reply(turns, pictures), until it ends -> their number. The pictures
+    `waiting` belong to the next question."""
+    print(HELP)
+    turns, pictures, answered = [], [], 0
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return answered
+        try:
+            if line == "/quit":
+                return answered
+            if line == "/new":
+                turns, pictures, waiting = [], [], []
+            elif line.startswith("/image "):
+                path = line.removeprefix("/image ").strip()
+                data.load_picture(path, kind)
+                waiting.append(path)
+                print(f"({path} is shown with your next question)")
+            elif line.startswith("/"):
+                print(HELP)
+            elif line:
+                marks = line.count("<image>")
+                if marks not in (0, len(waiting)):
+                    raise InputError(f"{marks} <image> marks for {len(waiting)} new pictures: write one each, or none")
+                asked = line if marks else "<image>" * len(waiting) + line
+                said = reply([*turns, (asked, None)], [*pictures, *waiting])
+                turns, pictures, waiting, answered = [*turns, (asked, said)], [*pictures, *waiting], [], answered + 1
+        except InputError as error:                  # of one line: the conversation goes on
+            print(f"error: {error}")
+        except KeyboardInterrupt:                    # of one answer
+            print("\n(stopped; this question is forgotten)")
+
+
+class Typist:
+    """Prints an answer as its tokens come; a character of several tokens appears when it is whole."""
+
+    def __init__(self, text):
+        self.text, self.ids, self.shown = text, [], ""
+
+    def __call__(self, token):
+        self.ids.append(int(token[0]))
+        now = self.text.decode(self.ids).strip()
+        if not now.endswith("\ufffd"):
+            print(now[len(self.shown):], end="", flush=True)
+            self.shown = now
+
+    def end(self):
+        """Print what is left, end the line -> the whole answer."""
+        now = self.text.decode(self.ids).strip()
+        print(now[len(self.shown):], flush=True)
+        return now
 
 
 @dataclass(frozen=True)
@@ -441,6 +561,7 @@ class Curves(Loaded):
 
     data: str = opt("", "JSON-lines file of samples; empty: held-out scenes of the world")
     n: int = opt(100, "samples for each task")
+    decode: bool = opt(False, "measure while the model answers and draws by itself, not on the stored answers")
     seed: int = opt(0, "draws the samples")
     out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder, or here")
 
@@ -461,7 +582,7 @@ def curve_command(settings):
         samples = HeldOut(data.World(run["seed"]), settings.seed)
     chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
     wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
-    result = curves(models, data.Preparer(m, text), samples, wanted, settings.n)
+    result = curves(models, data.Preparer(m, text), samples, wanted, settings.n, settings.decode)
     out = Path(settings.out or (folder / "curves.png" if run else "curves.png"))
     plot_curves(result, out)
     write_json(result, out.with_suffix(".json"))

@@ -480,6 +480,16 @@ def test_masks_of_janus_understanding(texts):
           (e(" two or three"), "q"), (ids["eos"], "t"))
 
 
+def test_janus_answers_with_its_system_text_and_trains_without(texts):
+    """As its authors do; the tiny model has none."""
+    system = model.PRESETS["janus-pro-7b"].system
+    for training, expected in ((True, ()), (False, texts["janus"].encode(system + "\n\n"))):
+        template = data.JanusTemplate(replace(PRESET["janus"], system=system), texts["janus"], training)
+        (first, role), *_ = template.understanding([(["hi"], None)], [])
+        assert first == [texts["janus"].ids["bos"], *expected] and role == data.TEXT
+    assert PRESET["janus"].system == "" and system.startswith("You are a helpful language and vision assistant. ")
+
+
 @pytest.mark.parametrize("words", [1, 2, 5])
 def test_an_answer_has_a_query_for_each_of_its_tokens(words):
     """EOS is the last answer token: the token before it asks too, so that a one-word answer has exactly one query."""
@@ -536,6 +546,22 @@ def test_emu3_picture_sizes(width, height, expected):
     assert data.smart_resize(height, width, model.PRESETS["emu3-8b"]) == expected
     if width < 600:
         assert data.emu3_picture(Image.new("RGB", (width, height)), model.PRESETS["emu3-8b"]).shape == (3, *expected)
+
+
+@pytest.mark.parametrize("aspect, side, grid", [
+    ("1:1", 720, (90, 90)), ("16:9", 720, (68, 120)), ("4:3", 720, (78, 104)), ("9:16", 720, (120, 68)),
+    ("1:1", 512, (64, 64))])
+def test_emu3_draws_any_aspect(aspect, side, grid):
+    """Rows and columns of codes, height first, all of about the same area; 67.5 becomes 68."""
+    assert data.grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
+
+
+@pytest.mark.parametrize("kind, aspect", [("emu3", "16x9"), ("emu3", "0:1"), ("emu3", "-4:-3"), ("emu3", "9:1"),
+                                          ("janus", "16:9")])
+def test_an_aspect_that_cannot_be_drawn_is_refused(kind, aspect):
+    """Janus-Pro draws squares only, Emu3 up to 5:1."""
+    with pytest.raises(InputError, match=f"--aspect .*{aspect}"):
+        data.grid_for(aspect, model.PRESETS["emu3-8b" if kind == "emu3" else "janus-pro-1b"])
 
 
 @pytest.mark.parametrize("width, height, inner", [(500, 333, (384, 255)), (333, 500, (255, 384)), (96, 96, (384, 384)),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +205,102 @@ def test_chat_prints_the_models_answer(name, runs, capsys):
     assert printed == result["answer"] == expected != ""
 
 
+def talk(monkeypatch, *lines):
+    """Type these lines into the next conversation, then end it."""
+    typed = iter(lines)
+
+    def type_in(prompt):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+    monkeypatch.setattr("builtins.input", type_in)
+
+
+@both_models
+def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypatch):
+    """Each answer is that of all turns and pictures shown so far; a mistake costs one line, not the talk."""
+    picture, seen = str(runs[name] / "red.png"), []
+    m, text = opened(runs[name])
+    inner = judge.conversation
+    monkeypatch.setattr(judge, "conversation", lambda *key: seen.append(key) or inner(*key))
+    talk(monkeypatch, "hello", f"/image {picture}", "is it <image>?", "/image none.png", "<image>?", "/new", "", "and?",
+         "/help")
+    command("chat", "--checkpoint", runs[name], "--max-new-tokens", 4)
+    printed, result = result_of(capsys)
+    assert result == {"turns": 3} and printed.count("error: ") == 2 and printed.count(judge.HELP) == 2
+    assert "picture none.png is missing" in printed and "1 <image> marks for 0 new pictures" in printed
+    said = []
+    for turns, pictures in ([("hello", None)], []), ([("is it <image>?", None)], [picture]), ([("and?", None)], []):
+        turns = [*said, *turns] if turns[0][0] != "and?" else turns
+        assert seen.pop(0) == (turns, pictures)
+        ids, mask, pixels = judge.ask(data.Preparer(m, text, training=False), [inner(turns, pictures)])[1:]
+        answer = text.decode(m.generate_text(ids, pixels, mask, 4)[0]).strip()
+        assert answer in printed
+        said.append((turns[-1][0], answer))
+
+
+def test_words_appear_as_they_come(runs, capsys):
+    """Never half a character; together they are the answer."""
+    _, text = opened(runs["tiny-emu3"])
+    typist, shown = judge.Typist(text), []
+    for token in text.encode(" a 漢 dog"):
+        typist(torch.tensor([token]))
+        shown.append(capsys.readouterr().out)
+    assert len([part for part in shown if part]) > 2 and "".join(shown) == "a 漢 dog" == typist.end()
+    assert capsys.readouterr().out == "\n"
+
+
+@both_models
+def test_several_pictures_may_be_asked_about(name, runs, capsys):
+    """--image takes a list; the answer is that of both pictures in front of the question."""
+    files = [runs[name] / "red.png", runs[name] / "red.png"]
+    command("chat", "--checkpoint", runs[name], "--image", *files, "--question", "what?", "--max-new-tokens", 3)
+    m, text = opened(runs[name])
+    samples, ids, mask, pixels = judge.ask(data.Preparer(m, text, training=False),
+                                           [judge.conversation([("what?", None)], files)])
+    assert sum(role == data.IMAGE for _, role in samples[0]) == 2 * (4 if name == "tiny-emu3" else 1)
+    assert result_of(capsys)[1]["answer"] == text.decode(m.generate_text(ids, pixels, mask, 3)[0]).strip()
+
+
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_free_decoding_is_measured_on_the_models_own_tokens(name, task, runs):
+    """The intensity of a pass over what was drawn or said is the mean of the cached steps that drew or said it."""
+    m, text = opened(runs[name])
+    m.requires_grad_(False)
+    batch, = judge.HeldOut(data.World(0), 0).batches(judge.FreeDecoding(m, text, max_new_tokens=6), task, 2)
+    x, found = m.embed(batch), m(batch).intensity                               # (B, T, C), (B, L)
+    one = torch.ones(1, 1).bool()
+    for b in range(2):
+        cache, steps = model.Cache(m.lm, one, x.shape[1]), []
+        for t in range(x.shape[1]):
+            steps.append(m.lm(x[b:b + 1, t:t + 1], condition=batch.condition[b:b + 1, :t + 1], queries=one,
+                              cache=cache)[1][0])
+        torch.testing.assert_close(torch.stack(steps)[batch.queries[b]].mean(0), found[b])
+    own = batch.labels[0][batch.labels[0] != -100]
+    if task == "gen":
+        codes = own - (m.ids["visual"] if name == "tiny-emu3" else 0)
+        records, = judge.HeldOut(data.World(0), 0).batches(SimpleNamespace(batch=list), task, 2)
+        prompts, generator = [record.turns[0][0] for record in records], judge.FreeDecoding(m, text).generator
+        assert torch.equal(codes, judge.draw_codes(m, text, prompts, generator)[0].flatten())
+    else:                                            # greedy: each is the likeliest after all before it
+        at = (batch.labels[0] != -100).nonzero()[:, 0]
+        assert torch.equal(m.lm_head(m.lm(x[:1])[0])[0, at - 1].argmax(-1), own)
+
+
+@both_models
+def test_curves_of_free_decoding_are_another_measurement(name, runs, tmp_path, capsys):
+    """--decode leaves out the stored answers, so the same samples give other numbers of the same form."""
+    files = [tmp_path / "given.png", tmp_path / "free.png"]
+    for file, flag in zip(files, ([], ["--decode"]), strict=True):
+        command("curves", "--checkpoint", runs[name], "--n", 2, "--out", file, *flag)
+    given, free = (json.loads(file.with_suffix(".json").read_text()) for file in files)
+    for task in aia.TASKS:
+        assert given[task]["after"].keys() == free[task]["after"].keys() and free[task]["after"]["samples"] == 2
+        assert given[task]["after"]["intensity"] != free[task]["after"]["intensity"]
+
+
 @both_models
 def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     """Prompts of different lengths are padded in front, which changes no answer."""
@@ -219,7 +316,6 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     (["generate", "--checkpoint", "RUN", "--out", "nowhere/red.png"], "nowhere/red.png"),
     (["generate", "--checkpoint", "RUN", "--out", "RUN/red.unknown"], "red.unknown"),
     (["curves", "--checkpoint", "RUN", "--device", "toaster"], "--device toaster.*cpu"),
-    (["chat", "--checkpoint", "RUN"], "needs --image"),
     (["chat", "--checkpoint", "RUN", "--image", "none.png", "--question", "?"], "picture none.png is missing"),
     (["chat", "--checkpoint", "RUN", "--image", "RUN/settings.json", "--question", "?"], "settings.json cannot be"),
     (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "--data none.jsonl cannot be read"),

@@ -1,5 +1,6 @@
 """Claims about the two models (model.py): attention, sizes, padding, caching, drawing, and parity with transformers."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -421,6 +422,49 @@ def test_logits_equal_transformers(pair):
         close(ours.logits(ids, given.get("pixel_values"), mask)[mask], expected[mask])
 
 
+@torch.no_grad()
+def test_half_precision_stays_close(pair):
+    """In bfloat16 within 2e-2 of transformers in bfloat16, and no farther from float32 than that is. (These weights make
+    attention sharp, so that rounding alone moves single logits by 3e-2 of the largest.)"""
+    theirs, ours = (copy.deepcopy(one) for one in pair)
+    ids = torch.tensor([words(24), words(24)])
+    exact = ours.logits(ids)
+    ours.lm.bfloat16(), ours.lm_head.bfloat16(), theirs.bfloat16()
+    # .to() also rounds the rotary frequencies of transformers, which loading in bfloat16 would not
+    inner = theirs.model.text_model if ours.config.kind == "emu3" else theirs.model.language_model
+    steps = torch.arange(0, ours.config.head_dim, 2) / ours.config.head_dim
+    inner.rotary_emb.inv_freq = ours.config.theta ** -steps
+    got = ours.logits(ids)
+    assert got.dtype == torch.bfloat16
+    expected = theirs(input_ids=ids).logits
+    close(got.float(), expected.float(), 2e-2)
+    assert (got - exact).square().mean() <= 1.1 * (expected - exact).square().mean() < (0.02 * exact.abs().max()) ** 2
+
+
+def test_emu3_tokenizer_shortcuts_equal_the_slow_way(emu3):
+    """The 2-D encoder would see four equal frames and the decoder paint four, of which frame 0 is the picture: one of
+    each gives the same."""
+    vq = emu3[1].vq
+    pixels, codes = torch.randn(1, 3, 24, 16), torch.randint(64, (1, 3, 2))
+    x = torch.stack([vq.encoder(frame) for frame in pixels.expand(4, 1, -1, -1, -1)], 2)         # (1, C, 4, h, w)
+    for conv in vq.encoder_time_conv:
+        x = F.silu(conv(x))
+    for block in vq.encoder_time_blocks:
+        x = block(x)
+    assert torch.equal(vq.nearest(model.flatten(vq.quant_conv(x)[:, :, 0])).view(1, 3, 2), vq.encode(pixels))
+    z = vq.vectors(codes)[:, :, None]
+    both = [vq.post_quant_conv(z), z]
+    for i, x in enumerate(both):
+        for block in vq.decoder_time_blocks:
+            x = block(x)
+        for conv in vq.decoder_time_conv:
+            x = F.silu(conv(x.repeat_interleave(2, 2)))
+        both[i] = x
+    frames = [vq.decoder(both[0][:, :, t], both[1][:, :, t]) for t in range(4)]
+    close(vq.decode(codes), frames[0])
+    assert (frames[0] - frames[3]).abs().max() > 1e-2
+
+
 def test_emu3_picture_codes_equal_transformers(emu3):
     """Codes exactly, also of a picture that is not square; pixels decoded from them."""
     (theirs, ours), pixels = emu3, torch.randn(2, 3, 48, 64)
@@ -469,6 +513,56 @@ def test_janus_drawing_equals_transformers(janus):
 # ---------------------------------------------------------------------------------------------------------------------
 # Public checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
+def forced(monkeypatch, codes):
+    """From now on drawing takes these codes (B, N) and keeps the logits (B, K) that it would have drawn from."""
+    seen, steps = [], iter(codes.unbind(1))
+    monkeypatch.setattr(model, "sample", lambda logits, *_: seen.append(logits) or next(steps))
+    return seen
+
+
+def test_guided_logits_of_janus_equal_transformers_at_each_step(janus, monkeypatch):
+    """On a given list of codes, so that no step hides behind another; prompts in halves there, in turn here."""
+    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]])
+    codes = torch.randint(64, (2, 16))
+    seen = forced(monkeypatch, codes)
+    ours.generate_images(ids, guidance=5.0)
+    blank = torch.where((ids == 100) | (ids == 110), ids, 102)
+    drawn = theirs.prepare_embeddings_for_image_generation(codes[:, :-1])
+    x = torch.cat([theirs.get_input_embeddings()(torch.cat([ids, blank])), drawn.repeat(2, 1, 1)], 1)
+    hidden = theirs.model.language_model(inputs_embeds=x).last_hidden_state[:, 4:]
+    given, free = theirs.model.generation_head(hidden).chunk(2)
+    close(torch.stack(seen, 1), free + 5 * (given - free))
+
+
+def emu3_constraint(ids, prompt, h, w):
+    """What may come after a prompt of `prompt` tokens: codes, a row end after each row."""
+    visual = [*range(ids["visual"], ids["visual"] + 64)]
+    return lambda _, row: [ids["eol"]] if (len(row) - prompt + 1) % (w + 1) == 0 else visual
+
+
+def test_drawing_of_emu3_equals_transformers(emu3, monkeypatch):
+    """Greedy codes of its generate with guidance, a negative prompt and a prefix constraint; and on a given list of
+    codes the guided logits of each step, up to what a softmax does not see."""
+    (theirs, ours), (h, w) = emu3, GRID
+    prompt, negative = torch.tensor([words(7), words(7)]), torch.tensor([words(5)])
+    expected = theirs.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=h * (w + 1), do_sample=False,
+        eos_token_id=None, guidance_scale=3.0, negative_prompt_ids=negative.expand(2, -1),
+        negative_prompt_attention_mask=torch.ones(2, 5).long(),
+        prefix_allowed_tokens_fn=emu3_constraint(ours.ids, 7, h, w))[:, 7:]
+    codes = ours.generate_images(prompt, None, GRID, negative, 3.0, temperature=0)
+    assert torch.equal(ours.block(codes).flatten(1), expected)
+    codes = torch.randint(64, (2, h, w))
+    seen = forced(monkeypatch, codes.flatten(1))
+    ours.generate_images(prompt, None, GRID, negative, 3.0)
+    tokens, got = ours.block(codes).flatten(1), iter(seen)
+    for t in range(h * (w + 1)):
+        if (t + 1) % (w + 1):
+            rows = [torch.cat([start, tokens[:, :t]], 1) for start in (prompt, negative.expand(2, -1))]
+            given, free = (theirs(input_ids=row).logits[:, -1].log_softmax(-1) for row in rows)
+            close(next(got).log_softmax(-1), (free + 3 * (given - free))[:, 40:104].log_softmax(-1))
+
+
 @pytest.mark.parametrize("preset, architecture, original, transformers", [
     ("emu3-8b", "Emu3ForConditionalGeneration", 786, 786), ("janus-pro-1b", "JanusForConditionalGeneration", 868, 964),
     ("janus-pro-7b", "JanusForConditionalGeneration", 922, 1018)])
