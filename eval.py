@@ -8,12 +8,19 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
+    python eval.py bench generate
 """
 
+import contextlib
+import functools
 import glob
 import json
 import os
+import platform
+import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -350,6 +357,18 @@ def wrap(text, width=26):
     return "\n".join(lines)
 
 
+def machine():
+    """What a number was measured on, to be stored beside it."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":")[1].strip()
+                break
+    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
 def write_json(content, file):
     """Write aside, then rename: a reader never sees half a file."""
     aside = Path(f"{file}.part")
@@ -642,8 +661,156 @@ def collect(settings):
     return {"out": settings.out, "runs": len(rows)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory, against what people would otherwise run
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory against transformers, both sides in one run on the same weights."""
+
+    POSITIONAL = ("table",)
+    table: str = opt("generate", "what to measure", ("generate",))
+    repeats: int = opt(7, "interleaved measurements of each side; the median counts")
+    tokens: int = opt(64, "of each answer")
+    threads: int = opt(2, "of PyTorch")
+    out: str = opt("assets/bench-generate.json", "JSON file to write")
+
+
+PROMPT = 12                                         # tokens of each prompt
+WIDE = {"layers": 6, "width": 512, "ffn": 1376, "heads": 8, "kv_heads": 8, "head_dim": 64}
+
+
+class Rivals:
+    """The same greedy work done by our model of a folder and by transformers': functions of a batch size that return
+    new ids, {"text", "image"}."""
+
+    def __init__(self, folder, tokens):
+        self.folder, self.tokens = folder, tokens
+        values = model.read_config(Path(folder), {})[1]
+        self.emu3, self.codebook = values["kind"] == "emu3", values["codebook"]
+        self.side = values["image_size"] // 2 ** (len(values["vq_mult"]) - 1)
+        self.codes, self.ids = self.side ** 2, model.special_ids(Path(folder) / "tokenizer.json", values["kind"])
+
+    def prompts(self, batch, seed):
+        """Random words (batch, PROMPT)."""
+        return torch.randint(5, 400, (batch, PROMPT), generator=torch.Generator().manual_seed(seed))
+
+    def drawing_prompts(self, batch):
+        """The same between what both sides expect around a prompt of Janus-Pro: BOS first, begin-of-image last."""
+        rows = self.prompts(batch, 1)
+        rows[:, 0], rows[:, -1] = self.ids["bos"], self.ids["boi"]
+        return rows
+
+    def ours(self):
+        m = model.load(self.folder)
+        m.ids["eos"] = -1                            # both sides write all tokens that are asked for
+
+        def text(batch):
+            return m.generate_text(self.prompts(batch, 0), max_new_tokens=self.tokens)
+
+        def image(batch):
+            codes = m.generate_images(self.drawing_prompts(batch), negative=self.prompts(1, 2) if self.emu3 else None,
+                                      guidance=5.0, temperature=0)
+            return m.block(codes).flatten(1) if self.emu3 else codes
+        return {"text": text, "image": image}
+
+    def theirs(self):
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        m = transformers.AutoModelForImageTextToText.from_pretrained(self.folder).eval()
+        m.generation_config.max_length = None
+        common = {"do_sample": False, "eos_token_id": None, "pad_token_id": self.ids["pad"]}
+        row, first = self.side + 1, self.ids.get("visual", 0)
+        visual = list(range(first, first + self.codebook))
+        if not self.emu3:
+            m.model.vision_model.config.num_image_tokens = self.codes           # how many codes it draws
+
+        def text(batch):
+            rows, kind = self.prompts(batch, 0), {} if self.emu3 else {"generation_mode": "text"}
+            return m.generate(input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=self.tokens,
+                              **common, **kind)[:, PROMPT:]
+
+        def image(batch):
+            rows, away = self.drawing_prompts(batch), self.prompts(1, 2).expand(batch, -1)
+            if not self.emu3:
+                return m.generate(inputs=rows, attention_mask=torch.ones_like(rows), generation_mode="image",
+                                  guidance_scale=5, **common)
+
+            def allowed(_, seen):
+                return visual if (len(seen) - PROMPT + 1) % row else [self.ids["eol"]]
+            return m.generate(
+                input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=self.side * row,
+                guidance_scale=5.0, negative_prompt_ids=away, negative_prompt_attention_mask=torch.ones_like(away),
+                prefix_allowed_tokens_fn=allowed, **common)[:, PROMPT:]
+        return {"text": text, "image": image}
+
+
+def bench(settings):
+    """Tokens per second of both sides, for text and guided pictures, batch 1 and 8, and peak memory of fresh
+    processes -> the worst ratios of the tiny presets; all rows are printed and stored."""
+    import transformers
+
+    import train  # the one import against the order: it makes the tokenizer
+    torch.set_num_threads(settings.threads)
+    transformers.utils.logging.set_verbosity_error()
+    rows, models = [], {name: model.PRESETS[name] for name in ("tiny-emu3", "tiny-janus")}
+    models |= {f"{name} 6 x 512": replace(config, **WIDE, init_std=0.02) for name, config in models.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in models.items():
+            torch.manual_seed(0)
+            m = model.from_config(config)
+            m.tokenizer_file = train.train_tokenizer(Path(folder) / "tokenizer.json", config).file
+            model.save(m, Path(folder) / name)
+            rivals, row = Rivals(Path(folder) / name, settings.tokens), {"model": name, "bar": name in model.PRESETS}
+            ours, theirs = rivals.ours(), rivals.theirs()
+            for what, batch in [(what, batch) for what in ("text", "image") for batch in (1, 8)]:
+                n = batch * (settings.tokens if what == "text" else rivals.codes)
+                seconds, same = interleaved(functools.partial(ours[what], batch),
+                                            functools.partial(theirs[what], batch), settings.repeats)
+                rows.append(row | {"what": what, "batch": batch, "ours": n / seconds["ours"],
+                                   "theirs": n / seconds["theirs"], "ratio": seconds["theirs"] / seconds["ours"],
+                                   "same_tokens": same})
+            memory = {side: fresh_memory(rivals, side, settings.threads) for side in ("ours", "theirs")}
+            rows.append(row | {"what": "memory", "batch": 8, **memory, "ratio": memory["ours"] / memory["theirs"]})
+    for row in rows:
+        unit = "GB" if row["what"] == "memory" else "tokens/s"
+        print(f"{row['model']:18s} {row['what']:6s} batch {row['batch']}   ours {row['ours']:8.5g}   transformers "
+              f"{row['theirs']:8.5g} {unit:8s}   ratio {row['ratio']:.2f}"
+              + ("" if row.get("same_tokens", True) else "   (other tokens)"))
+
+    def worst(what, choose, batch):
+        return choose(row["ratio"] for row in rows if (row["what"], row["batch"], row["bar"]) == (what, batch, True))
+    result = {"text_speed": [worst("text", min, 1), worst("text", min, 8)],
+              "image_speed": [worst("image", min, 1), worst("image", min, 8)], "memory": worst("memory", max, 8)}
+    write_json({"result": result, "rows": rows, "settings": vars(settings),
+                "machine": machine() | {"transformers": transformers.__version__}}, settings.out)
+    return result
+
+
+def interleaved(ours, theirs, repeats):
+    """Run both in turn, after one round to warm up -> median seconds of each, whether they give the same."""
+    same, seconds = torch.equal(ours(), theirs()), {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        for side, work in (("ours", ours), ("theirs", theirs)):
+            start = time.perf_counter()
+            work()
+            seconds[side].append(time.perf_counter() - start)
+    return {side: float(np.median(values)) for side, values in seconds.items()}, same
+
+
+def fresh_memory(rivals, side, threads):
+    """Largest resident memory in 1e9 bytes of a new process that loads the folder, answers and draws, batch 8."""
+    # Not getrusage: its peak of a new process is at least that of the process which started it.
+    script = (f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import eval; "
+              f"torch.set_num_threads({threads}); "
+              f"work = eval.Rivals({str(rivals.folder)!r}, {rivals.tokens}).{side}(); work['text'](8); "
+              "work['image'](8); print(*(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024 / 1e9
+
+
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),
-            "curves": (Curves, curve_command), "collect": (Collect, collect)}
+            "curves": (Curves, curve_command), "collect": (Collect, collect), "bench": (Bench, bench)}
 
 
 def main(argv=None):

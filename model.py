@@ -281,15 +281,15 @@ class Cache:
         c, like, self.used = lm.config, lm.embed_tokens.weight, 0
         real = F.pad(mask, (0, new), value=True)                                # (B, U)
         self.mask = None if bool(mask.all()) else real
-        shape = (c.layers, len(mask), c.kv_heads, real.shape[1], c.head_dim)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        shape = (len(mask), c.kv_heads, real.shape[1], c.head_dim)
+        self.k, self.v = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
         self.rope = lm.rotations(positions(real if self.mask is not None else real[:1]))
 
     def add(self, layer, k, v):
         """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
         end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[layer][:, :, self.used:end], self.v[layer][:, :, self.used:end] = k, v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 class Attention(nn.Module):
@@ -305,8 +305,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, shared, bias=False)
         self.o_proj = nn.Linear(inner, config.width, bias=False)
 
-    def forward(self, x, rope, visible, condition, cache):
-        split = (*x.shape[:2], -1, self.head_dim)
+    def forward(self, x, batch, rope, visible, condition, cache):
+        split = (batch, len(x) // batch, -1, self.head_dim)
         q = self.q_proj(x).view(split).transpose(1, 2)                          # (B, H, T, D)
         k = self.k_proj(x).view(split).transpose(1, 2)                          # (B, G, T, D)
         v = self.v_proj(x).view(split).transpose(1, 2)                          # (B, G, T, D)
@@ -314,7 +314,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.add(self.index, k, v)                                  # (B, G, U, D)
         out, mass = self.attend(q, k, v, visible, condition)                    # (B, H, T, D), (B, H, T)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), mass                # (B, T, C), (B, H, T)
+        return self.o_proj(out.transpose(1, 2).reshape(len(x), -1)), mass       # (B T, C), (B, H, T)
 
 
 class FeedForward(nn.Module):
@@ -331,7 +331,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: x (B, T, C) -> x (B, T, C) and the attention mass (B, H, T) or None."""
+    """One decoder layer: x (B T, C) -> x (B T, C) and the attention mass (B, H, T) or None. Only attention knows which
+    rows of x belong together."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -340,8 +341,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = FeedForward(config.width, config.ffn)
 
-    def forward(self, x, rope, visible=None, condition=None, cache=None):
-        attended, mass = self.self_attn(self.input_layernorm(x), rope, visible, condition, cache)
+    def forward(self, x, batch, rope, visible=None, condition=None, cache=None):
+        attended, mass = self.self_attn(self.input_layernorm(x), batch, rope, visible, condition, cache)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), mass
 
@@ -368,7 +369,7 @@ class Decoder(nn.Module):
         condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1)
         -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
         """
-        past, new = cache.used if cache else 0, x.shape[1]
+        past, (batch, new, _) = cache.used if cache else 0, x.shape
         if cache:
             mask = None if cache.mask is None else cache.mask[:, :past + new]
             rope = [part[:, :, past:past + new] for part in cache.rope]         # (B or 1, 1, T, D) each
@@ -376,16 +377,17 @@ class Decoder(nn.Module):
             mask = None if mask is None or bool(mask.all()) else mask
             rope = self.rotations(positions(mask) if mask is not None else torch.arange(new, device=x.device)[None])
         visible = visibility(mask, past, x)
-        intensities, states = [], [x]
+        x, intensities, states = x.flatten(0, 1), [], [x]                       # (B T, C)
         for layer in self.layers:
-            x, mass = layer(x, rope, visible, condition, cache)                 # (B, T, C), (B, H, T)
+            x, mass = layer(x, batch, rope, visible, condition, cache)          # (B T, C), (B, H, T)
             if mass is not None:
                 intensities.append(aia.intensity(mass, queries))                # (B,)
             if hidden:
-                states.append(x)
+                states.append(x.unflatten(0, (batch, new)))
         if cache:
             cache.used += new
-        return self.norm(x), torch.stack(intensities, 1) if intensities else None, states if hidden else None
+        x = self.norm(x).unflatten(0, (batch, new))                             # (B, T, C)
+        return x, torch.stack(intensities, 1) if intensities else None, states if hidden else None
 
 
 def positions(mask):

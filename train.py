@@ -618,20 +618,8 @@ def finish(run):
         run.world)))
     result |= {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),
                "rss_gb": round(memory_gb(), 3)}
-    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-               "device": run.device, "torch": torch.__version__, "python": platform.python_version(),
-               "date": time.strftime("%Y-%m-%d")}
-    judge.write_json(result | {"machine": machine}, run.folder / "result.json")
+    judge.write_json(result | {"machine": judge.machine() | {"device": run.device}}, run.folder / "result.json")
     return result
-
-
-def processor():
-    """Name of the processor, as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def score(run, models):

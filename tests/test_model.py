@@ -157,7 +157,7 @@ def test_full_models_have_the_published_number_of_parameters(preset, total, part
 def test_rotary_frequencies_survive_bfloat16():
     """At position 9216 and theta 1e6 rounded frequencies are radians off; rope_bf16 asks for just that."""
     m, seen = tiny("tiny-emu3", theta=1e6, layers=1).to(torch.bfloat16), []
-    m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[1]))
+    m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[2]))
     for m.lm.rope_bf16 in (False, True):
         cache = model.Cache(m.lm, torch.ones(1, 9216).bool(), 1)
         cache.used = 9216
@@ -424,7 +424,7 @@ def test_logits_equal_transformers(pair):
 
 @torch.no_grad()
 def test_half_precision_stays_close(pair):
-    """In bfloat16 within 2e-2 of transformers in bfloat16, and no farther from float32 than that is. (These weights make
+    """In bfloat16 within 2e-2 of transformers in bfloat16, no farther from float32 than that is. (These weights make
     attention sharp, so that rounding alone moves single logits by 3e-2 of the largest.)"""
     theirs, ours = (copy.deepcopy(one) for one in pair)
     ids = torch.tensor([words(24), words(24)])
