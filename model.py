@@ -1253,13 +1253,14 @@ def first_line(error):
 
 def stored_tensors(place):
     """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
-    folder = place if place.is_dir() else place.parent
-    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    index = next(iter(sorted(place.glob("*.index.json"))), None)
     files = [place] if place.is_file() else sorted(
-        {folder / name for name in read_json(index)["weight_map"].values()} if index else
-        list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pth")))
+        {place / name for name in read_json(index)["weight_map"].values()} if index else
+        list(place.glob("*.safetensors")) or list(place.glob("pytorch_model*.bin")) or list(place.glob("*.pth")))
     if not files:
         raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
+    if len(files) > 1 and files[0].suffix == ".pth":
+        raise InputError(f"{place} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
     known = {}
     for file in files:
         try:
@@ -1277,6 +1278,9 @@ def stored_tensors(place):
 def load_public(place, dtype, device, vision_tokenizer, attention):
     """A model from public weights: built without memory, then filled tensor by tensor."""
     folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
+    if place.is_file() and not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no config.json: copy the json files of the model that {place.name} was "
+                         "trained from into it")
     layout, values, content = read_config(folder, known)
     kind = values["kind"]
     if (kind, layout) == ("emu3", "original"):
@@ -1355,11 +1359,14 @@ def save(m, folder):
         described["model.safetensors.index"] = {
             "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
             "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
+    ends = {f"{role}_token": SPECIAL[config.kind][role] for role in ("bos", "eos", "pad")}
+    described |= {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"} | ends} if m.tokenizer_file else {}
     for name, content in described.items():
         (aside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZERS + TOKENIZER_NOTES if m.tokenizer_file else ():
-        if Path(m.tokenizer_file).with_name(name).exists():
-            shutil.copy(Path(m.tokenizer_file).with_name(name), aside / name)
+    if m.tokenizer_file:
+        beside = Path(m.tokenizer_file).parent
+        for name in filter(lambda name: (beside / name).exists(), TOKENIZERS + TOKENIZER_NOTES):
+            shutil.copy(beside / name, aside / name)
     if folder.exists():
         folder.rmdir()
     aside.rename(folder)

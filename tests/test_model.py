@@ -702,6 +702,17 @@ def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path):
     assert replace(m.config, ids=config.ids) == config
 
 
+def test_a_fine_tuned_file_alone_says_what_belongs_beside_it(tmp_path):
+    """Such files hold tensors only; and of several, one must be chosen."""
+    for name in ("iter_1.pth", "iter_2.pth"):
+        torch.save({"lm_head.weight": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(InputError, match="holds no config.json: copy the json files of the model that iter_1.pth"):
+        model.load(tmp_path / "iter_1.pth")
+    (tmp_path / "config.json").write_text('{"model_type": "multi_modality"}')
+    with pytest.raises(InputError, match="holds 2 checkpoints: give one of them"):
+        model.load(tmp_path)
+
+
 def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(janus, tmp_path):
     """Missing, unknown and misshaped tensors in one message, and a setting that the code cannot honour by name."""
     janus[0].save_pretrained(tmp_path)
@@ -807,11 +818,16 @@ def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, mon
         model.save(m, tmp_path / "out")
 
 
-def test_loading_holds_the_model_once(tmp_path):
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_loading_holds_the_model_once(suffix, tmp_path):
     """Peak anonymous memory stays below 1.1 times the model in the target type plus the largest stored tensor."""
     torch.manual_seed(0)
     m = model.build("tiny-janus", width=768, ffn=3072, layers=8, heads=12, kv_heads=12, head_dim=64)
     model.save(m, tmp_path / "big")
+    if suffix == "bin":
+        file = tmp_path / "big/model.safetensors"
+        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+        file.unlink()
     script = """
 import threading, torch, model
 def anonymous():
