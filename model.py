@@ -1148,7 +1148,8 @@ def read_json(file):
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}): download the whole folder again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
 
 
 def taken(section, names, only, place):

@@ -61,6 +61,7 @@ class TrainConfig:
     aia_variant: str = opt("full", "what is left out of AIA", aia.VARIANTS)
     arms: str = opt("aia", "both: train stage 3 a second time without AIA, from the same weights", ("aia", "both"))
     attention: str = opt("fused", "fused kernel or written out; same result", tuple(model.ATTENTION))
+    rope_bf16: bool = opt(False, "round the rotary frequencies to bfloat16, as the authors' scripts do")
     data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
     val: str = opt("", "JSON-lines file for the final losses; empty: the records of --data themselves")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
@@ -382,6 +383,7 @@ class Run:
             model.special_ids(self.m.tokenizer_file, kind)      # another kind is refused before anything is written
         else:
             self.m = model.build(config.preset, attention=config.attention).to(self.device)
+        self.m.lm.rope_bf16 = config.rope_bf16
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
@@ -595,7 +597,7 @@ def finish(run):
     models = {"after": run.m}
     for name in ("before", "control"):
         if (run.folder / f"{name}.pt").exists():
-            models[name] = model.load(run.folder, device=run.device, file=f"{name}.pt")
+            models[name] = model.load(run.folder, device=run.device, rope_bf16=run.config.rope_bf16, file=f"{name}.pt")
     skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
