@@ -414,9 +414,13 @@ class Text:
         else:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             for token in content["added_tokens"]:    # ordinary letters may be among them; control tokens are <...>
-                token["special"] |= bool(re.fullmatch("<.+>", token["content"]))
+                token["special"] = token.get("special") or bool(re.fullmatch("<.+>", token["content"]))
                 control |= {token["content"]} if token["special"] else set()
-            self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
+            try:
+                self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
+            except Exception as error:               # the library raises nothing more special
+                raise InputError(f"tokenizer {file} cannot be used ({error}): was it made for a newer version of "
+                                 "tokenizers?") from error
         self.core.encode_special_tokens = True
         self.control = {token: known[token] for token in control if token in known}
         self.control_ids = frozenset(self.control.values())
@@ -547,13 +551,16 @@ class Emu3Template:
 
     def understanding(self, turns, pictures):
         """turns [(question, answer or None)], question a list of text and picture numbers; None: up to the answer."""
-        pieces = [([self.ids["bos"], *self.text.encode(EMU3_SYSTEM + EMU3_USER)], TEXT)]
-        for i, (asked, answer) in enumerate(turns):
-            if i:
-                pieces.append((self.text.encode(EMU3_USER), TEXT))
-            for part in asked:
-                pieces += [(self.text.encode(part), TEXT)] if isinstance(part, str) else self.block(pictures[part])
-            pieces.append((self.text.encode(EMU3_ASSISTANT), TEXT))
+        pieces, before = [([self.ids["bos"]], TEXT)], EMU3_SYSTEM + EMU3_USER
+        for asked, answer in turns:
+            for part in asked:                       # text between two pictures is one piece: tokenizers may join
+                if isinstance(part, str):            # the end of a question with the template's full stop
+                    before += part
+                else:
+                    pieces += [(self.text.encode(before), TEXT), *self.block(pictures[part])]
+                    before = ""
+            pieces.append((self.text.encode(before + EMU3_ASSISTANT), TEXT))
+            before = EMU3_USER
             if answer is not None:
                 pieces.append(([*self.text.encode(answer), self.ids["eos"]], ANSWER))
         return pieces
@@ -568,7 +575,8 @@ class JanusTemplate:
 
     def prompt(self, prompt, size=None, dropped=False):
         """Generation, up to begin-of-image. Dropped: every token between BOS and begin-of-image becomes a pad."""
-        ids = [self.ids["bos"], self.ids["user"], *self.text.encode(JANUS_USER + prompt.strip() + JANUS_TURN),
+        said = JANUS_USER + prompt.strip() + JANUS_TURN if prompt.strip() else JANUS_ASSISTANT  # a role without words
+        ids = [self.ids["bos"], self.ids["user"], *self.text.encode(said),
                self.ids["assistant"], *self.text.encode(JANUS_ASSISTANT)]
         ids = [ids[0], *[self.ids["pad"]] * (len(ids) - 1)] if dropped else ids
         return [(ids, TEXT), ([self.ids["boi"]], CONTROL)]
@@ -585,12 +593,12 @@ class JanusTemplate:
         for asked, answer in turns:
             pieces.append(([self.ids["user"]], TEXT))
             before = JANUS_USER                      # text in front of a picture, and the line break after it, belong
-            for part in asked:                       # to one piece, as the tokenizer would cut the whole string
+            for i, part in enumerate(asked):         # to one piece, as the tokenizer would cut the whole string
                 if isinstance(part, str):
                     before += part
                 else:
                     pieces += [(self.text.encode(before), TEXT), *picture]
-                    before = "\n"
+                    before = "\n" if i + 1 < len(asked) else ""
             pieces += [(self.text.encode(before + JANUS_TURN), TEXT), ([self.ids["assistant"]], TEXT),
                        (self.text.encode(JANUS_ASSISTANT), TEXT)]
             if answer is not None:                   # a non-empty message follows ": " in this template
@@ -657,12 +665,12 @@ def grid_for(aspect, config):
     """Sides (h, w) of the code grid of a drawn picture with an aspect W:H, its area that of the model's square one."""
     try:
         w, h = (int(part) for part in aspect.split(":"))
-        side = config.image_size * (w * h) ** -0.5                              # of one unit of W:H, in pixels
-        grid = tuple(round(n * side / config.factor) for n in (h, w))           # half to even, as the authors round
-    except (ValueError, ZeroDivisionError, TypeError):
-        grid = (0, 0)
-    if min(grid) < 1 or max(grid) > MAX_RATIO["emu3"] * min(grid):
+    except ValueError:
+        w = h = 0
+    if min(w, h) < 1 or max(w, h) > MAX_RATIO["emu3"] * min(w, h):
         raise InputError(f"--aspect {aspect!r}: give two whole numbers as WIDTH:HEIGHT, up to {MAX_RATIO['emu3']}:1")
+    side = config.image_size * (w * h) ** -0.5                                  # of one unit of W:H, in pixels
+    grid = tuple(round(n * side / config.factor) for n in (h, w))               # half to even, as the authors round
     if config.kind == "janus" and grid != config.grid:
         raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
     return grid
@@ -799,8 +807,8 @@ def check_turns(turns, n_images, named):
     marks = sum(asked.count("<image>") for asked, _ in turns)
     if task == "gen" and (len(turns) != 1 or n_images != 1 or marks or turns[0][1] != "<image>"):
         raise InputError("a drawing record has one human turn with the prompt, and <image> alone as the answer")
-    if task == "und" and marks not in (0, n_images):
-        raise InputError(f"{marks} <image> marks in the questions for {n_images} pictures: write one each, or none")
+    if task == "und":
+        question_parts(turns, n_images)              # refuses marks that do not fit
     return task
 
 
@@ -830,8 +838,11 @@ def load_picture(source, kind):
 
 def question_parts(turns, n_images):
     """Human texts with <image> marks -> [([text or picture number, ...], answer)]. No mark: the pictures come first."""
-    if not any("<image>" in asked for asked, _ in turns):
+    marks = sum(asked.count("<image>") for asked, _ in turns)
+    if marks == 0:
         turns = [("<image>" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
+    elif marks != n_images:
+        raise InputError(f"{marks} <image> marks in the questions for {n_images} pictures: write one each, or none")
     number, result = 0, []
     for asked, answer in turns:
         parts = []
@@ -929,7 +940,7 @@ class Preparer:
 
     def checked(self, pieces, record):
         length = sum(len(ids) for ids, _ in pieces)
-        if length > self.config.context:
+        if self.training and length > self.config.context:
             raise InputError(f"{record.place}: {length} tokens, but the model takes {self.config.context}: "
                              "shorten the text or split the conversation")
         return pieces

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -102,7 +102,7 @@ SPECIAL = {
 
 TOKENIZERS = ("tokenizer.json", "emu3.tiktoken", "tokenizer.model")             # in this order of preference ...
 TOKENIZER_NOTES = ("emu3_vision_tokens.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "chat_template.jinja", "chat_template.json", "processor_config.json")        # ... and beside them
+                   "chat_template.jinja", "chat_template.json")                 # ... and beside them
 
 
 def find_tokenizer(folder):
@@ -119,6 +119,8 @@ def roles(known, kind, place):
     """{role: id} from {token: id}."""
     if "<image>" in known:                           # how transformers calls Emu3's first reserved token
         known = {SPECIAL["emu3"]["placeholder"]: known["<image>"]} | known
+    if kind == "janus":                              # the authors add it where it lacks; its embedding is never used
+        known = {SPECIAL[kind]["placeholder"]: max(known.values(), default=0) + 1} | known
     missing = [text for text in SPECIAL[kind].values() if text not in known]
     if missing:
         raise InputError(f"tokenizer {place} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
@@ -1120,8 +1122,8 @@ def to_transformers(name, value, config):
 TEXT = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
         "vocab": "vocab_size", "norm_eps": "rms_norm_eps", "theta": "rope_theta", "context": "max_position_embeddings"}
-TEXT_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
-             "rope_type": "default", "partial_rotary_factor": 1.0}
+TEXT_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default",
+             "type": "default", "partial_rotary_factor": 1.0}
 VQ_HF = {"code_dim": "embed_dim", "vq_latent": "latent_channels", "vq_width": "base_channels",
          "vq_mult": "channel_multiplier", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
 VQ_ORIGINAL = {"codebook": "codebook_size", "code_dim": "embed_dim", "vq_latent": "z_channels", "vq_width": "ch",
@@ -1145,23 +1147,28 @@ EMU3_IDS = {"pad": "pad_token_id", "bos": "bos_token_id", "eos": "eos_token_id",
 
 
 def read_json(file):
+    """The object in a json file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object: is it the right folder, and complete?")
+    return content
 
 
 def taken(section, names, only, place):
     """{our field: value} of those a section of a json file holds; what the code cannot honour is an error."""
     for key, value in only.items():
-        if section.get(key, value) != value:
-            raise InputError(f"{place}: {key} {section[key]!r} cannot be honoured, only {value!r}")
+        given = section.get(key)
+        if given is not None and value not in (given, [given] * 3):             # 127 for [127, 127, 127]
+            raise InputError(f"{place}: {key} {given!r} cannot be honoured, only {value!r}")
     return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
 
 
 def read_config(folder, known):
-    """config.json and preprocessor_config.json -> (layout, values of a Config without ids, content of config.json).
+    """config.json and the file of preprocessing -> (layout, values of a Config without ids, content of config.json).
     known {name: function that reads the tensor} fills in what Janus-Pro's original file leaves out."""
     file = folder / "config.json"
     content = read_json(file)
@@ -1170,27 +1177,37 @@ def read_config(folder, known):
     if not kind:
         raise InputError(f"{file}: model_type {content.get('model_type')!r} is not emu3, Emu3, janus or multi_modality")
     values = asdict(EMU3_8B) if kind == "emu3" else asdict(JANUS_PRO_7B) | LLAMA
-    text = content if (kind, layout) == ("emu3", "original") else \
-        content.get("text_config" if layout == "hf" else "language_config", {})
-    values |= {"kv_heads": EMU3_8B.kv_heads if kind == "emu3" else None, "head_dim": None}
-    values |= taken(text | (text.get("rope_parameters") or {}), TEXT, TEXT_ONLY, file)
+    vision, vq, text = (content.get(part) or {} for part in (
+        "vision_config", "vq_config", "text_config" if layout == "hf" else "language_config"))
+    text = content if (kind, layout) == ("emu3", "original") else text
+    values["head_dim"] = None
+    if kind == "janus" or "num_key_value_heads" in text:
+        values["kv_heads"] = None
+    text = text | (text.get("rope_parameters") or {}) | (text.get("rope_scaling") or {})
+    values |= taken(text, TEXT, TEXT_ONLY, file)
     values["kv_heads"] = values["kv_heads"] or values["heads"]
     values["head_dim"] = values["head_dim"] or values["width"] // values["heads"]
-    vision = content.get("vision_config", {})
     if layout == "hf":
         books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
-        values |= taken(content.get("vq_config", {}), VQ_HF | books, VQ_ONLY, file)
+        values |= taken(vq, VQ_HF | books, VQ_ONLY, file)
     if kind == "emu3":
-        values["image_size"] = math.isqrt(content.get("image_area", values["image_size"] ** 2))
+        values["image_size"] = math.isqrt(content.get("image_area") or values["image_size"] ** 2)
     elif layout == "hf":
         values |= taken(vision, VIT, VIT_ONLY, file)
-        values["vit_ffn"] = int(values["vit_width"] * vision.get("mlp_ratio", 4.0))
+        values["vit_ffn"] = int(values["vit_width"] * (vision.get("mlp_ratio") or 4.0))
         values["vq_attention"] = [len(values["vq_mult"]) - 1]
     else:
-        values |= taken(vision.get("params", {}), {"vit_heads": "heads"}, SIGLIP_L, file) | janus_sizes(known)
-    resize = folder / "preprocessor_config.json"
-    values |= taken(read_json(resize), RESIZE, RESIZE_ONLY, resize) if resize.exists() else {}
-    return layout, values | content.get("pictures", {}), content
+        values |= taken(vision.get("params") or {}, {"vit_heads": "heads"}, SIGLIP_L, file) | janus_sizes(known)
+    return layout, values | read_resize(folder) | (content.get("pictures") or {}), content
+
+
+def read_resize(folder):
+    """How pictures are resized, where a file of the folder says it. transformers 5 puts it into another file."""
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).exists():
+            content = read_json(folder / name)
+            return taken((content.get(part) or {}) if part else content, RESIZE, RESIZE_ONLY, folder / name)
+    return {}
 
 
 def janus_sizes(known):
@@ -1255,8 +1272,9 @@ def first_line(error):
 def stored_tensors(place):
     """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
     index = next(iter(sorted(place.glob("*.index.json"))), None)
+    sharded = read_json(index).get("weight_map") or {} if index else {}
     files = [place] if place.is_file() else sorted(
-        {place / name for name in read_json(index)["weight_map"].values()} if index else
+        {place / name for name in sharded.values()} or
         list(place.glob("*.safetensors")) or list(place.glob("pytorch_model*.bin")) or list(place.glob("*.pth")))
     if not files:
         raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
@@ -1282,21 +1300,15 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
     if place.is_file() and not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json: copy the json files of the model that {place.name} was "
                          "trained from into it")
-    layout, values, content = read_config(folder, known)
-    kind = values["kind"]
-    if (kind, layout) == ("emu3", "original"):
-        vision = find_vision_tokenizer(folder, vision_tokenizer)
-        values |= taken(read_json(vision / "config.json"), VQ_ORIGINAL, VQ_ONLY, vision / "config.json")
-        resize = vision / "preprocessor_config.json"
-        values |= taken(read_json(resize), RESIZE, RESIZE_ONLY, resize) if resize.exists() else {}
-        known |= stored_tensors(vision)
-    if (kind, layout) == ("emu3", "hf"):
-        known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
-    ids, tokenizer_file = read_ids(folder, content, values)
-    with torch.device("meta"):
-        m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
+    try:
+        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, attention)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{folder / 'config.json'} describes no model that can be built "
+                         f"({first_line(error)}): is it complete?") from error
     head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
-    if content.get("tie_word_embeddings") and head not in known and words in known:
+    if tied and head not in known and words in known:
         known[head] = known[words]
     state, problems, used = {}, [], set()
     for name, like in m.state_dict().items():
@@ -1318,19 +1330,38 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
         shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise InputError(f"weights in {place} do not fit its config.json: {shown}")
     m.load_state_dict(state, assign=True)
-    m.tokenizer_file = tokenizer_file
     return m
+
+
+def empty_model(folder, known, vision_tokenizer, attention):
+    """What the json files of a folder describe -> a model on the meta device, its layout, whether its embeddings are
+    tied, and the stored tensors by the names of that layout."""
+    layout, values, content = read_config(folder, known)
+    kind = values["kind"]
+    if (kind, layout) == ("emu3", "original"):
+        vision = find_vision_tokenizer(folder, vision_tokenizer)
+        values |= taken(read_json(vision / "config.json"), VQ_ORIGINAL, VQ_ONLY, vision / "config.json")
+        values |= read_resize(vision)
+        known = known | stored_tensors(vision)
+    if (kind, layout) == ("emu3", "hf"):
+        known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
+    ids, tokenizer_file = read_ids(folder, content, values)
+    with torch.device("meta"):
+        m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
+    m.tokenizer_file = tokenizer_file
+    return m, layout, bool(content.get("tie_word_embeddings")), known
 
 
 def find_vision_tokenizer(folder, given):
     """The folder of Emu3's picture tokenizer, given or beside the language model."""
-    found = find_folder(given) if given else next(
-        (file.parent for file in sorted(folder.parent.glob("*/config.json"))
-         if read_json(file).get("model_type") == "Emu3VisionVQ"), None)
-    if not found:
-        raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
-                         "(hub: BAAI/Emu3-VisionTokenizer)")
-    return found
+    if given:
+        return find_folder(given)
+    for file in sorted(folder.resolve().parent.glob("*/config.json")):
+        with suppress(InputError):                   # other folders are nobody's business
+            if read_json(file).get("model_type") == "Emu3VisionVQ":
+                return file.parent
+    raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
+                     "(hub: BAAI/Emu3-VisionTokenizer)")
 
 
 SHARD_BYTES = 5e9
@@ -1361,12 +1392,13 @@ def save(m, folder):
             "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
             "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
     ends = {f"{role}_token": SPECIAL[config.kind][role] for role in ("bos", "eos", "pad")}
-    described |= {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"} | ends} if m.tokenizer_file else {}
+    if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
+        described["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
     for name, content in described.items():
         (aside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if m.tokenizer_file:
-        beside = Path(m.tokenizer_file).parent
-        for name in filter(lambda name: (beside / name).exists(), TOKENIZERS + TOKENIZER_NOTES):
+    beside = Path(m.tokenizer_file or "").parent
+    for name in TOKENIZERS + TOKENIZER_NOTES if m.tokenizer_file else ():
+        if (beside / name).exists():
             shutil.copy(beside / name, aside / name)
     if folder.exists():
         folder.rmdir()

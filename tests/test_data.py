@@ -457,6 +457,17 @@ def test_masks_of_emu3_understanding(texts):
           (e("two or three"), "q"), (ids["eos"], "t"))
 
 
+def test_text_between_pictures_is_encoded_in_one_piece(tmp_path):
+    """The published templates are strings: a tokenizer that joins ?. or a space with a word must see them whole."""
+    ranks = [*BYTES, b"?.", b" W", b" Wh", b" USER"]
+    text = data.Text(rank_file(tmp_path, ranks), "emu3")
+    template = data.Emu3Template(PRESET["emu3"], text)
+    pieces = template.understanding([(["What?"], "x"), (["What?"], None)], [])
+    first = text.encode("You are a helpful assistant. USER: What?. ASSISTANT:")
+    flat = [text.ids["bos"], *first, *text.encode("x"), text.ids["eos"], *text.encode(" USER: What?. ASSISTANT:")]
+    assert [i for ids, _ in pieces for i in ids] == flat and ranks.index(b"?.") in first
+
+
 def test_masks_of_janus_generation(texts):
     """Keys are all tokens before begin-of-image; of the codes the last predicts nothing, so it is no query."""
     ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
@@ -488,6 +499,32 @@ def test_janus_answers_with_its_system_text_and_trains_without(texts):
         (first, role), *_ = template.understanding([(["hi"], None)], [])
         assert first == [texts["janus"].ids["bos"], *expected] and role == data.TEXT
     assert PRESET["janus"].system == "" and system.startswith("You are a helpful language and vision assistant. ")
+
+
+def test_janus_breaks_the_line_after_a_picture_only_before_words(texts):
+    """Contents are stripped: a picture at the end is followed by the blank line of the template alone."""
+    ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
+    template = data.JanusTemplate(PRESET["janus"], texts["janus"])
+    for asked, after in ((["what?", 0], "\n\n"), ([0, "what?"], "\nwhat?\n\n")):
+        flat = [i for part, _ in template.understanding([(asked, None)], [None]) for i in part]
+        assert flat[flat.index(ids["eoi"]) + 1:] == [*e(after), ids["assistant"], *e(":")]
+    flat = [i for part, _ in template.prompt("") for i in part]
+    assert flat == [ids["bos"], ids["user"], *e(":"), ids["assistant"], *e(":"), ids["boi"]]
+
+
+@pytest.mark.parametrize("marks, pictures", [(1, 0), (2, 1), (1, 2)])
+def test_marks_must_fit_the_pictures(marks, pictures):
+    """Else a picture would be lost, or a question would ask about one that is not there."""
+    with pytest.raises(InputError, match=f"{marks} <image> marks in the questions for {pictures} pictures"):
+        data.question_parts([("<image> and " * marks, None)], pictures)
+
+
+def test_a_tokenizer_of_a_newer_library_is_named(texts, tmp_path):
+    """It is valid JSON with parts that this version does not know."""
+    content = json.loads(texts["emu3"].file.read_text()) | {"pre_tokenizer": {"type": "Invented"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="tokenizer.json cannot be used .* newer version"):
+        data.Text(tmp_path / "tokenizer.json", "emu3")
 
 
 @pytest.mark.parametrize("words", [1, 2, 5])
@@ -550,7 +587,7 @@ def test_emu3_picture_sizes(width, height, expected):
 
 @pytest.mark.parametrize("aspect, side, grid", [
     ("1:1", 720, (90, 90)), ("16:9", 720, (68, 120)), ("4:3", 720, (78, 104)), ("9:16", 720, (120, 68)),
-    ("1:1", 512, (64, 64))])
+    ("5:1", 720, (40, 201)), ("1:1", 512, (64, 64))])
 def test_emu3_draws_any_aspect(aspect, side, grid):
     """Rows and columns of codes, height first, all of about the same area; 67.5 becomes 68."""
     assert data.grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid

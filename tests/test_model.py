@@ -702,6 +702,62 @@ def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path):
     assert replace(m.config, ids=config.ids) == config
 
 
+def edited(folder, file="config.json", **changes):
+    """Change a json file: section__field=value; the section __ is the file itself."""
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        (content[section] if section else content)[key] = value
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("changes", [
+    {"text_config__rope_scaling": {"rope_type": "default"}}, {"text_config__rope_scaling": {"type": "default"}},
+    {"text_config__hidden_act": None}, {"__image_area": None}, {"__pictures": None}])
+def test_settings_that_say_nothing_new_are_read(changes, emu3, tmp_path):
+    """Older converters write defaults and nulls where newer ones write nothing."""
+    emu3[0].save_pretrained(tmp_path)
+    edited(tmp_path, **changes)
+    assert model.load(tmp_path).config.theta == emu3[1].config.theta
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"text_config__rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json: rope_type 'linear' cannot"),
+    ({"__vq_config": None}, "do not fit its config.json"),
+    ({"vq_config__base_channels": 33}, "no model that can be built"),
+    ({"text_config__num_hidden_layers": "three"}, "no model that can be built"),
+    ({"vq_config__temporal_downsample_factor": 2}, "temporal_downsample_factor 2 cannot be honoured, only 4")])
+def test_settings_that_cannot_be_honoured_are_one_clear_line(changes, message, emu3, tmp_path):
+    """Never a traceback, never a model that differs from what was asked for."""
+    emu3[0].save_pretrained(tmp_path)
+    edited(tmp_path, **changes)
+    with pytest.raises(InputError, match=message):
+        model.load(tmp_path)
+
+
+def test_picture_settings_of_a_newer_transformers_are_read(emu3, tmp_path):
+    """Its processors write them into another file."""
+    emu3[0].save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"min_pixels": 64}}))
+    assert model.load(tmp_path).config.min_pixels == 64
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_std": [0.2, 0.2, 0.2]}}))
+    with pytest.raises(InputError, match="processor_config.json: image_std"):
+        model.load(tmp_path)
+
+
+def test_neighbours_of_emu3_do_not_disturb(tmp_path):
+    """The picture tokenizer is found beside the language model, whatever else lies there."""
+    ids = dict(zip(("pad", "bos", "eos", "eol", "eof", "img", "boi", "eoi"), range(8), strict=True))
+    config = replace(model.EMU3_8B, **OTHER, codebook=48, vq_mult=(1, 2), vq_blocks=1, vq_attention=(1,), ids=ids)
+    folder = original_folder(model.from_config(config), tmp_path, "safetensors")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_text("not json")
+    assert model.load(folder).config.codebook == 48
+    (tmp_path / "vision/config.json").unlink()
+    with pytest.raises(InputError, match="holds the language model alone: give --vision-tokenizer"):
+        model.load(folder)
+
+
 def test_a_fine_tuned_file_alone_says_what_belongs_beside_it(tmp_path):
     """Such files hold tensors only; and of several, one must be chosen."""
     for name in ("iter_1.pth", "iter_2.pth"):
