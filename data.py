@@ -11,11 +11,9 @@ import base64
 import functools
 import json
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import sentencepiece
@@ -386,13 +384,6 @@ def choice_question(stem, options, right):
     return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
 
 
-def rotations(asked):
-    """The same multiple-choice question with its options moved round: four questions (circular evaluation)."""
-    stem = asked.text[:asked.text.index("?") + 1]
-    right = asked.options["ABCD".index(asked.answer)]
-    return [choice_question(stem, asked.options[i:] + asked.options[:i], right) for i in range(4)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,11 +395,11 @@ class Text:
     """
 
     def __init__(self, file, kind, allow_special=False):
-        self.file, self.ids, self.allow_special = Path(file), model.special_ids(file, kind), allow_special
-        known, control = model.token_ids(file), set(model.SPECIAL[kind].values())
+        self.file, known, control = Path(file), model.token_ids(file), set(model.SPECIAL[kind].values())
+        self.ids, self.allow_special = model.special_ids(known, kind, file), allow_special
         if self.file.suffix == ".model":
-            self.core = Pieces(file)
-            control |= {token for token, i in known.items() if self.core.is_control(i)}
+            self.core = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            control |= {token for token, i in known.items() if is_control(self.core, i)}
         elif self.file.suffix == ".tiktoken":
             self.core, control = byte_bpe(self.file, known), set(known)
         else:
@@ -418,20 +409,26 @@ class Text:
                 control |= {token["content"]} if token["special"] else set()
             try:
                 self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
+                self.core.encode_special_tokens = True
             except Exception as error:               # the library raises nothing more special
                 raise InputError(f"tokenizer {file} cannot be used ({error}): was it made for a newer version of "
                                  "tokenizers?") from error
-        self.core.encode_special_tokens = True
         self.control = {token: known[token] for token in control if token in known}
         self.control_ids = frozenset(self.control.values())
         self.encode = functools.lru_cache(maxsize=100_000)(self._encode)
 
+    def cut(self, text):
+        """Ids of text in which no special string acts, as far as the tokenizer can keep them apart."""
+        if self.file.suffix == ".model":
+            return self.core.encode(text)
+        return self.core.encode(text, add_special_tokens=False).ids
+
     def _encode(self, text):
         if self.allow_special:
             parts = re.split("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")", text)
-            return tuple(i for part in parts for i in ([self.control[part]] if part in self.control else
-                                                       self.core.encode(part, add_special_tokens=False).ids))
-        ids = tuple(self.core.encode(text, add_special_tokens=False).ids)
+            return tuple(i for part in parts
+                         for i in ([self.control[part]] if part in self.control else self.cut(part)))
+        ids = tuple(self.cut(text))
         if found := self.control_ids.intersection(ids):
             token = next(token for token, i in self.control.items() if i in found)
             raise InputError(f"the text {text[:60]!r} holds the control string {token}: take it out, or let it act as "
@@ -444,32 +441,11 @@ class Text:
         ids = ids[:ids.index(self.ids["eos"])] if self.ids["eos"] in ids else ids
         return self.core.decode([i for i in ids if i not in self.control_ids])
 
-    def store(self, folder):
-        """Write the tokenizer to a folder: emu3.tiktoken as the equal tokenizer.json, all others as they are."""
-        if self.file.suffix == ".tiktoken":
-            self.core.save(str(folder / model.TOKENIZERS[0]))
-        for name in (self.file.name, "added_tokens.json") if self.file.suffix != ".tiktoken" else ():
-            if self.file.with_name(name).exists():
-                shutil.copy(self.file.with_name(name), folder / name)
 
-
-class Pieces:
-    """A sentencepiece model with the two methods of a tokenizers.Tokenizer that Text needs."""
-
-    def __init__(self, file):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-
-    def is_control(self, i):
-        """Control, unknown, or a token of the user's definition that looks like <this>; bytes like <0x0A> are text."""
-        p = self.pieces
-        return i >= len(p) or p.is_control(i) or p.is_unknown(i) or (
-            bool(re.fullmatch("<.+>", p.id_to_piece(i))) and not p.is_byte(i))
-
-    def encode(self, text, add_special_tokens):
-        return SimpleNamespace(ids=self.pieces.encode(text))
-
-    def decode(self, ids):
-        return self.pieces.decode(ids)
+def is_control(pieces, i):
+    """Is a sentencepiece token control, unknown, or a user's that looks like <this>? Bytes like <0x0A> are text."""
+    return i >= len(pieces) or pieces.is_control(i) or pieces.is_unknown(i) or (
+        bool(re.fullmatch("<.+>", pieces.id_to_piece(i))) and not pieces.is_byte(i))
 
 
 # How Emu3's own tokenizer cuts text before merging bytes: contractions in any case, words with one character that is no
@@ -501,6 +477,7 @@ def byte_bpe(file, special):
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = tokenizers.decoders.ByteLevel()
     core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
+    core.encode_special_tokens = True
     return core
 
 
@@ -533,18 +510,18 @@ class Emu3Template:
     def block(self, codes):
         """A picture, codes (h, w): begin, size as text, rows each with a row end, frame end, end."""
         h, w = codes.shape
-        pieces = [*self.opening(h, w)]
+        pieces = [self.opening(h, w)]
         for row in codes.tolist():
             pieces += [([self.ids["visual"] + code for code in row], IMAGE), ([self.ids["eol"]], CONTROL)]
         return [*pieces, ([self.ids["eof"], self.ids["eoi"]], CONTROL)]
 
     def opening(self, h, w):
         """What stands before the first code: begin of image, height*width of the code grid, image token."""
-        yield [self.ids["boi"], *self.text.encode(f"{h}*{w}"), self.ids["img"]], CONTROL
+        return [self.ids["boi"], *self.text.encode(f"{h}*{w}"), self.ids["img"]], CONTROL
 
     def prompt(self, prompt, size, dropped=False):
         """Generation, up to the first code."""
-        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), *self.opening(*size)]
+        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), self.opening(*size)]
 
     def generation(self, prompt, codes, dropped=False):
         return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), *self.block(codes)]
@@ -659,21 +636,6 @@ def emu3_picture(picture, config, area=None):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     height, width = smart_resize(height, width, config)
     return to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def grid_for(aspect, config):
-    """Sides (h, w) of the code grid of a drawn picture with an aspect W:H, its area that of the model's square one."""
-    try:
-        w, h = (int(part) for part in aspect.split(":"))
-    except ValueError:
-        w = h = 0
-    if min(w, h) < 1 or max(w, h) > MAX_RATIO["emu3"] * min(w, h):
-        raise InputError(f"--aspect {aspect!r}: give two whole numbers as WIDTH:HEIGHT, up to {MAX_RATIO['emu3']}:1")
-    side = config.image_size * (w * h) ** -0.5                                  # of one unit of W:H, in pixels
-    grid = tuple(round(n * side / config.factor) for n in (h, w))               # half to even, as the authors round
-    if config.kind == "janus" and grid != config.grid:
-        raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
-    return grid
 
 
 def janus_reading(picture, config):
@@ -812,26 +774,21 @@ def check_turns(turns, n_images, named):
     return task
 
 
-def open_picture(path):
-    """Open a picture file; its pixels are read later."""
-    try:
-        return Image.open(path)
-    except FileNotFoundError as error:
-        raise InputError(f"picture {path} is missing: paths are relative to the JSON file") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"picture {path} is too large to open safely ({error}): shrink it first") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"picture {path} cannot be opened ({error}): is it a picture, and complete?") from error
-
-
 def load_picture(source, kind):
-    """Path or uint8 array -> RGB picture."""
+    """Path or uint8 array -> RGB picture, turned as a viewer shows it."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    picture = open_picture(source)
+    try:
+        picture = Image.open(source)                 # its pixels are read below
+    except FileNotFoundError as error:
+        raise InputError(f"picture {source} is missing: paths are relative to the JSON file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"picture {source} is too large to open safely ({error}): shrink it first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"picture {source} cannot be opened ({error}): is it a picture, and complete?") from error
     check_size(*picture.size, kind)
     try:
-        return ImageOps.exif_transpose(picture).convert("RGB")                  # as a viewer shows it
+        return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"picture {source} is broken ({error}): replace it") from error
 
@@ -875,8 +832,7 @@ class Batch:
     places: tuple = ()                       # where each sample comes from, for messages
 
     def to(self, device):
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
 
 
 class Preparer:
@@ -889,26 +845,20 @@ class Preparer:
 
     def codes(self, pictures):
         """Codes of pictures, each a CPU tensor; equal-sized ones are encoded together, known ones are not."""
-        keys = [p.tobytes() if isinstance(p, np.ndarray) else None for p in pictures]
-        missing = [i for i, key in enumerate(keys) if key is None or key not in self.known]
-        fresh, shapes = {}, {}
-        for i in missing:
-            pixels = self.drawing_pixels(load_picture(pictures[i], self.config.kind))
-            shapes.setdefault(tuple(pixels.shape), []).append((i, pixels))
+        keys = [p.tobytes() if isinstance(p, np.ndarray) else p for p in pictures]
+        config, device, shapes, fresh = self.config, next(self.m.vq.parameters()).device, {}, {}
+        for key, source in zip(keys, pictures, strict=True):
+            if key not in self.known:
+                picture = load_picture(source, config.kind)
+                pixels = janus_drawing(picture, config) if config.kind == "janus" else \
+                    emu3_picture(picture, config, config.image_size**2 if self.training else None)
+                shapes.setdefault(pixels.shape, {})[key] = pixels
         for group in shapes.values():
-            for start in range(0, len(group), 64):
-                part = group[start:start + 64]
-                stack = torch.stack([pixels for _, pixels in part]).to(next(self.m.vq.parameters()).device)
-                for (i, _), codes in zip(part, self.m.encode_images(stack).cpu(), strict=True):
-                    fresh[i] = codes.clone()
-                    if keys[i] is not None:
-                        self.known[keys[i]] = fresh[i]
-        return [fresh[i] if i in fresh else self.known[keys[i]] for i in range(len(pictures))]
-
-    def drawing_pixels(self, picture):
-        if self.config.kind == "janus":
-            return janus_drawing(picture, self.config)
-        return emu3_picture(picture, self.config, self.config.image_size**2 if self.training else None)
+            parts = torch.stack(list(group.values())).split(64)
+            codes = torch.cat([self.m.encode_images(part.to(device)).cpu() for part in parts])
+            fresh |= {key: one.clone() for key, one in zip(group, codes, strict=True)}
+        self.known |= {key: one for key, one in fresh.items() if isinstance(key, bytes)}
+        return [fresh[key] if key in fresh else self.known[key] for key in keys]
 
     def batch(self, records, rngs=None, drop=0.0):
         """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
@@ -934,16 +884,13 @@ class Preparer:
                 pieces = self.template.generation(record.turns[0][0], mine[0], dropped)
             else:
                 pieces = self.template.understanding(question_parts(record.turns, len(record.pictures)), mine)
-            samples.append(self.checked(pieces, record))
+            length = sum(len(ids) for ids, _ in pieces)
+            if self.training and length > self.config.context:
+                raise InputError(f"{record.place}: {length} tokens, but the model takes {self.config.context}: "
+                                 "shorten the text or split the conversation")
+            samples.append(pieces)
             kept.append(not dropped)
         return samples, kept, pixels, torch.stack(codes) if task == "gen" and janus else None
-
-    def checked(self, pieces, record):
-        length = sum(len(ids) for ids, _ in pieces)
-        if self.training and length > self.config.context:
-            raise InputError(f"{record.place}: {length} tokens, but the model takes {self.config.context}: "
-                             "shorten the text or split the conversation")
-        return pieces
 
 
 def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
@@ -967,17 +914,6 @@ def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
 # ---------------------------------------------------------------------------------------------------------------------
 # Which samples make a step
 # ---------------------------------------------------------------------------------------------------------------------
-def parse_ratio(text):
-    """--ratio GEN:UND as two numbers."""
-    try:
-        gen, und = (int(part) for part in text.split(":"))
-    except ValueError:
-        gen = und = -1
-    if min(gen, und) < 0 or gen + und == 0:
-        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
-    return gen, und
-
-
 def samples_before(step, batch_size, ratio):
     """How many samples of each task all steps before `step` have used: the mix honours the ratio over any window."""
     total = step * batch_size

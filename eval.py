@@ -122,7 +122,7 @@ def score_understanding(m, text, world, n, seed=0):
             if kind == "existence":
                 questions = [(kind, data.question(scene, kind, rng, i % 4 < 2))]
             elif kind == "choice":
-                first, *others = data.rotations(data.question(scene, kind, rng))
+                first, *others = rotations(data.question(scene, kind, rng))
                 questions = [(kind, first), *(("turned", question) for question in others)]
             else:
                 questions = [(kind, data.question(scene, kind, rng, truth)) for truth in (True, False)]
@@ -142,6 +142,13 @@ def score_understanding(m, text, world, n, seed=0):
             "acc_plus": float(np.mean([strict[kind] for kind in ("count", "position", "colour")])),
             "circular": float(np.mean([all(right["choice"][number] + turned)
                                        for number, turned in right["turned"].items()])), "open": plain["open"]}
+
+
+def rotations(asked):
+    """The same multiple-choice question with its options moved round: four questions (circular evaluation)."""
+    stem = asked.text[:asked.text.index("?") + 1]
+    right = asked.options["ABCD".index(asked.answer)]
+    return [data.choice_question(stem, asked.options[i:] + asked.options[:i], right) for i in range(4)]
 
 
 def score_generation(m, text, world, n, seed=0):
@@ -414,10 +421,7 @@ def load_run(settings, file="checkpoint.pt"):
         raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
     run, own = None, Path(settings.checkpoint) / "settings.json"
     if (Path(settings.checkpoint) / file).exists():
-        try:
-            run = json.loads(own.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{own} cannot be read ({error}): give the folder of a run") from error
+        run = model.read_json(own)
     return m, data.Text(m.tokenizer_file, m.config.kind, settings.allow_special), run
 
 
@@ -467,6 +471,22 @@ class Generate(Loaded):
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
 
 
+def grid_for(aspect, config):
+    """Sides (h, w) of the code grid of a drawn picture with an aspect W:H, its area that of the model's square one."""
+    try:
+        w, h = (int(part) for part in aspect.split(":"))
+    except ValueError:
+        w = h = 0
+    limit = data.MAX_RATIO["emu3"]
+    if min(w, h) < 1 or max(w, h) > limit * min(w, h):
+        raise InputError(f"--aspect {aspect!r}: give two whole numbers as WIDTH:HEIGHT, up to {limit}:1")
+    side = config.image_size * (w * h) ** -0.5                                  # of one unit of W:H, in pixels
+    grid = tuple(round(n * side / config.factor) for n in (h, w))               # half to even, as the authors round
+    if config.kind == "janus" and grid != config.grid:
+        raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
+    return grid
+
+
 def generate(settings):
     """Write one picture file."""
     out = Path(settings.out)
@@ -474,7 +494,7 @@ def generate(settings):
         raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
     m, text, _ = load_run(settings)
     pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature,
-                  data.grid_for(settings.aspect, m.config), settings.negative or None)[0]
+                  grid_for(settings.aspect, m.config), settings.negative or None)[0]
     picture = Image.fromarray(data.to_picture(pixels))
     scale = settings.scale or max(240 // max(picture.size), 1)
     size = tuple(side * scale for side in picture.size)
@@ -689,7 +709,8 @@ class Rivals:
         values = model.read_config(Path(folder), {})[1]
         self.emu3, self.codebook = values["kind"] == "emu3", values["codebook"]
         self.side = values["image_size"] // 2 ** (len(values["vq_mult"]) - 1)
-        self.codes, self.ids = self.side ** 2, model.special_ids(Path(folder) / "tokenizer.json", values["kind"])
+        file = Path(folder) / "tokenizer.json"
+        self.codes, self.ids = self.side ** 2, model.special_ids(model.token_ids(file), values["kind"], file)
 
     def prompts(self, batch, seed):
         """Random words (batch, PROMPT)."""

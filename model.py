@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -110,13 +110,8 @@ def find_tokenizer(folder):
     return next((folder / name for name in TOKENIZERS if (folder / name).exists()), None)
 
 
-def special_ids(file, kind):
-    """Ids of the special tokens by role, read from a tokenizer's file."""
-    return roles(token_ids(file), kind, file)
-
-
-def roles(known, kind, place):
-    """{role: id} from {token: id}."""
+def special_ids(known, kind, place):
+    """{role: id} of the special tokens, from the {token: id} of a tokenizer or a config.json."""
     if "<image>" in known:                           # how transformers calls Emu3's first reserved token
         known = {SPECIAL["emu3"]["placeholder"]: known["<image>"]} | known
     if kind == "janus":                              # the authors add it where it lacks; its embedding is never used
@@ -131,8 +126,12 @@ def token_ids(file):
     """{token: id} of a tokenizer.json or a sentencepiece .model; of emu3.tiktoken its special tokens."""
     file = Path(file)
     try:
-        if file.suffix == ".tiktoken":
-            return emu3_special(file)
+        if file.suffix == ".tiktoken":               # Emu3's own: they follow the ranks of this file, in a fixed order
+            visual = file.with_name("emu3_vision_tokens.txt").read_text(encoding="utf-8").splitlines()
+            first = sum(1 for line in file.read_bytes().splitlines() if line.strip())
+            special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+                       *filter(None, map(str.strip, visual))]
+            return {token: first + i for i, token in enumerate(special)}
         if file.suffix == ".model":
             pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
             added = file.with_name("added_tokens.json")
@@ -141,15 +140,6 @@ def token_ids(file):
         return dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in content["added_tokens"]}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"tokenizer {file} cannot be read ({error}): download this file again") from error
-
-
-def emu3_special(file):
-    """{special token: id} of Emu3's own tokenizer: they follow the ranks of emu3.tiktoken, in a fixed order."""
-    visual = file.with_name("emu3_vision_tokens.txt").read_text(encoding="utf-8").splitlines()
-    first = sum(1 for line in file.read_bytes().splitlines() if line.strip())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
-               *filter(None, map(str.strip, visual))]
-    return {token: first + i for i, token in enumerate(special)}
 
 
 EMU3_8B = Config(
@@ -254,20 +244,6 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rotary(positions, head_dim, theta, dtype, rounded=False):
-    """Cosine and signed sine of RoPE for positions (B, T): two tensors (B, 1, T, D).
-
-    The frequencies are made here each time, in float32: a buffer would be rounded by model.to(bfloat16), which at
-    theta 1e6 and position 9216 is wrong by 10 radians. `rounded` repeats that slip, to match published scripts.
-    """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    if rounded:
-        frequency = frequency.bfloat16().float()
-    angle = positions[:, None, :, None].float() * frequency                     # (B, 1, T, D / 2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)            # (B, 1, T, D) each
-
-
 def rotate(x, rope):
     """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, H, T, D) -> same."""
     cos, sin = rope
@@ -299,7 +275,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        self.index, self.heads, self.head_dim = index, config.heads, config.head_dim
+        self.index, self.head_dim = index, config.head_dim
         self.attend = ATTENTION[config.attention]
         inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.width, inner, bias=False)
@@ -360,9 +336,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def rotations(self, positions):
-        """RoPE of positions (B, T), in the type of the weights."""
-        return rotary(positions, self.config.head_dim, self.config.theta, self.embed_tokens.weight.dtype,
-                      self.rope_bf16)
+        """Cosine and signed sine of RoPE for positions (B, T), in the type of the weights: two tensors (B, 1, T, D).
+
+        The frequencies are made here each time, in float32: a buffer would be rounded by model.to(bfloat16), which at
+        theta 1e6 and position 9216 is wrong by 10 radians. rope_bf16 repeats that slip, to match published scripts.
+        """
+        c, dtype = self.config, self.embed_tokens.weight.dtype
+        steps = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
+        frequency = c.theta ** (-steps / c.head_dim)                            # (D / 2,)
+        if self.rope_bf16:
+            frequency = frequency.bfloat16().float()
+        angle = positions[:, None, :, None].float() * frequency                 # (B, 1, T, D / 2)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)        # (B, 1, T, D) each
 
     def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False):
         """Run embeddings x (B, T, C) through all layers.
@@ -405,10 +391,9 @@ def visibility(mask, past, x):
         return None
     keys = torch.arange(past + new, device=x.device)                            # (U,)
     causal = keys <= keys[past:, None]                                          # (T, U)
-    if mask is None:
-        return causal[None, None]
     # A padded row sees at least itself, else its softmax is 0/0 and poisons everything.
-    return (causal & mask[:, None] | (keys == keys[past:, None]))[:, None]
+    visible = causal[None] if mask is None else causal & mask[:, None] | (keys == keys[past:, None])
+    return visible[:, None]                                                     # (B or 1, 1, T, U)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -629,7 +614,8 @@ class TimeBlock(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.norm1.eval(), self.norm2.eval()
+        for norm in (self.norm1, self.norm2):
+            norm.eval()
         return self
 
     def forward(self, x):
@@ -730,12 +716,12 @@ class Output:
 class Unified(nn.Module):
     """What Emu3 and Janus-Pro share. Each adds how tokens and pictures enter, and which head reads them out."""
 
-    def __init__(self, config, vq):
+    def __init__(self, config):
         super().__init__()
         self.config, self.ids, self.tokenizer_file = config, dict(config.ids), None
         self.lm = Decoder(config)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
-        self.vq = vq(config)
+        self.vq = {"emu3": Emu3VQ, "janus": JanusVQ}[config.kind](config)
 
     def forward(self, batch, intensity=True, hidden=False):
         """Loss and intensities of one data.Batch: padding on the right, one task."""
@@ -757,14 +743,18 @@ class Unified(nn.Module):
     @torch.inference_mode()
     def encode_images(self, pixels):
         """Pixels (B, 3, S, S) in [-1, 1] -> codes: Emu3 (B, h, w), Janus-Pro (B, N) row by row."""
-        with in_float32(pixels.device):
+        with torch.autocast(pixels.device.type, enabled=False):                 # the tokenizers stay in float32
             return self.as_codes(self.vq.encode(pixels.float()))
 
     @torch.inference_mode()
     def decode_images(self, codes):
         """Codes, as encode_images gives them -> pixels (B, 3, S, S), nominally [-1, 1], never clipped here."""
-        with in_float32(codes.device):
-            return self.vq.decode(self.as_grid(codes))
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.vq.decode(codes if codes.ndim == 3 else codes.unflatten(1, self.config.grid))
+
+    def as_codes(self, grid):
+        """Codes (B, h, w) as they are given out: Janus-Pro has them row by row, (B, N)."""
+        return grid.flatten(1) if self.config.kind == "janus" else grid
 
     @torch.inference_mode()
     def generate_images(self, ids, mask=None, size=None, negative=None, guidance=None, temperature=1.0, top_k=None,
@@ -816,9 +806,6 @@ class Unified(nn.Module):
 class Emu3(Unified):
     """One vocabulary: picture code c is the token visual + c, and every row of codes ends with a row-end token."""
 
-    def __init__(self, config):
-        super().__init__(config, Emu3VQ)
-
     def head(self, task):
         return self.lm_head
 
@@ -828,25 +815,22 @@ class Emu3(Unified):
     def embed_text(self, ids, pixels=None):
         """Embed ids; placeholders become the codes of the pictures, with row ends if there is room for them."""
         holes = ids == self.ids["placeholder"]
-        if pixels is not None:
-            block = self.block(self.encode_images(pixels))                      # (n, h, w + 1)
-            for tokens in (block, block[:, :, :-1]):
-                if tokens.numel() == int(holes.sum()):
-                    ids = ids.masked_scatter(holes, tokens)
-                    return self.lm.embed_tokens(ids)
-        if pixels is not None or bool(holes.any()):
-            raise InputError(f"{int(holes.sum())} placeholders in the text do not fit the pictures' codes: "
+        n = int(holes.sum())
+        tokens = ids[:0] if pixels is None else self.block(self.encode_images(pixels))          # (n, h, w + 1)
+        tokens = tokens if tokens.numel() == n else tokens[..., :-1]            # (n, h, w)
+        if tokens.numel() != n:
+            raise InputError(f"{n} placeholders in the text, but {tokens.numel()} image tokens: "
                              "write one placeholder per image token")
-        return self.lm.embed_tokens(ids)
+        return self.lm.embed_tokens(ids.masked_scatter(holes, tokens) if n else ids)
 
     def block(self, codes):
-        """Codes (B, h, w) -> token ids (B, h, w + 1): each row followed by its row end."""
+        """Codes (..., w) -> token ids (..., w + 1): each row followed by its row end."""
         return F.pad(codes + self.ids["visual"], (0, 1), value=self.ids["eol"])
 
     def embed_code(self, code, row_end):
         """The next input after a drawn code (B,): its token, and at the end of a row the forced row end too."""
-        tokens = (code + self.ids["visual"])[:, None]                           # (B, 1)
-        return self.lm.embed_tokens(F.pad(tokens, (0, 1), value=self.ids["eol"]) if row_end else tokens)
+        tokens = self.block(code[:, None])                                      # (B, 2)
+        return self.lm.embed_tokens(tokens if row_end else tokens[:, :1])
 
     def code_logits(self, x):
         """Logits (..., K) of the picture codes: no other row of the head is read, since inside a picture no other token
@@ -873,18 +857,12 @@ class Emu3(Unified):
         masks = [F.pad(m, (longest - m.shape[1], 0), value=False) for _, m in pairs]
         return torch.stack(rows, 1).flatten(0, 1), torch.stack(masks, 1).flatten(0, 1)
 
-    def as_codes(self, grid):
-        return grid
-
-    def as_grid(self, codes):
-        return codes
-
 
 class Janus(Unified):
     """Pictures are read through SigLIP and an aligner, written as codes with an embedding and a head of their own."""
 
     def __init__(self, config):
-        super().__init__(config, JanusVQ)
+        super().__init__(config)
         c = config.width
         self.vision = SigLIP(config)
         self.aligner = nn.Sequential(nn.Linear(config.vit_width, c), nn.GELU(), nn.Linear(c, c))
@@ -938,19 +916,6 @@ class Janus(Unified):
         keep = (place <= first) | (place == ids.shape[1] - 1)                   # (B, T)
         blank = torch.where(keep, ids, self.ids["pad"])
         return torch.stack([ids, blank], 1).flatten(0, 1), mask.repeat_interleave(2, 0)
-
-    def as_codes(self, grid):
-        return grid.flatten(1)
-
-    def as_grid(self, codes):
-        return codes.view(len(codes), *self.config.grid)
-
-
-@contextmanager
-def in_float32(device):
-    """No automatic lower precision inside: the picture tokenizers stay in float32."""
-    with torch.autocast(torch.device(device).type, enabled=False):
-        yield
 
 
 def left_padding(ids, mask):
@@ -1074,8 +1039,7 @@ NAMES = {
         *VQ_NAMES, (r"^vq\.", "model.vqmodel."), (r"^lm\.", "model.language_model."), (r"^aligner", "model.aligner"),
         (r"^gen_", "model.generation_"), (r"aligner\.0", "aligner.fc1"), (r"aligner\.2", "aligner.hidden_layers.0"),
         (r"generation_embed", "generation_embeddings"), (r"head\.0", "head.proj_out"),
-        (r"head\.2", "head.vision_head"),
-        (r"^vision\.patch_embed", "vision.embeddings.patch_embedding"),
+        (r"head\.2", "head.vision_head"), (r"^vision\.patch_embed", "vision.embeddings.patch_embedding"),
         (r"^vision\.pos_embed", "vision.embeddings.position_embedding.weight"),
         (r"^vision\.norm", "vision.post_layernorm"), (r"^vision\.", "model.vision_model."),
         (r"blocks\.(\d+)\.norm", r"blocks.\1.layer_norm"), (r"blocks\.(\d+)\.fc", r"blocks.\1.mlp.fc"),
@@ -1142,8 +1106,7 @@ RESIZE_ONLY = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "background_colo
                "do_resize": True, "do_rescale": True, "do_normalize": True}
 # How pictures are drawn: no public config.json says it, the presets of the recipes do; `save` writes it down.
 PICTURES = ("image_size", "guidance", "top_k", "suffix", "negative", "system")
-EMU3_IDS = {"pad": "pad_token_id", "bos": "bos_token_id", "eos": "eos_token_id", "img": "img_token_id",
-            "boi": "boi_token_id", "eoi": "eoi_token_id", "eol": "eol_token_id", "eof": "eof_token_id"}
+ID_FIELDS = {role: f"{role}_token_id" for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
 
 def read_json(file):
@@ -1236,16 +1199,15 @@ def janus_sizes(known):
 def read_ids(folder, content, values):
     """(ids by role, tokenizer file or None): from the tokenizer's own file where it is there, else config.json."""
     kind, file = values["kind"], find_tokenizer(folder)
-    known = token_ids(file) if file else content.get("vocabulary_map") or {}
+    known, place = token_ids(file) if file else content.get("vocabulary_map"), file or folder / "config.json"
     if known:
-        ids = roles(known, kind, file or folder / "config.json")
-        last = f"<|visual token {values['codebook'] - 1:06d}|>"
-        if kind == "emu3" and known.get(last, ids["visual"] + values["codebook"] - 1) - ids["visual"] \
-                != values["codebook"] - 1:
-            raise InputError(f"{file}: the ids of the picture codes are not in one row from code 0 to {last}")
+        ids, name = special_ids(known, kind, place), f"<|visual token {values['codebook'] - 1:06d}|>"
+        last = ids.get("visual", 0) + values["codebook"] - 1
+        if kind == "emu3" and known.get(name, last) != last:
+            raise InputError(f"{place}: the ids of the picture codes are not in one row from code 0 to {name}")
         return ids, file
     text = content | content.get("text_config", {})
-    ids = {role: text[key] for role, key in EMU3_IDS.items() if text.get(key) is not None}
+    ids = {role: text[key] for role, key in ID_FIELDS.items() if text.get(key) is not None}
     return ids | ({"placeholder": content["image_token_id"]} if content.get("image_token_id") is not None else {}), None
 
 
@@ -1254,8 +1216,8 @@ def read_ids(folder, content, values):
 # ---------------------------------------------------------------------------------------------------------------------
 def find_folder(name):
     """A folder (or .pth file) that exists, or else the local copy of a hub id, downloaded if need be."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return Path(name)
+    if Path(name).exists() or Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)                            # a mistyped runs/name is no hub id
     import huggingface_hub
     try:
         return Path(huggingface_hub.snapshot_download(str(name)))
@@ -1283,12 +1245,10 @@ def stored_tensors(place):
     known = {}
     for file in files:
         try:
-            if file.suffix == ".safetensors":
-                shard = safe_open(file, "pt")
-                known |= {name: functools.partial(shard.get_tensor, name) for name in shard.keys()}
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                known |= {name: functools.partial(state.get, name) for name in state}
+            safe = file.suffix == ".safetensors"
+            source = safe_open(file, "pt") if safe else torch.load(file, "cpu", weights_only=True, mmap=True)
+            read = source.get_tensor if safe else source.get
+            known |= {name: functools.partial(read, name) for name in source.keys()}
         except Exception as error:                  # missing, truncated, not a checkpoint: all mean the same
             raise InputError(f"weights {file} cannot be read ({first_line(error)}): download it again") from error
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}

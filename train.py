@@ -15,7 +15,9 @@ import json
 import math
 import os
 import platform
+import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -65,7 +67,8 @@ class TrainConfig:
     data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
     val: str = opt("", "JSON-lines file for the final losses; empty: the records of --data themselves")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
-    init: str = opt("", "run folder whose model to start from; skips stages 1 and 2")
+    init: str = opt("", "run folder, or folder or hub id of public weights, to start from; skips stages 1 and 2")
+    vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
     resume: bool = opt(False, "go on from the checkpoint in the run folder")
     pool: int = opt(8000, "pictures of the built-in world")
@@ -109,6 +112,17 @@ LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "cal
          "log_every": 1, "save_every": 1, "weight_decay": -1}
 
 
+def parse_ratio(text):
+    """--ratio GEN:UND as two numbers."""
+    try:
+        gen, und = (int(part) for part in text.split(":"))
+    except ValueError:
+        gen = und = -1
+    if min(gen, und) < 0 or gen + und == 0:
+        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
+    return gen, und
+
+
 def check_numbers(config):
     """Refuse numbers that would fail after an hour, before anything is written."""
     for name, least in LEAST.items():
@@ -126,7 +140,7 @@ def plan(config):
         stages = stages[-1:]
     elif config.preset not in PLANS:
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
-    if config.data or not data.parse_ratio(config.ratio)[1]:       # a user's records may hold no questions
+    if config.data or not parse_ratio(config.ratio)[1]:       # a user's records may hold no questions
         stages = tuple(stage for stage in stages if stage.name != "read")
     if config.arms == "both":
         stages = (*stages[:-1], replace(stages[-1], name="control", aia=False), stages[-1])
@@ -212,7 +226,7 @@ def calibrate(m, schedule, targets, config, autocast):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The text tokenizer of the tiny models
+# The text tokenizer of the tiny models, and a run's copy of another's
 # ---------------------------------------------------------------------------------------------------------------------
 def train_tokenizer(file, config):
     """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json.
@@ -222,10 +236,11 @@ def train_tokenizer(file, config):
     """
     words = [*data.SHAPES, *map(data.plural, data.SHAPES), *data.COLOURS, *data.NUMBERS, "at the top", "at the bottom",
              "left", "right", *data.RELATIONS, "yes", "no", "nothing", *"ABCD"]
-    words = "|".join(sorted(words, key=len, reverse=True))      # beside them numbers, line ends and the * of sizes
+    words = "|".join(sorted(words, key=len, reverse=True))      # beside them the template, numbers, line ends and *
+    frame = "|".join(map(re.escape, (data.EMU3_SYSTEM + data.EMU3_USER, data.EMU3_USER, data.EMU3_ASSISTANT)))
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf" ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"{frame}| ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = tokenizers.decoders.ByteLevel()
     world, rng, lines = data.World(0), np.random.default_rng(0), []
@@ -247,6 +262,16 @@ def train_tokenizer(file, config):
     core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
     core.save(str(file))
     return data.Text(file, config.kind)
+
+
+def store_tokenizer(text, folder):
+    """A run folder's copy of a tokenizer: emu3.tiktoken as the equal tokenizer.json, all others as they are."""
+    if text.file.suffix == ".tiktoken":
+        text.core.save(str(folder / "tokenizer.json"))
+        return
+    for name in (text.file.name, "added_tokens.json"):
+        if text.file.with_name(name).exists():
+            shutil.copy(text.file.with_name(name), folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,10 +402,12 @@ class Run:
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
         self.stages = plan(config)
         if config.init:
-            self.m = model.load(config.init, torch.float32, self.device, attention=config.attention)
+            self.m = model.load(config.init, torch.float32, self.device, config.vision_tokenizer,
+                                attention=config.attention)
             if not self.m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
-            model.special_ids(self.m.tokenizer_file, kind)      # another kind is refused before anything is written
+            # Another kind is refused before anything is written.
+            model.special_ids(model.token_ids(self.m.tokenizer_file), kind, self.m.tokenizer_file)
         else:
             self.m = model.build(config.preset, attention=config.attention).to(self.device)
         self.m.lm.rope_bf16 = config.rope_bf16
@@ -388,11 +415,11 @@ class Run:
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
         aia.fixed_weights(config.aia_weight)
-        data.parse_ratio(config.ratio)
+        parse_ratio(config.ratio)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = model.find_tokenizer(self.folder)
         if config.init and not file:
-            data.Text(self.m.tokenizer_file, kind).store(self.folder)
+            store_tokenizer(data.Text(self.m.tokenizer_file, kind), self.folder)
             file = model.find_tokenizer(self.folder)
         self.text = data.Text(file, kind) if file else train_tokenizer(self.folder / "tokenizer.json", self.m.config)
         if self.text.ids != self.m.ids:
@@ -464,7 +491,7 @@ def run_stage(run, index, state):
     if stage.name != "tokenizer":
         order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
         schedule = data.Schedule(run.source, run.preparer, order, stage.batch_size,
-                                 data.parse_ratio(stage.ratio or config.ratio), config.micro_batch,
+                                 parse_ratio(stage.ratio or config.ratio), config.micro_batch,
                                  on_bad_record=config.on_bad_record)
     if state and state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
@@ -512,11 +539,10 @@ def pictures_of(run):
     if run.world:
         return run.source.crowded
     if not hasattr(run, "own_pictures"):
-        size, paths = run.m.config.image_size, {}
+        config, paths = run.m.config, {}
         for task in aia.TASKS:
             paths |= dict.fromkeys(p for record in run.source.records[task] for p in record.pictures)
-        square = replace(run.m.config, image_size=size)
-        run.own_pictures = [data.to_picture(data.janus_drawing(data.load_picture(p, run.m.config.kind), square))
+        run.own_pictures = [data.to_picture(data.janus_drawing(data.load_picture(p, config.kind), config))
                             for p in paths]
     return run.own_pictures
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+import eval as judge
 import model
 import train
 from aia import InputError
@@ -224,7 +225,7 @@ def test_rotations_keep_the_right_option():
     """The four options move round, so that the right one stands behind each letter once; the first is the original."""
     for i, scene in enumerate(training_scenes(100)):
         asked = data.question(scene, "choice", random(i))
-        turned = data.rotations(asked)
+        turned = judge.rotations(asked)
         assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
         assert all(q.answer == answer_of(q.text, scene) for q in turned)
 
@@ -347,7 +348,7 @@ def test_emu3s_own_tokenizer_is_stored_as_an_equal_tokenizer_json(tmp_path):
     """A run that starts from the original files keeps one that every library reads."""
     text = data.Text(rank_file(tmp_path, [*BYTES, b"re", b"ed", b"red", b" red"]), "emu3")
     (tmp_path / "run").mkdir()
-    text.store(tmp_path / "run")
+    train.store_tokenizer(text, tmp_path / "run")
     again = data.Text(model.find_tokenizer(tmp_path / "run"), "emu3")
     assert again.ids == text.ids and again.file.name == "tokenizer.json"
     for given in ("a red cat's 12\n\n!", "<|image start|>"):
@@ -383,7 +384,7 @@ def test_sentencepiece_models_encode_and_decode(pieces, tmp_path):
     assert list(text.encode(given)) == library.encode(given)
     assert text.decode([text.ids["boi"], *text.encode(given), text.ids["eos"], 5]) == given
     assert text.ids["bos"] == library.piece_to_id(model.SPECIAL["janus"]["bos"]) and text.ids["assistant"] == 342
-    text.store(tmp_path)
+    train.store_tokenizer(text, tmp_path)
     assert data.Text(model.find_tokenizer(tmp_path), "janus").ids == text.ids
 
 
@@ -590,7 +591,7 @@ def test_emu3_picture_sizes(width, height, expected):
     ("5:1", 720, (40, 201)), ("1:1", 512, (64, 64))])
 def test_emu3_draws_any_aspect(aspect, side, grid):
     """Rows and columns of codes, height first, all of about the same area; 67.5 becomes 68."""
-    assert data.grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
+    assert judge.grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
 
 
 @pytest.mark.parametrize("kind, aspect", [("emu3", "16x9"), ("emu3", "0:1"), ("emu3", "-4:-3"), ("emu3", "9:1"),
@@ -598,7 +599,7 @@ def test_emu3_draws_any_aspect(aspect, side, grid):
 def test_an_aspect_that_cannot_be_drawn_is_refused(kind, aspect):
     """Janus-Pro draws squares only, Emu3 up to 5:1."""
     with pytest.raises(InputError, match=f"--aspect .*{aspect}"):
-        data.grid_for(aspect, model.PRESETS["emu3-8b" if kind == "emu3" else "janus-pro-1b"])
+        judge.grid_for(aspect, model.PRESETS["emu3-8b" if kind == "emu3" else "janus-pro-1b"])
 
 
 @pytest.mark.parametrize("width, height, inner", [(500, 333, (384, 255)), (333, 500, (255, 384)), (96, 96, (384, 384)),
@@ -827,7 +828,7 @@ def test_a_missing_task_is_named_with_its_ratio(album, preparers):
 def test_a_ratio_that_is_none_is_refused(text):
     """Two whole numbers, not both zero."""
     with pytest.raises(InputError, match="--ratio .*GEN:UND"):
-        data.parse_ratio(text)
+        train.parse_ratio(text)
 
 
 def test_a_turned_photo_is_read_as_a_viewer_shows_it(tmp_path):

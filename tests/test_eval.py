@@ -290,6 +290,25 @@ def test_free_decoding_is_measured_on_the_models_own_tokens(name, task, runs):
 
 
 @both_models
+def test_public_weights_are_inspected_in_half_precision(name, runs, tmp_path, capsys):
+    """A folder as transformers writes it, own samples, bfloat16: the curves of the run up to rounding."""
+    m, text = opened(runs[name])
+    model.save(m, tmp_path / "public")
+    data.export(data.Export(folder=str(tmp_path / "data"), n=4))
+    found = {}
+    for folder, flags in (runs[name], []), (tmp_path / "public", ["--dtype", "bfloat16"]):
+        command("curves", "--checkpoint", folder, "--data", tmp_path / "data/train.jsonl", "--out", tmp_path / "c.png",
+                *flags)
+        found[folder] = json.loads((tmp_path / "c.json").read_text())
+    for task in aia.TASKS:
+        exact, half = found[runs[name]][task]["after"], found[tmp_path / "public"][task]["public"]
+        assert half["intensity"] == pytest.approx(exact["intensity"], abs=1e-2) and half["samples"] == exact["samples"]
+    with pytest.raises(SystemExit):
+        command("curves", "--checkpoint", tmp_path / "public")
+    assert "need --data" in capsys.readouterr().err
+
+
+@both_models
 def test_curves_of_free_decoding_are_another_measurement(name, runs, tmp_path, capsys):
     """--decode leaves out the stored answers, so the same samples give other numbers of the same form."""
     files = [tmp_path / "given.png", tmp_path / "free.png"]

@@ -191,6 +191,16 @@ def test_loss_is_cross_entropy_of_the_full_logits(m, task):
     assert out.tokens == (batch.labels[:, 1:] != -100).sum() and out.intensity is None
 
 
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_hidden_states_are_those_between_the_layers(m, task):
+    """L + 1 of them, the embeddings first; the last one, normalised, is what the head reads."""
+    batch = batch_of(m.config, task)
+    states = m(batch, hidden=True).hidden
+    assert len(states) == m.config.layers + 1 and torch.equal(states[0], m.embed(batch))
+    close(m.lm.norm(states[-1]), m.lm(m.embed(batch))[0])
+    assert m(batch).hidden is None
+
+
 def test_padding_on_either_side_changes_nothing(m):
     """Pads are masked and positions counted from the first real token; on the right even the mask may be left out."""
     rows = [words(5), words(9)]
@@ -650,7 +660,7 @@ def original_folder(m, folder, suffix):
     if c.kind == "emu3":
         parts = {folder: {name: value for name, value in state.items() if name.startswith(("model.", "lm_head."))}}
         parts[folder.parent / "vision"] = {name: value for name, value in state.items() if name not in parts[folder]}
-        ids = {theirs: m.ids[role] for role, theirs in model.EMU3_IDS.items()}
+        ids = {theirs: m.ids[role] for role, theirs in model.ID_FIELDS.items()}
         vq = {theirs: getattr(c, ours) for ours, theirs in model.VQ_ORIGINAL.items()}
         configs = {folder: text | ids | {"model_type": "Emu3"},
                    folder.parent / "vision": vq | {"model_type": "Emu3VisionVQ"}}
