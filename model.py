@@ -85,6 +85,23 @@ class Config:
         return (self.image_size // self.factor,) * 2
 
 
+def first_line(error):
+    """The beginning of what a library says, for messages of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def read_json(file):
+    """The object in a json file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object: is it the right folder, and complete?")
+    return content
+
+
 # Special tokens by role. Ids are looked up by string, never assumed: they differ between Janus-Pro 1B and 7B.
 SPECIAL = {
     "emu3": {
@@ -1109,18 +1126,6 @@ PICTURES = ("image_size", "guidance", "top_k", "suffix", "negative", "system")
 ID_FIELDS = {role: f"{role}_token_id" for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
 
-def read_json(file):
-    """The object in a json file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object: is it the right folder, and complete?")
-    return content
-
-
 def taken(section, names, only, place):
     """{our field: value} of those a section of a json file holds; what the code cannot honour is an error."""
     for key, value in only.items():
@@ -1226,11 +1231,6 @@ def find_folder(name):
                          f"{name}` where there is a network, then give that folder") from error
 
 
-def first_line(error):
-    """The beginning of what a library says, for messages of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
 def stored_tensors(place):
     """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
     index = next(iter(sorted(place.glob("*.index.json"))), None)
@@ -1309,7 +1309,9 @@ def empty_model(folder, known, vision_tokenizer, attention):
     with torch.device("meta"):
         m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
     m.tokenizer_file = tokenizer_file
-    return m, layout, bool(content.get("tie_word_embeddings")), known
+    # transformers assumes it of Janus-Pro where config.json is silent, which the public weights contradict
+    tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
+    return m, layout, tied, known
 
 
 def find_vision_tokenizer(folder, given):
