@@ -835,6 +835,9 @@ class Batch:
         return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
 
 
+PIXELS_AT_ONCE = 2**16                       # for the picture tokenizer, whose activations are a thousand times larger
+
+
 class Preparer:
     """Records -> Batch for one model: pictures through its transforms and tokenizer, texts through its template."""
 
@@ -853,8 +856,8 @@ class Preparer:
                 pixels = janus_drawing(picture, config) if config.kind == "janus" else \
                     emu3_picture(picture, config, config.image_size**2 if self.training else None)
                 shapes.setdefault(pixels.shape, {})[key] = pixels
-        for group in shapes.values():
-            parts = torch.stack(list(group.values())).split(64)
+        for (_, height, width), group in shapes.items():
+            parts = torch.stack(list(group.values())).split(max(1, PIXELS_AT_ONCE // (height * width)))
             codes = torch.cat([self.m.encode_images(part.to(device)).cpu() for part in parts])
             fresh |= {key: one.clone() for key, one in zip(group, codes, strict=True)}
         self.known |= {key: one for key, one in fresh.items() if isinstance(key, bytes)}

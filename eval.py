@@ -8,7 +8,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
-    python eval.py bench generate
+    python eval.py bench generate            # or train
 """
 
 import contextlib
@@ -689,11 +689,12 @@ class Bench:
     """Measure speed and memory against transformers, both sides in one run on the same weights."""
 
     POSITIONAL = ("table",)
-    table: str = opt("generate", "what to measure", ("generate",))
-    repeats: int = opt(7, "interleaved measurements of each side; the median counts")
-    tokens: int = opt(64, "of each answer")
+    table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training",
+                     ("generate", "train"))
+    repeats: int = opt(5, "interleaved measurements of each side; the median counts")
+    tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")
-    out: str = opt("assets/bench-generate.json", "JSON file to write")
+    out: str = opt("", "JSON file to write; empty: assets/bench-TABLE.json")
 
 
 PROMPT = 12                                         # tokens of each prompt
@@ -767,13 +768,21 @@ class Rivals:
 
 
 def bench(settings):
-    """Tokens per second of both sides, for text and guided pictures, batch 1 and 8, and peak memory of fresh
-    processes -> the worst ratios of the tiny presets; all rows are printed and stored."""
+    """Measure one table."""
     import transformers
-
-    import train  # the one import against the order: it makes the tokenizer
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
+    result, rows = {"generate": bench_generate, "train": bench_train}[settings.table](settings)
+    write_json({"result": result, "rows": rows, "settings": vars(settings),
+                "machine": machine() | {"transformers": transformers.__version__}},
+               settings.out or f"assets/bench-{settings.table}.json")
+    return result
+
+
+def bench_generate(settings):
+    """Tokens per second of both sides, for text and guided pictures, batch 1 and 8, and peak memory of fresh
+    processes -> the worst ratios of the tiny presets, and all rows."""
+    import train  # the one import against the order: it makes the tokenizer
     rows, models = [], {name: model.PRESETS[name] for name in ("tiny-emu3", "tiny-janus")}
     models |= {f"{name} 6 x 512": replace(config, **WIDE, init_std=0.02) for name, config in models.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -786,8 +795,9 @@ def bench(settings):
             ours, theirs = rivals.ours(), rivals.theirs()
             for what, batch in [(what, batch) for what in ("text", "image") for batch in (1, 8)]:
                 n = batch * (settings.tokens if what == "text" else rivals.codes)
-                seconds, same = interleaved(functools.partial(ours[what], batch),
-                                            functools.partial(theirs[what], batch), settings.repeats)
+                works = {"ours": functools.partial(ours[what], batch), "theirs": functools.partial(theirs[what], batch)}
+                same = torch.equal(works["ours"](), works["theirs"]())
+                seconds = interleaved(works, settings.repeats)
                 rows.append(row | {"what": what, "batch": batch, "ours": n / seconds["ours"],
                                    "theirs": n / seconds["theirs"], "ratio": seconds["theirs"] / seconds["ours"],
                                    "same_tokens": same})
@@ -803,31 +813,200 @@ def bench(settings):
         return choose(row["ratio"] for row in rows if (row["what"], row["batch"], row["bar"]) == (what, batch, True))
     result = {"text_speed": [worst("text", min, 1), worst("text", min, 8)],
               "image_speed": [worst("image", min, 1), worst("image", min, 8)], "memory": worst("memory", max, 8)}
-    write_json({"result": result, "rows": rows, "settings": vars(settings),
-                "machine": machine() | {"transformers": transformers.__version__}}, settings.out)
-    return result
+    return result, rows
 
 
-def interleaved(ours, theirs, repeats):
-    """Run both in turn, after one round to warm up -> median seconds of each, whether they give the same."""
-    same, seconds = torch.equal(ours(), theirs()), {"ours": [], "theirs": []}
+def interleaved(works, repeats):
+    """{name: function}, run in turn -> {name: median seconds}."""
+    seconds = {name: [] for name in works}
     for _ in range(repeats):
-        for side, work in (("ours", ours), ("theirs", theirs)):
+        for name, work in works.items():
             start = time.perf_counter()
             work()
-            seconds[side].append(time.perf_counter() - start)
-    return {side: float(np.median(values)) for side, values in seconds.items()}, same
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 def fresh_memory(rivals, side, threads):
     """Largest resident memory in 1e9 bytes of a new process that loads the folder, answers and draws, batch 8."""
-    # Not getrusage: its peak of a new process is at least that of the process which started it.
-    script = (f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import eval; "
-              f"torch.set_num_threads({threads}); "
-              f"work = eval.Rivals({str(rivals.folder)!r}, {rivals.tokens}).{side}(); work['text'](8); "
-              "work['image'](8); print(*(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line))")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) * 1024 / 1e9
+    return fresh(f"work = eval.Rivals({str(rivals.folder)!r}, {rivals.tokens}).{side}(); work['text'](8); "
+                 "work['image'](8); print(eval.resident('VmHWM'))", threads)[0]
+
+
+def fresh(script, threads):
+    """Numbers that a script prints in a new Python process, where it finds `eval`."""
+    setup = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch, eval; " \
+        f"torch.set_num_threads({threads}); "
+    # Blocks of a megabyte go back to the system when they are freed; else the heap's holes add 5 % by chance.
+    done = subprocess.run([sys.executable, "-c", setup + script], capture_output=True, text=True,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
+    if done.returncode:
+        raise RuntimeError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
+    return [float(word) for word in done.stdout.split()]
+
+
+def resident(field):
+    """VmRSS (now) or VmHWM (largest so far) of this process, in 1e9 bytes. (The peak that getrusage tells of a new
+    process is at least that of the process which started it.)"""
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in open("/proc/self/status") if line.startswith(field))
+
+
+# Training: six layers of width 512, one sample, all tokens labelled; a third of it is the prompt, the rest the picture.
+TRAINED = {**WIDE, "vocab": 8000, "init_std": 0.02, "embed_std": 0.02, "context": 10_000}
+VARIANTS = {"plain": "next-token prediction", "aia": "NTP + AIA, fused",
+            "checkpointed": "NTP + AIA, recomputing layers", "explicit": "NTP + AIA, explicit attention",
+            "released": "the released recipe"}
+
+
+# Tokens, who is measured, and who only once: minutes are short, and maps of 8,192 tokens do not fit.
+TRAIN_ROWS = ((512, tuple(VARIANTS), ()), (1576, tuple(VARIANTS), ()), (3000, tuple(VARIANTS), ("explicit",)),
+              (8192, ("aia", "checkpointed"), ("aia",)))
+
+
+class Step:
+    """One training step of train.py on one sample of `length` tokens, in one of five manners."""
+
+    def __init__(self, variant, length, config=None):
+        import train
+        torch.manual_seed(0)
+        attention = "explicit" if variant == "explicit" else "fused"
+        config = replace(config or replace(model.TINY_EMU3, **TRAINED), attention=attention)
+        self.variant, self.m = variant, model.from_config(config).train()
+        self.m.lm.checkpoint_activations = variant == "checkpointed"
+        self.train, self.optimizer = train, train.make_optimizer(self.m, train.LARGE[0])
+        self.targets = {task: aia.targets(config.layers, task) for task in aia.TASKS}
+        self.batch = self.sample(length)
+        self(self.sample(16))                        # makes the moments, warms up
+
+    def sample(self, length):
+        tokens = torch.randint(self.m.config.vocab, (1, length), generator=torch.Generator().manual_seed(1))
+        place = torch.arange(length)[None]
+        return data.Batch("gen", tokens, tokens, place < length // 3, place >= length // 3, torch.ones(1).bool())
+
+    def __call__(self, batch=None):
+        batch = batch or self.batch
+        if self.variant == "released":
+            released_loss(self.m, batch, *self.targets["gen"], weight=5.0).backward()
+        else:
+            weights = None if self.variant == "plain" else {"gen": 5.0}
+            self.train.accumulate(self.m, [batch], self.targets, weights)
+        torch.nn.utils.clip_grad_norm_([p for p in self.m.parameters() if p.grad is not None], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def memory(self):
+        """GB at the peak of one step, and above weights and moments, which a short step has made."""
+        before = resident("VmRSS")
+        self()
+        return resident("VmHWM"), resident("VmHWM") - before
+
+
+def released_loss(m, batch, target, delta, weight):
+    """The authors' manner, written anew: eager attention that returns the map of every layer, a loop over layers and
+    samples that cuts out queries and keys, a Huber loss for each, and logits of all tokens."""
+    maps = []
+
+    def keep_map(q, k, v, visible, condition):
+        causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~causal, -torch.inf)
+        maps.append(scores.softmax(-1))                                         # (B, H, T, T)
+        return maps[-1] @ v, None
+    for layer in m.lm.layers:
+        layer.self_attn.attend = keep_map
+    logits = m.lm_head(m.lm(m.embed(batch))[0])                                 # (B, T, V)
+    ntp = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    total = 0.0
+    for layer, attention in enumerate(maps):
+        for b in range(len(batch.tokens)):
+            rows, keys = batch.queries[b].nonzero()[:, 0], batch.condition[b].nonzero()[:, 0]
+            share = attention[b][:, rows][:, :, keys].float().sum(-1).mean()
+            total = total + torch.nn.functional.huber_loss(share, target[layer], delta=delta[layer].item())
+    return ntp + weight * total / (len(maps) * len(batch.tokens))
+
+
+def bench_train(settings):
+    """Seconds and memory of the real training step against plain next-token prediction, against explicit attention and
+    against the released recipe; against transformers; against the peak of matrix products; memory of the loss head."""
+    import transformers
+    rows = []
+    for length, names, once in TRAIN_ROWS:
+        steps = {name: Step(name, length) for name in names if name != "checkpointed"}
+        seconds = interleaved({name: step for name, step in steps.items() if name not in once}, settings.repeats)
+        seconds |= interleaved({name: step for name, step in steps.items() if name in once}, 1)
+        del steps
+        for name in names:
+            peak, above = fresh(f"print(*eval.Step({name!r}, {length}).memory())", settings.threads)
+            rows.append({"variant": name, "tokens": length, "seconds": seconds.get(name), "once": name in once,
+                         "peak_gb": peak, "above_weights_gb": above})
+            print(f"{length:5d} tokens   {VARIANTS[name]:32s} " + (f"{seconds[name]:7.2f} s" if name in seconds else
+                  " " * 9) + f"   peak {peak:6.2f} GB   above weights {above:6.2f} GB", flush=True)
+
+    def get(variant, length, key):
+        return next(row[key] for row in rows if (row["variant"], row["tokens"]) == (variant, length))
+    # Growth of memory: slope of log bytes over log tokens, by least squares.
+    exponent = {name: float(np.polyfit(np.log([row["tokens"] for row in rows if row["variant"] == name]), np.log(
+        [row["above_weights_gb"] for row in rows if row["variant"] == name]), 1)[0]) for name in VARIANTS}
+    print("memory above weights grows with tokens to the power of "
+          + ", ".join(f"{power:.2f} ({VARIANTS[name]})" for name, power in exponent.items()))
+    ours = Step("plain", 1576)
+    config, theirs = ours.m.config, llama_step(transformers, ours.m.config, ours.batch.tokens)
+    a, b = torch.randn(2, 1024, 1024)
+    theirs()
+    seconds = interleaved({"ours": ours, "theirs": theirs, "product": lambda: [a @ b for _ in range(40)]},
+                          settings.repeats)
+    peak, done = 40 * 2 * 1024**3 / seconds["product"], step_flops(config, 1576) / seconds["ours"]
+    print(f"1576 tokens   ours {1576 / seconds['ours']:.0f} tokens/s, transformers {1576 / seconds['theirs']:.0f}; "
+          f"matrix products {peak / 1e9:.0f} GFLOP/s, the step {done / 1e9:.0f}")
+    plain, = fresh("print(eval.head_memory(2048, False))", settings.threads)
+    head, = fresh("print(eval.head_memory(8192, True))", settings.threads)
+    print(f"loss head, 184,622 words of width 256, above inputs and gradients: plain {plain:.2f} GB at 2,048 tokens "
+          f"({4 * plain:.1f} at 8,192), chunked {head:.2f} GB at 8,192")
+    rows += [{"exponent": exponent, "tokens_per_second": {k: 1576 / seconds[k] for k in ("ours", "theirs")},
+              "matmul_flops": peak, "step_flops": done, "head_gb": {"plain at 2048": plain, "chunked at 8192": head}}]
+    return {"aia_time_1576": get("aia", 1576, "seconds") / get("plain", 1576, "seconds"),
+            "aia_time_3000": get("aia", 3000, "seconds") / get("plain", 3000, "seconds"),
+            "aia_memory_3000": get("aia", 3000, "peak_gb") / get("plain", 3000, "peak_gb"),
+            "released_time_3000": get("released", 3000, "seconds") / get("aia", 3000, "seconds"),
+            "released_memory_3000": get("released", 3000, "above_weights_gb") / get("aia", 3000, "above_weights_gb"),
+            "memory_exponent": exponent["aia"], "transformers_train": seconds["theirs"] / seconds["ours"],
+            "matmul_share": done / peak, "head_gib": head * 1e9 / 2**30}, rows
+
+
+def llama_step(transformers, c, tokens):
+    """The same step of a LlamaForCausalLM of the same sizes, as people would write it."""
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, tie_word_embeddings=False,
+        attn_implementation="sdpa", max_position_embeddings=c.context, use_cache=False)
+    m = transformers.LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(m.parameters(), lr=2e-5)
+
+    def step():
+        m(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def step_flops(c, length):
+    """Model FLOPs of a training step on one sample: for each token 6 for each weight of a matrix (2 forward, 4
+    backward), and 12 for each attended pair and channel, of which causal attention has half."""
+    inner, shared = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    weights = c.layers * (2 * c.width * inner + 2 * c.width * shared + 3 * c.width * c.ffn) + c.width * c.vocab
+    return 6 * weights * length + 12 * c.layers * inner * length**2 / 2
+
+
+def head_memory(tokens, chunked):
+    """Peak GB of the next-token loss at Emu3's vocabulary, above its inputs and their gradients."""
+    head = torch.nn.Linear(256, model.EMU3_8B.vocab, bias=False)
+    x, target = torch.randn(tokens, 256, requires_grad=True), torch.randint(model.EMU3_8B.vocab, (tokens,))
+    before = resident("VmRSS") + (head.weight.nbytes + x.nbytes) / 1e9          # the latter for the gradients
+    if chunked:
+        model.next_token_loss(x, head, target).backward()
+    else:
+        torch.nn.functional.cross_entropy(head(x), target, reduction="sum").backward()
+    return resident("VmHWM") - before
 
 
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),

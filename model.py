@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import aia
 from aia import InputError
@@ -347,7 +348,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.rope_bf16 = config, False
+        self.config, self.rope_bf16, self.checkpoint_activations = config, False, False
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -384,7 +385,9 @@ class Decoder(nn.Module):
         visible = visibility(mask, past, x)
         x, intensities, states = x.flatten(0, 1), [], [x]                       # (B T, C)
         for layer in self.layers:
-            x, mass = layer(x, batch, rope, visible, condition, cache)          # (B T, C), (B, H, T)
+            # Recomputed in the backward pass, mass included, instead of kept.
+            run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpoint_activations else layer
+            x, mass = run(x, batch, rope, visible, condition, cache)            # (B T, C), (B, H, T)
             if mass is not None:
                 intensities.append(aia.intensity(mass, queries))                # (B,)
             if hidden:
@@ -720,6 +723,29 @@ class SigLIP(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The two models
 # ---------------------------------------------------------------------------------------------------------------------
+CHUNK = 256                                     # tokens that meet the vocabulary at once
+
+
+def next_token_loss(x, head, target):
+    """Sum of the cross-entropy of head(x) with target: x (n, C), target (n,) -> scalar.
+
+    Logits exist for CHUNK tokens at a time, forward and backward. All of them would outgrow everything else: at Emu3's
+    size, 8,192 tokens times 184,622 words are 6 GB in float32.
+    """
+    *before, last = head if isinstance(head, nn.Sequential) else [head]
+    for layer in before:
+        x = layer(x)
+    weight, bias = last.weight, last.bias
+    if torch.is_autocast_enabled(x.device.type):    # which knows linear layers, but not this function
+        x, weight, bias = (part if part is None else part.to(torch.get_autocast_dtype(x.device.type))
+                           for part in (x, weight, bias))
+    # The result has the type of x: in half precision a sum of thousands of tokens is better taken here.
+    exact = x.dtype in (torch.float32, torch.float64)
+    loss = F.linear_cross_entropy(x, weight, target, linear_bias=bias, reduction="sum" if exact else "none",
+                                  options=nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK))
+    return aia.at_least_float32(loss).sum()
+
+
 @dataclass
 class Output:
     """ntp: sum of the next-token loss over labels; tokens: their number; intensity (B, L); hidden: L + 1 states."""
@@ -748,9 +774,8 @@ class Unified(nn.Module):
         # Position t predicts the label at t + 1; positions without a label never meet the head.
         target = batch.labels[:, 1:]                                            # (B, T - 1)
         labelled = target != -100
-        logits = self.head(batch.task)(x[:, :-1][labelled])                     # (labels, V or K)
-        ntp = F.cross_entropy(logits.float(), target[labelled], reduction="sum")
-        return Output(ntp, len(logits), intensities, states)
+        ntp = next_token_loss(x[:, :-1][labelled], self.head(batch.task), target[labelled])
+        return Output(ntp, int(labelled.sum()), intensities, states)
 
     def logits(self, ids, pixels=None, mask=None):
         """Text logits (B, T, V). ids (B, T) hold one placeholder per image token, filled in order from pixels
@@ -896,8 +921,10 @@ class Janus(Unified):
         return self.fill(batch.tokens, self.embed_codes(batch.codes))
 
     def embed_text(self, ids, pixels=None):
-        features = None if pixels is None else self.aligner(self.vision(pixels.to(self.vision.pos_embed.dtype)))
-        return self.fill(ids, features)
+        if pixels is None:
+            return self.fill(ids, None)
+        parts = pixels.to(self.vision.pos_embed.dtype).split(CHUNK // 8)        # a few pictures at a time
+        return self.fill(ids, torch.cat([self.aligner(self.vision(part)) for part in parts]))
 
     def fill(self, ids, features):
         """Embed ids (B, T); placeholders take features (n, N, C) in order."""

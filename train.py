@@ -63,6 +63,8 @@ class TrainConfig:
     aia_variant: str = opt("full", "what is left out of AIA", aia.VARIANTS)
     arms: str = opt("aia", "both: train stage 3 a second time without AIA, from the same weights", ("aia", "both"))
     attention: str = opt("fused", "fused kernel or written out; same result", tuple(model.ATTENTION))
+    checkpoint_activations: bool = opt(False, "recompute each layer in the backward pass: less memory, slower steps")
+    compile: bool = opt(False, "torch.compile the layers: a slow first minute, then faster steps")
     rope_bf16: bool = opt(False, "round the rotary frequencies to bfloat16, as the authors' scripts do")
     data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
     val: str = opt("", "JSON-lines file for the final losses; empty: the records of --data themselves")
@@ -191,23 +193,27 @@ def accumulate(m, batches, targets, weights, scale=True, autocast=contextlib.nul
     """Gradients of one step, the same however its samples are cut into micro-batches.
 
     loss = sum over tasks of  ntp_sum / label_tokens(task)  +  lambda(task) * aia_sum / valid_samples(task)
-    targets {task: (target, delta)}, weights {task: lambda}; scale False measures only, without gradients.
+    targets {task: (target, delta)}, weights {task: lambda}; weights None is next-token prediction alone, which also
+    measures no attention; scale False measures only, without gradients.
     -> metrics {"gen": {"ntp", "aia", "intensity"}, "und": ...}
     """
     total, metrics = counts(batches), {}
     for batch in batches:
-        tokens, valid = total[batch.task]
+        tokens, valid = (max(n, 1) for n in total[batch.task])
         with autocast(), torch.set_grad_enabled(scale):
-            out = m(batch.to(next(m.parameters()).device))
-        target, delta = targets[batch.task]
-        aia_sum = aia.loss(out.intensity, target, delta, batch.aia_valid.to(out.intensity.device), reduction="sum")
-        if scale:
+            out = m(batch.to(next(m.parameters()).device), intensity=weights is not None)
+        loss, row = out.ntp / tokens, metrics.setdefault(batch.task, {"ntp": 0.0})
+        row["ntp"] += loss.item()
+        if weights is not None:
+            aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid.to(out.intensity.device),
+                               reduction="sum")
             # L = L_NTP + lambda L_AIA (Eq. 3)
-            (out.ntp / max(tokens, 1) + weights[batch.task] * aia_sum / max(valid, 1)).backward()
-        row = metrics.setdefault(batch.task, {"ntp": 0.0, "aia": 0.0, "intensity": torch.zeros(len(target))})
-        row["ntp"] += out.ntp.item() / max(tokens, 1)
-        row["aia"] += aia_sum.item() / max(valid, 1)
-        row["intensity"] += out.intensity.detach()[batch.aia_valid].sum(0).cpu() / max(valid, 1)
+            loss = loss + weights.get(batch.task, 0.0) * aia_sum / valid
+            row["aia"] = row.get("aia", 0.0) + aia_sum.item() / valid
+            row["intensity"] = row.get("intensity", 0) + \
+                out.intensity.detach()[batch.aia_valid].sum(0).cpu() / valid
+        if scale:
+            loss.backward()
     return metrics
 
 
@@ -364,6 +370,21 @@ def memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def attention_kernel(m, autocast):
+    """Which kernel attention runs on, for this model's heads: what a profile of one call shows."""
+    c, like = m.config, m.lm.embed_tokens.weight
+    if c.attention == "explicit":
+        return "explicit, every map is kept"
+    q, k = (like.new_zeros(1, heads, 64, c.head_dim) for heads in (c.heads, c.kv_heads))
+    with torch.profiler.profile() as seen, autocast():
+        model.attend_fused(q.requires_grad_(), k, k, condition=torch.ones(1, 64, dtype=torch.bool, device=k.device))
+    names = " ".join(event.key for event in seen.key_averages())
+    for kernel in ("flash", "cudnn", "efficient"):
+        if f"_{kernel}_attention" in names:
+            return f"fused, {kernel} kernel"
+    return "fused, but on the slow math fallback: heads of this size or type have no fast kernel here"
+
+
 class Stop(Exception):
     """Ctrl-C was pressed: save and go."""
 
@@ -410,7 +431,11 @@ class Run:
             model.special_ids(model.token_ids(self.m.tokenizer_file), kind, self.m.tokenizer_file)
         else:
             self.m = model.build(config.preset, attention=config.attention).to(self.device)
-        self.m.lm.rope_bf16 = config.rope_bf16
+        self.m.lm.rope_bf16, self.m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
+        print(f"attention: {attention_kernel(self.m, self.autocast)}")
+        if config.compile:
+            for layer in self.m.lm.layers:
+                layer.compile()
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
@@ -449,7 +474,8 @@ class Run:
 
 def check_settings(stored, given, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
-    free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention"}
+    free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
+            "checkpoint_activations", "compile"}
     for name in stored:
         if name not in free and stored[name] != given[name]:
             flag = "--" + name.replace("_", "-")

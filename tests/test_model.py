@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia
 import data
@@ -189,6 +190,97 @@ def test_loss_is_cross_entropy_of_the_full_logits(m, task):
     out = m(batch, intensity=False)
     close(out.ntp, expected)
     assert out.tokens == (batch.labels[:, 1:] != -100).sum() and out.intensity is None
+
+
+@pytest.mark.parametrize("head", ["one layer", "three layers"])
+@pytest.mark.parametrize("n", [0, 1, 600])
+def test_the_chunked_loss_is_the_plain_one(n, head):
+    """Value and all gradients, for no token, one, and more than two chunks; the head of the vocabulary and that of
+    Janus-Pro's codes, which has biases."""
+    one = torch.nn.Linear(16, 700, bias=False)
+    head = one if head == "one layer" else torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(),
+                                                               torch.nn.Linear(16, 700))
+    x, target = torch.randn(n, 16, requires_grad=True), torch.randint(700, (n,))
+    expected = F.cross_entropy(head(x), target, reduction="sum") if n else 0.0 * head(x).sum()
+    got = model.next_token_loss(x, head, target)
+    close(got, expected)
+    inputs = [x, *head.parameters()]
+    for a, b in zip(torch.autograd.grad(3 * got, inputs), torch.autograd.grad(3 * expected, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_chunked_loss_under_autocast_rounds_as_linear_layers_do():
+    """Products in bfloat16, the loss in float32: near the exact one, with gradients for float32 weights."""
+    head, x, target = torch.nn.Linear(64, 700, bias=False), torch.randn(300, 64), torch.randint(700, (300,))
+    exact = F.cross_entropy(head(x), target, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.next_token_loss(x, head, target)
+    got.backward()
+    assert got.dtype == torch.float32 and abs(got / exact - 1) < 1e-3
+    (expected,) = torch.autograd.grad(exact, head.weight)
+    assert head.weight.grad.dtype == torch.float32
+    close(head.weight.grad, expected, 2e-2)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any operation has put out."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+def test_fused_training_never_holds_a_map_nor_all_logits(attention):
+    """Forward and backward, with AIA: nothing as large as tokens x tokens or tokens x vocabulary is ever made."""
+    t, vocab = 1024, 1000
+    m = tiny("tiny-emu3", layers=1, vocab=vocab, attention=attention, heads=2, kv_heads=1, head_dim=16, width=32,
+             ffn=64)
+    tokens, place = torch.randint(480, (1, t)), torch.arange(t)[None]
+    batch = data.Batch("gen", tokens, tokens, place < 400, place >= 400, torch.ones(1).bool())
+    with Largest() as seen:
+        out = m(batch)
+        (out.ntp + out.intensity.sum()).backward()
+    limit = min(t * t, t * vocab)
+    assert seen.numel < limit / 2 if attention == "fused" else seen.numel >= t * t
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+@pytest.mark.parametrize("task", aia.TASKS)
+@pytest.mark.parametrize("name", TINY)
+def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how):
+    """Loss, intensities and gradients, of which the mass is a part."""
+    batch, results = batch_of(model.PRESETS[name], task), []
+    for changed in (False, True):
+        one = tiny(name, **SMALL).train()
+        if changed and how == "checkpointed":
+            one.lm.checkpoint_activations = True
+        for layer in one.lm.layers if changed and how == "compiled" else ():
+            layer.compile(backend="aot_eager")
+        out = one(batch)
+        (out.ntp / out.tokens + out.intensity.square().sum()).backward()
+        results.append({"ntp": out.ntp, "intensity": out.intensity,
+                        **{key: p.grad for key, p in one.named_parameters() if p.grad is not None}})
+    assert results[0].keys() == results[1].keys()
+    for key, expected in results[0].items():
+        close(results[1][key], expected)
+
+
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_intensity_in_half_precision_is_right_to_a_thousandth(m, task):
+    """The mass of a token carries bfloat16 rounding, its average does not."""
+    batch = batch_of(m.config, task)
+    half = copy.deepcopy(m)
+    for name, part in half.named_children():
+        part.to(torch.float32 if name == "vq" else torch.bfloat16)
+    torch.testing.assert_close(half(batch).intensity.float(), m(batch).intensity, rtol=0, atol=1e-2)
+    mass = torch.rand(2, 4, 500)
+    queries = torch.rand(2, 500) < 0.7
+    assert (aia.intensity(mass.bfloat16(), queries) - aia.intensity(mass, queries)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("task", aia.TASKS)
