@@ -28,6 +28,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import aia
@@ -370,19 +371,30 @@ def memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names += f" {function}"
+        return function(*args, **(kwargs or {}))
+
+
 def attention_kernel(m, autocast):
-    """Which kernel attention runs on, for this model's heads: what a profile of one call shows."""
+    """Which kernel attention runs on for this model's heads: what one call of it runs."""
     c, like = m.config, m.lm.embed_tokens.weight
     if c.attention == "explicit":
         return "explicit, every map is kept"
     q, k = (like.new_zeros(1, heads, 64, c.head_dim) for heads in (c.heads, c.kv_heads))
-    with torch.profiler.profile() as seen, autocast():
+    with Operations() as seen, autocast():
         model.attend_fused(q.requires_grad_(), k, k, condition=torch.ones(1, 64, dtype=torch.bool, device=k.device))
-    names = " ".join(event.key for event in seen.key_averages())
     for kernel in ("flash", "cudnn", "efficient"):
-        if f"_{kernel}_attention" in names:
+        if f"_{kernel}_attention" in seen.names:
             return f"fused, {kernel} kernel"
-    return "fused, but on the slow math fallback: heads of this size or type have no fast kernel here"
+    return "fused, but on the slow math fallback: no fast kernel takes heads of this size and type here"
 
 
 class Stop(Exception):

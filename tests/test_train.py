@@ -1,5 +1,6 @@
 """Claims about training: one step, lambda, stages, resuming, failures, the command line (train.py)."""
 
+import contextlib
 import copy
 import json
 import math
@@ -530,3 +531,25 @@ def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vec
         equal = torch.cat([z[:, 1, 2], z[:1, 0, 0]])                # picture 0 shows the patch twice
         spread = (equal - equal.mean(0)).square().sum() / (z - z.mean((0, 1, 2))).square().sum()
     assert within.item() == pytest.approx(spread.item(), rel=1e-4) and within > 0
+
+
+@both_models
+def test_the_kernel_of_attention_is_told(name):
+    """Heads of one width run on the fast kernel, shared ones too; explicit attention says what it keeps."""
+    assert train.attention_kernel(fresh(name), contextlib.nullcontext) == "fused, flash kernel"
+    assert "every map" in train.attention_kernel(fresh(name, attention="explicit"), contextlib.nullcontext)
+
+
+@both_models
+def test_plain_training_measures_no_attention(name, texts):
+    """Without lambda a step is next-token prediction alone: the same loss and gradient as with lambda 0."""
+    m = fresh(name)
+    batches = schedule(m, texts[name]).step(0)
+    found = {}
+    for how, weights in (("plain", None), ("zero", dict.fromkeys(aia.TASKS, 0.0))):
+        m.zero_grad()
+        metrics = train.accumulate(m, batches, {task: aia.targets(2, task) for task in aia.TASKS}, weights)
+        found[how] = {task: row["ntp"] for task, row in metrics.items()}, m.lm.layers[0].self_attn.q_proj.weight.grad
+    assert found["plain"][0] == pytest.approx(found["zero"][0])
+    torch.testing.assert_close(found["plain"][1], found["zero"][1])
+    assert "aia" not in train.accumulate(m, batches[:1], {}, None)[batches[0].task]
