@@ -856,8 +856,6 @@ TRAINED = {**WIDE, "vocab": 8000, "init_std": 0.02, "embed_std": 0.02, "context"
 VARIANTS = {"plain": "next-token prediction", "aia": "NTP + AIA, fused",
             "checkpointed": "NTP + AIA, recomputing layers", "explicit": "NTP + AIA, explicit attention",
             "released": "the released recipe"}
-
-
 # Tokens, who is measured, and who only once: minutes are short, and maps of 8,192 tokens do not fit.
 TRAIN_ROWS = ((512, tuple(VARIANTS), ()), (1576, tuple(VARIANTS), ()), (3000, tuple(VARIANTS), ("explicit",)),
               (8192, ("aia", "checkpointed"), ("aia",)))

@@ -900,6 +900,9 @@ class Emu3(Unified):
         return torch.stack(rows, 1).flatten(0, 1), torch.stack(masks, 1).flatten(0, 1)
 
 
+READ_AT_ONCE = 32                               # pictures that pass through SigLIP together
+
+
 class Janus(Unified):
     """Pictures are read through SigLIP and an aligner, written as codes with an embedding and a head of their own."""
 
@@ -923,7 +926,7 @@ class Janus(Unified):
     def embed_text(self, ids, pixels=None):
         if pixels is None:
             return self.fill(ids, None)
-        parts = pixels.to(self.vision.pos_embed.dtype).split(CHUNK // 8)        # a few pictures at a time
+        parts = pixels.to(self.vision.pos_embed.dtype).split(READ_AT_ONCE)
         return self.fill(ids, torch.cat([self.aligner(self.vision(part)) for part in parts]))
 
     def fill(self, ids, features):

@@ -439,8 +439,9 @@ class Run:
                                 attention=config.attention)
             if not self.m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
-            # Another kind is refused before anything is written.
-            model.special_ids(model.token_ids(self.m.tokenizer_file), kind, self.m.tokenizer_file)
+            if self.m.config.kind != kind:
+                raise InputError(f"--init {config.init} is a model of kind {self.m.config.kind}, but --preset "
+                                 f"{config.preset} of kind {kind}: choose the preset that fits")
         else:
             self.m = model.build(config.preset, attention=config.attention).to(self.device)
         self.m.lm.rope_bf16, self.m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations

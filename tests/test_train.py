@@ -481,10 +481,11 @@ def test_fine_tuning_starts_from_another_run(whole, tmp_path, unscored):
 
 
 def test_another_models_run_is_no_start(whole, tmp_path, capsys):
-    """Its vocabulary has other special tokens; it is refused before the new folder exists."""
+    """Emu3 cannot go on as Janus-Pro; it is refused before the new folder exists."""
     config, _ = whole
     other, = {*NAMES} - {config.preset}
-    assert "tokenizer" in refused(capsys, "--preset", other, "--init", config.out, "--out", tmp_path / "run")
+    refusal = refused(capsys, "--preset", other, "--init", config.out, "--out", tmp_path / "run")
+    assert "choose the preset that fits" in refusal
     assert not (tmp_path / "run").exists()
 
 
