@@ -830,6 +830,7 @@ class Batch:
     pixels: torch.Tensor | None = None       # Janus-Pro understanding: (n, 3, S, S)
     codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
     places: tuple = ()                       # where each sample comes from, for messages
+    lengths: tuple = ()                      # tokens of each sample, without padding
 
     def to(self, device):
         return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
@@ -898,8 +899,8 @@ class Preparer:
 
 def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
     """Pieces [(ids, role), ...] of each sample -> Batch; labels and masks follow from the roles."""
-    length = max(sum(len(ids) for ids, _ in pieces) for pieces in samples)
-    tokens = torch.full((len(samples), length), pad)                            # (B, T)
+    lengths = tuple(sum(len(ids) for ids, _ in pieces) for pieces in samples)
+    tokens = torch.full((len(samples), max(lengths)), pad)                      # (B, T)
     roles = torch.full_like(tokens, PADDING)                                    # (B, T)
     for b, pieces in enumerate(samples):
         ids = [i for part, _ in pieces for i in part]
@@ -911,7 +912,7 @@ def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
     if codes is not None:                                                       # Janus-Pro: gen_head predicts codes
         labels = labels.masked_scatter(answer, codes)
     valid = valid & condition.any(1) & queries.any(1)
-    return Batch(task, tokens, labels, condition, queries, valid, pixels, codes, places)
+    return Batch(task, tokens, labels, condition, queries, valid, pixels, codes, places, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -967,15 +968,32 @@ class Schedule:
         rng = np.random.default_rng([self.seed, 4, aia.TASKS.index(task), position])
         return self.source.record(task, int(self.order(task, epoch)[place]), rng), rng
 
-    def step(self, step):
-        """The micro-batches of a step: generation first, then understanding, each of one task."""
+    def length(self, task, position):
+        """Length of a record in characters, a picture token counted as four: good enough to sort by."""
+        record, config = self.record(task, position)[0], self.preparer.config
+        picture = (config.image_size // (config.vit_patch if config.kind == "janus" else config.factor)) ** 2
+        return 4 * picture * len(record.pictures) + sum(len(asked) + len(answer) for asked, answer in record.turns)
+
+    def groups(self, step):
+        """[(task, positions)] of the micro-batches of a step: generation first, then understanding.
+
+        Samples of like length go together: less padding, and the same gradient, since a step is one sum. The longest
+        come first, so that what does not fit into memory fails at once.
+        """
         start, end = (samples_before(s, self.batch_size, self.ratio) for s in (step, step + 1))
-        batches = []
+        groups, n = [], self.micro_batch
         for task in aia.TASKS:
-            for first in range(start[task], end[task], self.micro_batch):
-                batches.append(usable_batch(self.preparer, functools.partial(self.record, task),
-                                            range(first, min(first + self.micro_batch, end[task])), self.drop,
-                                            self.bad if self.on_bad_record == "skip" else None))
+            positions = list(range(start[task], end[task]))
+            if len(positions) > n:
+                positions.sort(key=functools.partial(self.length, task), reverse=True)
+            groups += [(task, positions[first:first + n]) for first in range(0, len(positions), n)]
+        return groups
+
+    def step(self, step):
+        """The micro-batches of a step, each of one task; one without a usable record is left out."""
+        bad = self.bad if self.on_bad_record == "skip" else None
+        batches = [usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
+                   for task, positions in self.groups(step)]
         return [batch for batch in batches if batch is not None]
 
 

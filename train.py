@@ -175,7 +175,7 @@ def make_optimizer(m, stage):
     moving = [p for p in m.parameters() if p.requires_grad]
     groups = [{"params": [p for p in moving if p.ndim >= 2], "weight_decay": stage.weight_decay},
               {"params": [p for p in moving if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=1e-8)
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=1e-8, fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -616,7 +616,10 @@ def report(run, index, step, since, metrics, weights, norm, batches, bar):
         else:
             entry[task] = row
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
-    entry["tokens_per_second"] = sum(batch.tokens.numel() for batch in batches) / rate
+    if batches:
+        tokens = sum(sum(batch.lengths) for batch in batches)
+        entry |= {"tokens_per_second": tokens / rate,
+                  "padding": 1 - tokens / sum(batch.tokens.numel() for batch in batches)}
     left = rate * (stage.steps - step - 1)
     bar.write(f"step {step + 1:5d}/{stage.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
               f"{stage.batch_size / rate:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)

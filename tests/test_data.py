@@ -804,8 +804,21 @@ def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, preparers):
                 for b in schedule(preparers[kind], batch_size=12, micro_batch=micro_batch).step(2)
                 for place, tokens, valid in zip(b.places, b.tokens, b.aia_valid, strict=True)]
     pad = preparers[kind].text.ids["pad"]
-    assert samples(1) == samples(4) == samples(64)
+    assert sorted(samples(1)) == sorted(samples(4)) == sorted(samples(64))
     assert {valid for task, *_, valid in samples(64) if task == "gen"} == {True, False}
+
+
+@both_kinds
+def test_samples_of_like_length_share_a_micro_batch(kind, preparers):
+    """Cut in order of arrival, short conversations would be padded to long ones; the longest come first."""
+    plan = schedule(preparers[kind], n=64, batch_size=128, micro_batch=8, drop=0.0)
+    lengths = {task: [batch.lengths for batch in plan.step(0) if batch.task == task] for task in ("gen", "und")}
+    arrived = [sum(plan.preparer.batch([plan.record("und", i)[0]]).lengths) for i in range(64)]
+    assert sorted(sum(lengths["und"], ())) == sorted(arrived)
+    before = 8 * sum(max(arrived[first:first + 8]) for first in range(0, 64, 8)) / sum(arrived) - 1
+    for groups in lengths.values():
+        assert sum(groups[0]) > sum(groups[-1])
+        assert 8 * sum(map(max, groups)) / sum(sum(groups, ())) - 1 < before / 3
 
 
 def test_every_record_comes_once_per_epoch(preparers):
