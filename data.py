@@ -4,12 +4,15 @@ A record (a picture with a conversation) becomes tokens with a role each; from t
 prediction and the two masks of Eq. 1, by one rule for both models (see `spans`).
 
     python data.py export FOLDER --n 200      # draw world data as pictures + JSON lines, the layout of --data
+    python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B      # the codes of all pictures, once
 """
 
 import argparse
 import base64
 import functools
+import hashlib
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -20,6 +23,9 @@ import sentencepiece
 import tokenizers
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 import aia
 import model
@@ -62,6 +68,17 @@ def run(command):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def device_of(name):
+    """--device: "auto" takes CUDA where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not available here: use cpu, or auto") from error
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,6 +675,13 @@ def janus_drawing(picture, config):
     return to_tensor(picture.crop((left, top, left + size, top + size)))
 
 
+def written(picture, config, training=True):
+    """Resize for the picture tokenizer of either model. Emu3 in training: to the area of a drawn picture."""
+    if config.kind == "janus":
+        return janus_drawing(picture, config)
+    return emu3_picture(picture, config, config.image_size**2 if training else None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and where they come from
 # ---------------------------------------------------------------------------------------------------------------------
@@ -814,6 +838,70 @@ def question_parts(turns, n_images):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures encoded once
+# ---------------------------------------------------------------------------------------------------------------------
+def picture_key(file):
+    """Name of a picture's content, whatever its path. Of a file that cannot be read: "" (loading it will say why)."""
+    try:
+        return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
+
+
+class Encoded:
+    """What frozen towers made of pictures, stored by `data.py encode`: safetensors files of codes/KEY, as encode_images
+    gives them, and features/KEY (N, vit_width), KEY as in picture_key. Files made with other weights, or by another
+    resizing, are refused."""
+
+    def __init__(self, folder, m, new=False):
+        self.folder, self.m, self.parts = Path(folder), m, {}
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not (files or new):
+            raise InputError(f"--encoded {folder} holds no encoded pictures: make them with python data.py encode")
+        for file in files:
+            try:
+                part = safe_open(file, "pt")
+                stored, names = part.metadata() or {}, list(part.keys())
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{file} is broken ({error}): remove it and run data.py encode again") from error
+            for name, made_with in stored.items():
+                if made_with != self.fingerprints.get(name):
+                    raise InputError(f"{file} was encoded with another tower or another resizing ({name} {made_with}, "
+                                     f"here {self.fingerprints.get(name)}): encode again, into another folder")
+            self.parts |= dict.fromkeys(names, part)
+
+    @functools.cached_property
+    def fingerprints(self):
+        """{"codes", "features": hash of the tower's weights, and of what the resizing makes of a small and of a large
+        picture of noise}."""
+        towers = {"codes": (self.m.vq, written)}
+        if self.m.config.kind == "janus":
+            towers["features"] = (self.m.vision, janus_reading)
+        found = {}
+        for name, (tower, resize) in towers.items():
+            mix = hashlib.blake2b(digest_size=8)
+            for key, weight in sorted(tower.state_dict().items()):
+                if weight.is_floating_point():       # not the counters of batch norm
+                    mix.update(key.encode() + weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            for height, width in ((90, 60), (700, 1100)):
+                noise = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+                mix.update(resize(Image.fromarray(noise), self.m.config).numpy().tobytes())
+            found[name] = mix.hexdigest()
+        return found
+
+    def get(self, name, file):
+        """Codes or features of a picture file, or None."""
+        key = f"{name}/{picture_key(file)}"
+        return self.parts[key].get_tensor(key) if key in self.parts else None
+
+    def add(self, tensors, place):
+        """Write tensors into a new file, whole or not at all."""
+        aside = self.folder / f"{place}.part"
+        save_file(tensors, aside, {name: self.fingerprints[name] for name in {key.split("/")[0] for key in tensors}})
+        os.replace(aside, self.folder / f"{place}.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
@@ -828,6 +916,7 @@ class Batch:
     queries: torch.Tensor                    # (B, T) bool: rows that are averaged
     aia_valid: torch.Tensor                  # (B,) bool: false for a dropped prompt, or without keys or queries
     pixels: torch.Tensor | None = None       # Janus-Pro understanding: (n, 3, S, S)
+    features: torch.Tensor | None = None     # the same, already read by SigLIP: (n, N, vit_width)
     codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
     places: tuple = ()                       # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
@@ -842,43 +931,55 @@ PIXELS_AT_ONCE = 2**16                       # for the picture tokenizer, whose 
 class Preparer:
     """Records -> Batch for one model: pictures through its transforms and tokenizer, texts through its template."""
 
-    def __init__(self, m, text, training=True):
-        self.m, self.config, self.text, self.training = m, m.config, text, training
-        self.template = TEMPLATES[m.config.kind](m.config, text, training)
+    def __init__(self, m, text, training=True, encoded=None):
+        self.m, self.config, self.text, self.training, self.encoded = m, m.config, text, training, encoded
+        self.template = text and TEMPLATES[m.config.kind](m.config, text, training)    # None: for pictures only
         self.known = {}                                                         # codes of world pictures, by content
+
+    def recall(self, name, source):
+        """The "codes" or "features" of a picture if they were made before, else None."""
+        if isinstance(source, np.ndarray):
+            return self.known.get(source.tobytes()) if name == "codes" else None
+        return self.encoded.get(name, source) if self.encoded else None
 
     def codes(self, pictures):
         """Codes of pictures, each a CPU tensor; equal-sized ones are encoded together, known ones are not."""
-        keys = [p.tobytes() if isinstance(p, np.ndarray) else p for p in pictures]
-        config, device, shapes, fresh = self.config, next(self.m.vq.parameters()).device, {}, {}
-        for key, source in zip(keys, pictures, strict=True):
-            if key not in self.known:
-                picture = load_picture(source, config.kind)
-                pixels = janus_drawing(picture, config) if config.kind == "janus" else \
-                    emu3_picture(picture, config, config.image_size**2 if self.training else None)
-                shapes.setdefault(pixels.shape, {})[key] = pixels
+        found, device, shapes = [self.recall("codes", p) for p in pictures], next(self.m.vq.parameters()).device, {}
+        for i, source in enumerate(pictures):
+            if found[i] is None:
+                pixels = written(load_picture(source, self.config.kind), self.config, self.training)
+                shapes.setdefault(pixels.shape, {})[i] = pixels
         for (_, height, width), group in shapes.items():
             parts = torch.stack(list(group.values())).split(max(1, PIXELS_AT_ONCE // (height * width)))
             codes = torch.cat([self.m.encode_images(part.to(device)).cpu() for part in parts])
-            fresh |= {key: one.clone() for key, one in zip(group, codes, strict=True)}
-        self.known |= {key: one for key, one in fresh.items() if isinstance(key, bytes)}
-        return [fresh[key] if key in fresh else self.known[key] for key in keys]
+            for i, one in zip(group, codes, strict=True):
+                found[i] = one.clone()
+                if isinstance(pictures[i], np.ndarray):
+                    self.known[pictures[i].tobytes()] = found[i]
+        return found
+
+    def reading(self, pictures):
+        """What Janus-Pro reads of the pictures of questions, as fields of a Batch: pixels, or where all pictures have
+        stored features, those."""
+        features = [self.recall("features", p) for p in pictures]
+        if pictures and all(one is not None for one in features):
+            return {"features": torch.stack(features)}
+        return {"pixels": torch.stack([janus_reading(load_picture(p, "janus"), self.config) for p in pictures])
+                if pictures else None}
 
     def batch(self, records, rngs=None, drop=0.0):
         """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
-        samples, valid, pixels, codes = self.pieces(records, rngs, drop)
-        return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"], pixels, codes,
-                       tuple(record.place for record in records))
+        samples, valid, pictures = self.pieces(records, rngs, drop)
+        return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"],
+                       places=tuple(record.place for record in records), **pictures)
 
     def pieces(self, records, rngs=None, drop=0.0):
-        """Records of one task -> pieces of each, whether its prompt was kept, and what Janus-Pro takes apart from the
-        tokens: pixels (n, 3, S, S) of questions, codes (B, N) of drawings. An answer None ends a prompt."""
+        """Records of one task -> pieces of each, whether its prompt was kept, and fields of a Batch that Janus-Pro has
+        beside the tokens: what it reads for questions, codes (B, N) of drawings. An answer None ends a prompt."""
         task, janus = records[0].task, self.config.kind == "janus"
         sources = [p for r in records for p in r.pictures]
         codes = self.codes(sources) if task == "gen" or not janus else None
-        pixels = None
-        if janus and task == "und" and sources:
-            pixels = torch.stack([janus_reading(load_picture(p, "janus"), self.config) for p in sources])
+        pictures = {} if not janus else self.reading(sources) if task == "und" else {"codes": torch.stack(codes)}
         samples, kept, first = [], [], 0
         for i, record in enumerate(records):
             dropped = task == "gen" and drop > 0 and bool(rngs[i].random() < drop)
@@ -894,10 +995,10 @@ class Preparer:
                                  "shorten the text or split the conversation")
             samples.append(pieces)
             kept.append(not dropped)
-        return samples, kept, pixels, torch.stack(codes) if task == "gen" and janus else None
+        return samples, kept, pictures
 
 
-def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
+def collate(task, samples, valid, pad, codes=None, **others):
     """Pieces [(ids, role), ...] of each sample -> Batch; labels and masks follow from the roles."""
     lengths = tuple(sum(len(ids) for ids, _ in pieces) for pieces in samples)
     tokens = torch.full((len(samples), max(lengths)), pad)                      # (B, T)
@@ -912,7 +1013,7 @@ def collate(task, samples, valid, pad, pixels=None, codes=None, places=()):
     if codes is not None:                                                       # Janus-Pro: gen_head predicts codes
         labels = labels.masked_scatter(answer, codes)
     valid = valid & condition.any(1) & queries.any(1)
-    return Batch(task, tokens, labels, condition, queries, valid, pixels, codes, places, lengths)
+    return Batch(task, tokens, labels, condition, queries, valid, codes=codes, lengths=lengths, **others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1031,14 +1132,77 @@ def export(settings):
     print(f"{settings.n} records in {folder / 'train.jsonl'}")
 
 
+PART = 2**28                                     # bytes of one file of encoded pictures, and at most ...
+PICTURES = 1000                                  # ... so many pictures, so that little is lost to a kill
+TOGETHER = 32                                    # pictures that pass a tower at once
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Run all pictures of a data set through the frozen towers once; `train.py --encoded FOLDER` then reads the result.
+    The same command goes on where it was stopped. Under torchrun every process takes a share."""
+
+    POSITIONAL = ("folder",)
+    folder: str = opt("", "folder to write")
+    data: str = opt("", "JSON-lines file, as for train.py")
+    init: str = opt("", "model whose towers encode, as for train.py")
+    vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
+    features: bool = opt(False, "also what SigLIP makes of pictures in questions (Janus-Pro; 2.4 MB a picture)")
+    on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+def encode(settings):
+    """Write RANK-NUMBER.safetensors with what the folder does not hold yet."""
+    if not (settings.folder and settings.data and settings.init):
+        raise InputError("encode needs a folder, --data and --init: "
+                         "python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    folder, m = Path(settings.folder), model.load(settings.init, torch.float32, device_of(settings.device),
+                                                  settings.vision_tokenizer)
+    janus = m.config.kind == "janus"
+    if settings.features and not janus:
+        raise InputError("--features: Emu3 reads pictures as codes, there is no SigLIP; leave it out")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder")
+    source = FileSource(settings.data, m.config.kind, settings.on_bad_record)
+    store, preparer = Encoded(folder, m, new=True), Preparer(m, None)
+
+    @torch.inference_mode()
+    def features(paths):
+        pixels = preparer.reading(paths)["pixels"]
+        return [one.clone() for one in m.vision(pixels.to(m.vision.pos_embed.device)).cpu()]
+    wanted = {"codes": (source.records["gen"] + source.records["und"] * (not janus), preparer.codes),
+              "features": (source.records["und"] * settings.features, features)}
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(file.stem[4:]) for file in folder.glob(f"{rank:03d}-*.safetensors")), default=-1)
+    for name, (records, make) in wanted.items():
+        mine = {f"{name}/{picture_key(path)}": path for record in records for path in record.pictures}
+        mine = list(mine.items())[rank::world]
+        todo, made = [(key, path) for key, path in mine if key not in store.parts], {}
+        for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
+            keys, paths = zip(*todo[first:first + TOGETHER], strict=True)
+            made |= zip(keys, make(paths), strict=True)
+            full = len(made) >= PICTURES or sum(one.nbytes for one in made.values()) >= PART
+            if full or first + TOGETHER >= len(todo):
+                store.add(made, f"{rank:03d}-{number:05d}")
+                number, made = number + 1, {}
+        if mine:
+            print(f"{name}: {len(todo)} pictures encoded, {len(mine) - len(todo)} were there")
+
+
+COMMANDS = {"export": (Export, export), "encode": (Encode, encode)}
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["export"]:
-        if argv[:1] in (["-h"], ["--help"]):
-            print(__doc__)
-            return
-        raise InputError("data.py knows one command: python data.py export FOLDER --n 200")
-    export(parse(Export, argv[1:], "data.py export"))
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if argv[0] not in COMMANDS:
+        raise InputError(f"data.py knows no command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
+    cls, command = COMMANDS[argv[0]]
+    command(parse(cls, argv[1:], f"data.py {argv[0]}"))
 
 
 if __name__ == "__main__":

@@ -91,8 +91,9 @@ def conversation(turns, pictures):
 def ask(preparer, records):
     """Conversations -> pieces of each, and what m.generate_text takes: ids (B, T), mask (B, T), pixels."""
     device = next(preparer.m.parameters()).device
-    samples, _, pixels, _ = preparer.pieces(records)
+    samples, _, pictures = preparer.pieces(records)
     ids, mask = left_padded(samples, preparer.text.ids["pad"], device)
+    pixels = pictures.get("pixels")
     return samples, ids, mask, None if pixels is None else pixels.to(device)
 
 
@@ -389,17 +390,6 @@ def write_json(content, file):
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
-def device_of(name):
-    """--device: "auto" takes CUDA where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available here: use cpu, or auto") from error
-    return name
-
-
 @dataclass(frozen=True)
 class Loaded:
     """Where the model of a command comes from."""
@@ -415,7 +405,7 @@ class Loaded:
 def load_run(settings, file="checkpoint.pt"):
     """Model, text tokenizer and settings of a run folder; of public weights, which have no settings, None."""
     dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
-    m = model.load(settings.checkpoint, dtype, device_of(settings.device), settings.vision_tokenizer,
+    m = model.load(settings.checkpoint, dtype, data.device_of(settings.device), settings.vision_tokenizer,
                    settings.rope_bf16, file=file)
     if not m.tokenizer_file:
         raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")

@@ -919,6 +919,8 @@ class Janus(Unified):
         return self.gen_head if task == "gen" else self.lm_head
 
     def embed(self, batch):
+        if batch.features is not None:
+            return self.fill(batch.tokens, self.aligner(batch.features))
         if batch.task == "und":
             return self.embed_text(batch.tokens, batch.pixels)
         return self.fill(batch.tokens, self.embed_codes(batch.codes))

@@ -69,6 +69,7 @@ class TrainConfig:
     rope_bf16: bool = opt(False, "round the rotary frequencies to bfloat16, as the authors' scripts do")
     data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
     val: str = opt("", "JSON-lines file for the final losses; empty: the records of --data themselves")
+    encoded: str = opt("", "folder of `data.py encode`: pictures whose codes (and features) need not be made again")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
     init: str = opt("", "run folder, or folder or hub id of public weights, to start from; skips stages 1 and 2")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
@@ -415,7 +416,7 @@ class Run:
             check_settings(self.state["settings"], asdict(config), self.folder)
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(f"{self.folder} is not empty: continue it with --resume, or choose another --out")
-        self.device = judge.device_of(config.device)
+        self.device = data.device_of(config.device)
         bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.startswith("cuda")
                                               and torch.cuda.is_bf16_supported())
         self.autocast = (lambda: torch.autocast(torch.device(self.device).type, torch.bfloat16)) if bf16 \
@@ -434,6 +435,8 @@ class Run:
             data.WorldSource(self.world, config.pool, config.seed)
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
         self.stages = plan(config)
+        if config.encoded and not config.init:
+            raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
         if config.init:
             self.m = model.load(config.init, torch.float32, self.device, config.vision_tokenizer,
                                 attention=config.attention)
@@ -462,7 +465,8 @@ class Run:
         self.text = data.Text(file, kind) if file else train_tokenizer(self.folder / "tokenizer.json", self.m.config)
         if self.text.ids != self.m.ids:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
-        self.preparer = data.Preparer(self.m, self.text)
+        encoded = data.Encoded(config.encoded, self.m) if config.encoded else None
+        self.preparer = data.Preparer(self.m, self.text, encoded=encoded)
         judge.write_json(asdict(config), self.folder / "settings.json")
         print("settings " + json.dumps(asdict(config)))
 
@@ -488,7 +492,7 @@ class Run:
 def check_settings(stored, given, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
-            "checkpoint_activations", "compile"}
+            "checkpoint_activations", "compile", "encoded"}
     for name in stored:
         if name not in free and stored[name] != given[name]:
             flag = "--" + name.replace("_", "-")

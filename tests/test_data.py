@@ -726,6 +726,139 @@ def use(file, p, on_bad_record):
     return [place for batch in schedule.step(0) for place in batch.places], source.bad + schedule.bad
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures encoded once
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def saved(tmp_path, texts):
+    """Tiny weights in a folder, and the model that they are: saved(kind, seed, **changes)."""
+    def make(kind, seed=0, **changes):
+        torch.manual_seed(seed)
+        m, folder = model.build(f"tiny-{kind}", layers=1, width=32, **changes), tmp_path / f"{kind}-{seed}"
+        folder.mkdir(exist_ok=True)
+        train.save_checkpoint({"config": vars(m.config), "model": m.state_dict()}, folder / "checkpoint.pt")
+        return m, str(folder)
+    return make
+
+
+def encode(folder, file, init, *flags):
+    data.main(["encode", str(folder), "--data", str(file), "--init", init, *flags])
+
+
+ALBUM = [DRAWN, ASKED, entry(["b.png", "c.png"], ("same?", "no"))]
+
+
+@both_kinds
+def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, saved, album, texts, tmp_path, capsys):
+    """Frozen towers say the same each time: once stored, codes and features take the towers' place, bit for bit."""
+    (m, init), file = saved(kind), album(*ALBUM)
+    encode(tmp_path / "codes", file, init, *["--features"] * (kind == "janus"))
+    assert re.findall(r"(\w+): (\d) pictures encoded", capsys.readouterr().out) == \
+        ([("codes", "3")] if kind == "emu3" else [("codes", "1"), ("features", "2")])
+    plain, stored = data.Preparer(m, texts[kind]), data.Preparer(m, texts[kind], encoded=data.Encoded(
+        tmp_path / "codes", m))
+    records = data.FileSource(file, kind).records
+    expected = {task: plain.batch(records[task]) for task in records}
+    losses = {task: m(batch) for task, batch in expected.items()}
+    m.encode_images = None                                      # whoever calls a tower now fails
+    if kind == "janus":
+        m.vision.forward = None
+    for task, batch in expected.items():
+        again = stored.batch(records[task])
+        assert torch.equal(again.tokens, batch.tokens) and torch.equal(again.labels, batch.labels)
+        assert torch.equal(m(again).ntp, losses[task].ntp) and torch.equal(m(again).intensity, losses[task].intensity)
+
+
+def test_encoding_goes_on_where_it_stopped(saved, album, tmp_path, monkeypatch, capsys):
+    """Files are written whole or not at all, and what they hold is not made again."""
+    (_, init), file = saved("emu3"), album(*ALBUM)
+    monkeypatch.setattr(data, "TOGETHER", 1)
+    monkeypatch.setattr(data, "PICTURES", 1)
+    save = data.save_file
+
+    def killed(tensors, path, metadata):
+        save(tensors, path, metadata)
+        if "00001" in str(path):
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "save_file", killed)
+        encode(tmp_path / "codes", file, init)
+    assert [path.name for path in (tmp_path / "codes").glob("*.safetensors")] == ["000-00000.safetensors"]
+    encode(tmp_path / "codes", file, init)
+    assert "codes: 2 pictures encoded, 1 were there" in capsys.readouterr().out
+    (tmp_path / "codes/000-00001.safetensors").unlink()        # a lost file is replaced under a new name
+    encode(tmp_path / "codes", file, init)
+    assert "codes: 1 pictures encoded, 2 were there" in capsys.readouterr().out
+
+
+def test_several_processes_share_the_encoding(saved, album, tmp_path, monkeypatch):
+    """Each takes its part by RANK and WORLD_SIZE, and writes files of its own."""
+    (m, init), file = saved("emu3"), album(*ALBUM)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, held in (("0", 2), ("1", 3)):
+        monkeypatch.setenv("RANK", rank)
+        encode(tmp_path / "codes", file, init)
+        assert len(data.Encoded(tmp_path / "codes", m).parts) == held
+
+
+def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tmp_path):
+    """They would train the model on noise without any error."""
+    (m, init), file = saved("janus"), album(*ALBUM)
+    encode(tmp_path / "codes", file, init, "--features")
+    data.Encoded(tmp_path / "codes", m)
+    others = {"codes": [saved("janus", 1)[0], saved("janus", vq_mult=(1, 1))[0]], "features": [saved("janus")[0]]}
+    with torch.no_grad():
+        others["features"][0].vision.norm.bias += 1e-6
+    for name, models in others.items():
+        for other in models:
+            with pytest.raises(InputError, match=rf"codes/000-0000\d.safetensors.*\({name} \w+, here \w+\).*again"):
+                data.Encoded(tmp_path / "codes", other)
+    (emu, _), (larger, _) = saved("emu3"), saved("emu3", image_size=32, max_pixels=32 * 32)
+    assert emu.vq.state_dict().keys() == larger.vq.state_dict().keys()
+    larger.vq.load_state_dict(emu.vq.state_dict())
+    assert data.Encoded(tmp_path / "no", emu, new=True).fingerprints != \
+        data.Encoded(tmp_path / "no", larger, new=True).fingerprints
+
+
+def test_a_changed_picture_is_encoded_anew(saved, album, texts, tmp_path):
+    """Pictures are known by their content: a new file under an old name is not taken for the old one."""
+    (m, init), file = saved("emu3"), album(*ALBUM)
+    encode(tmp_path / "codes", file, init)
+    store = data.Encoded(tmp_path / "codes", m)
+    assert store.get("codes", tmp_path / "a.png") is not None
+    Image.fromarray(data.draw(training_scenes(5))[-1]).save(tmp_path / "a.png")
+    assert store.get("codes", tmp_path / "a.png") is None
+    fresh, stored = (data.Preparer(m, texts["emu3"], encoded=one).codes([tmp_path / "a.png"])[0]
+                     for one in (None, store))
+    assert torch.equal(fresh, stored)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "train.jsonl"], "needs a folder, --data and --init"),
+    (["--data", "FILE", "--init", "EMU3", "--features"], "there is no SigLIP"),
+    (["--data", "no.jsonl", "--init", "EMU3"], "no.jsonl cannot be read")])
+def test_encode_refuses_what_it_cannot_do_before_it_writes(flags, message, saved, album, tmp_path):
+    """One line with the remedy, and no folder left behind."""
+    given = {"FILE": str(album(DRAWN)), "EMU3": saved("emu3")[1]}
+    with pytest.raises(InputError, match=message):
+        data.main(["encode", str(tmp_path / "codes"), *(given.get(flag, flag) for flag in flags)])
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_broken_store_is_named(saved, tmp_path):
+    """A truncated file of codes is one clear line; so is a folder that holds none."""
+    m, _ = saved("emu3")
+    with pytest.raises(InputError, match="codes holds no encoded pictures.*data.py encode"):
+        data.Encoded(tmp_path / "codes", m)
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes/000-00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="000-00000.safetensors is broken.*run data.py encode again"):
+        data.Encoded(tmp_path / "codes", m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records that cannot be used
+# ---------------------------------------------------------------------------------------------------------------------
 BAD = {
     "missing picture": (entry("none.png", ("is it?", "no")), "none.png is missing.*relative to the JSON file"),
     "text as picture": (entry("text.png", ("is it?", "no")), "text.png cannot be opened.*is it a picture"),

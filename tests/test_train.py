@@ -480,6 +480,20 @@ def test_fine_tuning_starts_from_another_run(whole, tmp_path, unscored):
     assert run.text.file.read_bytes() == (Path(config.out) / "tokenizer.json").read_bytes()
 
 
+def test_encoded_pictures_train_the_same_model(whole, own, tmp_path, unscored, capsys):
+    """--encoded saves work and changes nothing: the same weights, bit for bit."""
+    config, _ = whole
+    janus = "janus" in config.preset
+    data.main(["encode", str(tmp_path / "codes"), "--data", str(own), "--init", config.out, *["--features"] * janus])
+    given = {"init": config.out, "data": str(own), "steps": 2}
+    plain = train.train(settings(tmp_path / "plain", config.preset, **given))
+    stored = train.train(settings(tmp_path / "stored", config.preset, **given, encoded=str(tmp_path / "codes")))
+    assert equal(plain.m.state_dict(), stored.m.state_dict())
+    assert {key.split("/")[0] for key in stored.preparer.encoded.parts} == {"codes", *["features"] * janus}
+    flags = ("--preset", config.preset, "--data", own, "--encoded", tmp_path / "codes", "--out", tmp_path / "refused")
+    assert "--encoded needs --init" in refused(capsys, *flags)
+
+
 def test_another_models_run_is_no_start(whole, tmp_path, capsys):
     """Emu3 cannot go on as Janus-Pro; it is refused before the new folder exists."""
     config, _ = whole
