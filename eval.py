@@ -846,9 +846,10 @@ TRAINED = {**WIDE, "vocab": 8000, "init_std": 0.02, "embed_std": 0.02, "context"
 VARIANTS = {"plain": "next-token prediction", "aia": "NTP + AIA, fused",
             "checkpointed": "NTP + AIA, recomputing layers", "explicit": "NTP + AIA, explicit attention",
             "released": "the released recipe"}
-# Tokens, who is measured, and who only once: minutes are short, and maps of 8,192 tokens do not fit.
-TRAIN_ROWS = ((512, tuple(VARIANTS), ()), (1576, tuple(VARIANTS), ()), (3000, tuple(VARIANTS), ("explicit",)),
-              (8192, ("aia", "checkpointed"), ("aia",)))
+LENGTHS = (512, 1576, 3000, 8192)
+# Measured several times, in turn, up to 3,000 tokens. One step in a fresh process gives everybody's memory, and the
+# time of the others. At 8,192 tokens the two with maps are extrapolated: those do not fit.
+INTERLEAVED, WITH_MAPS = ("plain", "aia", "explicit", "released"), ("explicit", "released")
 
 
 class Step:
@@ -882,11 +883,11 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def memory(self):
-        """GB at the peak of one step, and above weights and moments, which a short step has made."""
-        before = resident("VmRSS")
+    def measure(self):
+        """Seconds of one step, GB at its peak, and above weights and moments, which a short step has made."""
+        before, start = resident("VmRSS"), time.perf_counter()
         self()
-        return resident("VmHWM"), resident("VmHWM") - before
+        return time.perf_counter() - start, resident("VmHWM"), resident("VmHWM") - before
 
 
 def released_loss(m, batch, target, delta, weight):
@@ -914,50 +915,98 @@ def released_loss(m, batch, target, delta, weight):
 
 def bench_train(settings):
     """Seconds and memory of the real training step against plain next-token prediction, against explicit attention and
-    against the released recipe; against transformers; against the peak of matrix products; memory of the loss head."""
-    import transformers
+    against the released recipe; against transformers; against the peak of matrix products; the loss head; padding."""
     rows = []
-    for length, names, once in TRAIN_ROWS:
-        steps = {name: Step(name, length) for name in names if name != "checkpointed"}
-        seconds = interleaved({name: step for name, step in steps.items() if name not in once}, settings.repeats)
-        seconds |= interleaved({name: step for name, step in steps.items() if name in once}, 1)
-        del steps
-        for name in names:
-            peak, above = fresh(f"print(*eval.Step({name!r}, {length}).memory())", settings.threads)
-            rows.append({"variant": name, "tokens": length, "seconds": seconds.get(name), "once": name in once,
-                         "peak_gb": peak, "above_weights_gb": above})
-            print(f"{length:5d} tokens   {VARIANTS[name]:32s} " + (f"{seconds[name]:7.2f} s" if name in seconds else
-                  " " * 9) + f"   peak {peak:6.2f} GB   above weights {above:6.2f} GB", flush=True)
+    for length in LENGTHS:
+        works = {name: Step(name, length) for name in INTERLEAVED if length < LENGTHS[-1]}
+        seconds = interleaved(works, settings.repeats)
+        del works
+        for name in VARIANTS:
+            if length < LENGTHS[-1] or name not in WITH_MAPS:
+                once, peak, above = fresh(f"print(*eval.Step({name!r}, {length}).measure())", settings.threads)
+                values, how = (seconds.get(name, once), peak, above), "median" if name in seconds else "once"
+            else:               # a quadratic in tokens through the three shorter lengths
+                points = [[row[key] for row in rows if row["variant"] == name]
+                          for key in ("tokens", "seconds", "peak_gb", "above_weights_gb")]
+                values = [float(np.polyval(np.polyfit(points[0], y, 2), length)) for y in points[1:]]
+                how = "extrapolated"
+            row = dict(zip(("seconds", "peak_gb", "above_weights_gb"), values, strict=True))
+            rows.append({"variant": name, "tokens": length, **row, "how": how})
+            print(f"{length:5d} tokens   {VARIANTS[name]:32s} {values[0]:7.2f} s   peak {values[1]:6.2f} GB   above "
+                  f"weights {values[2]:6.2f} GB" + f"   ({how})" * (how != "median"), flush=True)
 
     def get(variant, length, key):
         return next(row[key] for row in rows if (row["variant"], row["tokens"]) == (variant, length))
-    # Growth of memory: slope of log bytes over log tokens, by least squares.
-    exponent = {name: float(np.polyfit(np.log([row["tokens"] for row in rows if row["variant"] == name]), np.log(
-        [row["above_weights_gb"] for row in rows if row["variant"] == name]), 1)[0]) for name in VARIANTS}
+    # Growth of memory: slope of log bytes over log tokens, by least squares over what was measured.
+    exponent = {name: float(np.polyfit(*np.log([(row["tokens"], row["above_weights_gb"]) for row in rows if
+                                                row["variant"] == name and row["how"] != "extrapolated"]).T, 1)[0])
+                for name in VARIANTS}
     print("memory above weights grows with tokens to the power of "
           + ", ".join(f"{power:.2f} ({VARIANTS[name]})" for name, power in exponent.items()))
-    ours = Step("plain", 1576)
-    config, theirs = ours.m.config, llama_step(transformers, ours.m.config, ours.batch.tokens)
-    a, b = torch.randn(2, 1024, 1024)
-    theirs()
-    seconds = interleaved({"ours": ours, "theirs": theirs, "product": lambda: [a @ b for _ in range(40)]},
-                          settings.repeats)
-    peak, done = 40 * 2 * 1024**3 / seconds["product"], step_flops(config, 1576) / seconds["ours"]
-    print(f"1576 tokens   ours {1576 / seconds['ours']:.0f} tokens/s, transformers {1576 / seconds['theirs']:.0f}; "
-          f"matrix products {peak / 1e9:.0f} GFLOP/s, the step {done / 1e9:.0f}")
-    plain, = fresh("print(eval.head_memory(2048, False))", settings.threads)
-    head, = fresh("print(eval.head_memory(8192, True))", settings.threads)
-    print(f"loss head, 184,622 words of width 256, above inputs and gradients: plain {plain:.2f} GB at 2,048 tokens "
-          f"({4 * plain:.1f} at 8,192), chunked {head:.2f} GB at 8,192")
-    rows += [{"exponent": exponent, "tokens_per_second": {k: 1576 / seconds[k] for k in ("ours", "theirs")},
-              "matmul_flops": peak, "step_flops": done, "head_gb": {"plain at 2048": plain, "chunked at 8192": head}}]
+    speed, head, padding = against_transformers(settings), bench_head(settings), padding_shares()
+    rows += [{"exponent": exponent}, speed, head, padding]
     return {"aia_time_1576": get("aia", 1576, "seconds") / get("plain", 1576, "seconds"),
             "aia_time_3000": get("aia", 3000, "seconds") / get("plain", 3000, "seconds"),
             "aia_memory_3000": get("aia", 3000, "peak_gb") / get("plain", 3000, "peak_gb"),
             "released_time_3000": get("released", 3000, "seconds") / get("aia", 3000, "seconds"),
             "released_memory_3000": get("released", 3000, "above_weights_gb") / get("aia", 3000, "above_weights_gb"),
-            "memory_exponent": exponent["aia"], "transformers_train": seconds["theirs"] / seconds["ours"],
-            "matmul_share": done / peak, "head_gib": head * 1e9 / 2**30}, rows
+            "memory_exponent": exponent["aia"], "transformers_train": speed["ours"] / speed["transformers"],
+            "matmul_share": speed["step_flops"] / speed["matmul_flops"],
+            "head_gib": head["chunked"]["gb"] * 1e9 / 2**30}, rows
+
+
+def against_transformers(settings):
+    """Tokens/s of our plain step and of transformers' on 1,576 tokens, and FLOP/s of ours and of matrix products."""
+    import transformers
+    ours = Step("plain", 1576)
+    config, theirs = ours.m.config, llama_step(transformers, ours.m.config, ours.batch.tokens)
+    a, b = torch.randn(2, 1024, 1024)
+    theirs()
+    # The two are close: more repeats than elsewhere.
+    seconds = interleaved({"ours": ours, "theirs": theirs, "product": lambda: [a @ b for _ in range(40)]},
+                          2 * settings.repeats + 1)
+    speed = {"ours": 1576 / seconds["ours"], "transformers": 1576 / seconds["theirs"],
+             "matmul_flops": 40 * 2 * 1024**3 / seconds["product"],
+             "step_flops": step_flops(config, 1576) / seconds["ours"]}
+    print(f"1576 tokens   ours {speed['ours']:.0f} tokens/s, transformers {speed['transformers']:.0f}; matrix products "
+          f"{speed['matmul_flops'] / 1e9:.0f} GFLOP/s, the step {speed['step_flops'] / 1e9:.0f}")
+    return speed
+
+
+def bench_head(settings):
+    """GB and seconds of the next-token loss, forward and backward, at Emu3's vocabulary: with all logits for 2,048
+    tokens, and ours for 8,192."""
+    head = {}
+    for name, tokens in (("plain", 2048), ("chunked", 8192)):
+        gb, seconds = fresh(f"print(*eval.head_cost({tokens}, {name == 'chunked'}))", settings.threads)
+        head[name] = {"tokens": tokens, "gb": gb, "seconds": seconds}
+        times = 8192 // tokens
+        scaled = f"   (scaled to 8192: {gb * times:.1f} GB, {seconds * times:.1f} s)" * (times > 1)
+        print(f"loss head, 184,622 words of width 256, {name:7s} {tokens} tokens: {gb:.2f} GB above inputs and "
+              f"gradients, {seconds:.1f} s{scaled}")
+    return head
+
+
+def padding_shares(micro_batch=8, samples=64):
+    """Share of padding in conversations of the world, in order of arrival and as train.py sorts them in a step."""
+    import train
+    with tempfile.TemporaryDirectory() as folder:
+        preparer = data.Preparer(model.build("tiny-emu3"), train.train_tokenizer(Path(folder) / "tokenizer.json",
+                                                                                 model.TINY_EMU3))
+    plan = data.Schedule(data.WorldSource(data.World(0), 1000, 0), preparer, 0, samples, (0, 1), micro_batch)
+    shares = {"arrival": [], "by length": []}
+    for step in range(10):
+        first = range(step * samples, (step + 1) * samples, micro_batch)
+        for name, groups in (("arrival", [range(i, i + micro_batch) for i in first]),
+                             ("by length", [positions for _, positions in plan.groups(step)])):
+            for positions in groups:
+                lengths = preparer.batch([plan.record("und", position)[0] for position in positions]).lengths
+                shares[name].append((sum(lengths), len(lengths) * max(lengths)))
+    padding = {name: 1 - sum(used for used, _ in pairs) / sum(room for _, room in pairs)
+               for name, pairs in shares.items()}
+    print(f"padding in micro-batches of {micro_batch} conversations of the world: {padding['arrival']:.3f} in order of "
+          f"arrival, {padding['by length']:.3f} by length within steps of {samples}")
+    return {"padding": padding}
 
 
 def llama_step(transformers, c, tokens):
@@ -985,16 +1034,17 @@ def step_flops(c, length):
     return 6 * weights * length + 12 * c.layers * inner * length**2 / 2
 
 
-def head_memory(tokens, chunked):
-    """Peak GB of the next-token loss at Emu3's vocabulary, above its inputs and their gradients."""
+def head_cost(tokens, chunked):
+    """Peak GB of the next-token loss at Emu3's vocabulary, above its inputs and their gradients, and its seconds."""
     head = torch.nn.Linear(256, model.EMU3_8B.vocab, bias=False)
     x, target = torch.randn(tokens, 256, requires_grad=True), torch.randint(model.EMU3_8B.vocab, (tokens,))
     before = resident("VmRSS") + (head.weight.nbytes + x.nbytes) / 1e9          # the latter for the gradients
+    start = time.perf_counter()
     if chunked:
         model.next_token_loss(x, head, target).backward()
     else:
         torch.nn.functional.cross_entropy(head(x), target, reduction="sum").backward()
-    return resident("VmHWM") - before
+    return resident("VmHWM") - before, time.perf_counter() - start
 
 
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),
