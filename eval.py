@@ -846,10 +846,11 @@ TRAINED = {**WIDE, "vocab": 8000, "init_std": 0.02, "embed_std": 0.02, "context"
 VARIANTS = {"plain": "next-token prediction", "aia": "NTP + AIA, fused",
             "checkpointed": "NTP + AIA, recomputing layers", "explicit": "NTP + AIA, explicit attention",
             "released": "the released recipe"}
-LENGTHS = (512, 1576, 3000, 8192)
-# Measured several times, in turn, up to 3,000 tokens. One step in a fresh process gives everybody's memory, and the
-# time of the others. At 8,192 tokens the two with maps are extrapolated: those do not fit.
-INTERLEAVED, WITH_MAPS = ("plain", "aia", "explicit", "released"), ("explicit", "released")
+# Who is measured several times, in turn. One step in a fresh process gives everybody's memory, and the time of the
+# others. At 8,192 tokens the two with maps are extrapolated: those do not fit.
+INTERLEAVED = {512: ("plain", "aia", "explicit", "released"), 1576: ("plain", "aia", "explicit", "released"),
+               3000: ("plain", "aia", "released"), 8192: ()}
+WITH_MAPS = ("explicit", "released")
 
 
 class Step:
@@ -917,12 +918,10 @@ def bench_train(settings):
     """Seconds and memory of the real training step against plain next-token prediction, against explicit attention and
     against the released recipe; against transformers; against the peak of matrix products; the loss head; padding."""
     rows = []
-    for length in LENGTHS:
-        works = {name: Step(name, length) for name in INTERLEAVED if length < LENGTHS[-1]}
-        seconds = interleaved(works, settings.repeats)
-        del works
+    for length, names in INTERLEAVED.items():
+        seconds = interleaved({name: Step(name, length) for name in names}, settings.repeats)
         for name in VARIANTS:
-            if length < LENGTHS[-1] or name not in WITH_MAPS:
+            if names or name not in WITH_MAPS:
                 once, peak, above = fresh(f"print(*eval.Step({name!r}, {length}).measure())", settings.threads)
                 values, how = (seconds.get(name, once), peak, above), "median" if name in seconds else "once"
             else:               # a quadratic in tokens through the three shorter lengths
@@ -964,7 +963,7 @@ def against_transformers(settings):
     theirs()
     # The two are close: more repeats than elsewhere.
     seconds = interleaved({"ours": ours, "theirs": theirs, "product": lambda: [a @ b for _ in range(40)]},
-                          2 * settings.repeats + 1)
+                          2 * settings.repeats - 1)
     speed = {"ours": 1576 / seconds["ours"], "transformers": 1576 / seconds["theirs"],
              "matmul_flops": 40 * 2 * 1024**3 / seconds["product"],
              "step_flops": step_flops(config, 1576) / seconds["ours"]}
