@@ -998,7 +998,7 @@ class Preparer:
         return samples, kept, pictures
 
 
-def collate(task, samples, valid, pad, codes=None, **others):
+def collate(task, samples, valid, pad, pixels=None, codes=None, places=(), features=None):
     """Pieces [(ids, role), ...] of each sample -> Batch; labels and masks follow from the roles."""
     lengths = tuple(sum(len(ids) for ids, _ in pieces) for pieces in samples)
     tokens = torch.full((len(samples), max(lengths)), pad)                      # (B, T)
@@ -1013,7 +1013,7 @@ def collate(task, samples, valid, pad, codes=None, **others):
     if codes is not None:                                                       # Janus-Pro: gen_head predicts codes
         labels = labels.masked_scatter(answer, codes)
     valid = valid & condition.any(1) & queries.any(1)
-    return Batch(task, tokens, labels, condition, queries, valid, codes=codes, lengths=lengths, **others)
+    return Batch(task, tokens, labels, condition, queries, valid, pixels, features, codes, places, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
