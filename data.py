@@ -9,13 +9,15 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 
 import argparse
 import base64
+import concurrent.futures
 import functools
 import hashlib
 import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+import time
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,9 @@ def opt(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def parse(cls, argv=None, prog=None):
-    """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2."""
+def parse(cls, argv=None, prog=None, defaults=()):
+    """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2.
+    defaults {field: value} stand in for those of the class."""
     positional = getattr(cls, "POSITIONAL", ())
     cli = argparse.ArgumentParser(prog=prog, description=cls.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -58,6 +61,7 @@ def parse(cls, argv=None, prog=None):
             kind |= {} if f.name in positional else {"metavar": type(f.default).__name__.upper()}
         name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
         cli.add_argument(name, **kind | ({"nargs": "?"} if f.name in positional and f.default else {}))
+    cli.set_defaults(**dict(defaults))
     return cls(**vars(cli.parse_args(argv)))
 
 
@@ -66,6 +70,8 @@ def run(command):
     try:
         command()
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":      # what all processes meet, the first one says, and torchrun ends all
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -973,6 +979,15 @@ class Preparer:
         return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"],
                        places=tuple(record.place for record in records), **pictures)
 
+    def nothing(self, task):
+        """A Batch of one sample without labels: all modules take part, and no gradient comes of it."""
+        side = self.config.image_size
+        said = (("nothing", "<image>" if task == "gen" else "nothing"),)
+        batch = self.batch([Record("nothing", task, said, (np.zeros((side, side, 3), np.uint8),))])
+        batch.labels.fill_(-100)
+        batch.aia_valid.fill_(False)
+        return replace(batch, places=(), lengths=(0,))
+
     def pieces(self, records, rngs=None, drop=0.0):
         """Records of one task -> pieces of each, whether its prompt was kept, and fields of a Batch that Janus-Pro has
         beside the tokens: what it reads for questions, codes (B, N) of drawings. An answer None ends a prompt."""
@@ -1019,10 +1034,13 @@ def collate(task, samples, valid, pad, pixels=None, codes=None, places=(), featu
 # ---------------------------------------------------------------------------------------------------------------------
 # Which samples make a step
 # ---------------------------------------------------------------------------------------------------------------------
-def samples_before(step, batch_size, ratio):
-    """How many samples of each task all steps before `step` have used: the mix honours the ratio over any window."""
+def samples_before(step, batch_size, ratio, drawn=None):
+    """How many samples of each task all steps before `step` have used: the mix honours the ratio over any window.
+    drawn: a seed; each step then has one task, drawn with the odds of the ratio, as the released code does it."""
     total = step * batch_size
     gen = total * ratio[0] // sum(ratio)
+    if drawn is not None:
+        gen = batch_size * int((np.random.default_rng([drawn, 7]).random(step) * sum(ratio) < ratio[0]).sum())
     return {"gen": gen, "und": total - gen}
 
 
@@ -1049,11 +1067,12 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
 class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
 
-    def __init__(self, source, preparer, seed, batch_size, ratio, micro_batch, drop=None, on_bad_record="stop"):
+    def __init__(self, source, preparer, seed, batch_size, ratio, micro_batch, drop=None, on_bad_record="stop", rank=0,
+                 world=1, mix="both"):
         self.source, self.preparer, self.seed, self.batch_size = source, preparer, seed, batch_size
         self.ratio, self.micro_batch, self.on_bad_record = ratio, micro_batch, on_bad_record
         self.drop = DROP[preparer.config.kind] if drop is None else drop
-        self.bad = []
+        self.bad, self.rank, self.world, self.drawn = [], rank, world, seed if mix == "drawn" else None
         self.order = functools.lru_cache(maxsize=4)(self._order)
         for task, share in zip(aia.TASKS, ratio, strict=True):
             if share and not source.count(task):
@@ -1076,26 +1095,38 @@ class Schedule:
         return 4 * picture * len(record.pictures) + sum(len(asked) + len(answer) for asked, answer in record.turns)
 
     def groups(self, step):
-        """[(task, positions)] of the micro-batches of a step: generation first, then understanding.
+        """[(task, this process's positions)] of the micro-batches of a step: generation first, then understanding.
 
         Samples of like length go together: less padding, and the same gradient, since a step is one sum. The longest
-        come first, so that what does not fit into memory fails at once.
+        come first, so that what does not fit into memory fails at once. Every process has the same tasks in turn.
         """
-        start, end = (samples_before(s, self.batch_size, self.ratio) for s in (step, step + 1))
-        groups, n = [], self.micro_batch
+        start, end = (samples_before(s, self.batch_size, self.ratio, self.drawn) for s in (step, step + 1))
+        groups, n = [], self.micro_batch * self.world
         for task in aia.TASKS:
             positions = list(range(start[task], end[task]))
-            if len(positions) > n:
+            if len(positions) > self.micro_batch:
                 positions.sort(key=functools.partial(self.length, task), reverse=True)
-            groups += [(task, positions[first:first + n]) for first in range(0, len(positions), n)]
+            groups += [(task, np.array_split(positions[first:first + n], self.world)[self.rank].tolist())
+                       for first in range(0, len(positions), n)]
         return groups
 
     def step(self, step):
-        """The micro-batches of a step, each of one task; one without a usable record is left out."""
-        bad = self.bad if self.on_bad_record == "skip" else None
-        batches = [usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
-                   for task, positions in self.groups(step)]
-        return [batch for batch in batches if batch is not None]
+        """The micro-batches of a step, each of one task. One without a usable record counts nothing, or where no other
+        process waits for it, is left out."""
+        bad, batches = self.bad if self.on_bad_record == "skip" else None, []
+        for task, positions in self.groups(step):
+            batch = usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
+            batches += [batch or self.preparer.nothing(task)] if batch or self.world > 1 else []
+        return batches
+
+    def steps(self, first, end):
+        """The batches of each step; the next ones are prepared while these train."""
+        with concurrent.futures.ThreadPoolExecutor(1) as worker:
+            coming = worker.submit(self.step, first)
+            for step in range(first, end):
+                batches = coming.result()
+                coming = worker.submit(self.step, step + 1) if step + 1 < end else None
+                yield batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -402,15 +402,15 @@ class Loaded:
     allow_special: bool = opt(False, "let strings such as <|image start|> in your text act as control tokens")
 
 
-def load_run(settings, file="checkpoint.pt"):
+def load_run(settings, part=""):
     """Model, text tokenizer and settings of a run folder; of public weights, which have no settings, None."""
     dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
     m = model.load(settings.checkpoint, dtype, data.device_of(settings.device), settings.vision_tokenizer,
-                   settings.rope_bf16, file=file)
+                   settings.rope_bf16, part=part)
     if not m.tokenizer_file:
         raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
     run, own = None, Path(settings.checkpoint) / "settings.json"
-    if (Path(settings.checkpoint) / file).exists():
+    if (Path(settings.checkpoint) / "checkpoints").exists():
         run = model.read_json(own)
     return m, data.Text(m.tokenizer_file, m.config.kind, settings.allow_special), run
 
@@ -603,8 +603,8 @@ def curve_command(settings):
         raise InputError("curves of public weights need --data FILE.jsonl: the built-in world means nothing to them")
     models = {"after" if run else "public": m}
     for name in ("before", "control") if run else ():
-        if (folder / f"{name}.pt").exists():
-            models[name] = load_run(settings, f"{name}.pt")[0]
+        if (folder / name).exists():
+            models[name] = load_run(settings, name)[0]
     if settings.data:
         samples = FileBatches(data.FileSource(settings.data, m.config.kind))
     else:

@@ -8,20 +8,25 @@ token spends on the keys of the other modality (the I_l of aia.py, before averag
 """
 
 import functools
+import hashlib
 import json
 import math
 import re
 import shutil
+import sys
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import aia
@@ -240,7 +245,7 @@ def attend_fused(q, k, v, visible=None, condition=None):
     scale = q.shape[-1] ** -0.5
     q, k = F.pad(q, (0, 8)), F.pad(k, (0, 8))                                   # zeros leave the scores unchanged
     out = F.scaled_dot_product_attention(q, k, v, scale=scale, **shape)         # (B, H, T, D + 8)
-    return out[..., :-8], out[..., -8]                                          # (B, H, T, D), (B, H, T)
+    return out[..., :-8], out[..., -8].contiguous()                             # (B, H, T, D), (B, H, T)
 
 
 ATTENTION = {"explicit": attend_explicit, "fused": attend_fused}
@@ -1023,36 +1028,81 @@ def from_config(config):
     return m.eval()
 
 
-def read_checkpoint(path):
-    """The content of a checkpoint file that train.py wrote; tensors on the CPU, nothing unpickled but plain data."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"checkpoint {path} is missing: give the folder of a run that has saved one") from error
-    except Exception as error:                      # a truncated zip or pickle fails in many ways, all mean the same
-        raise InputError(f"checkpoint {path} is damaged or no checkpoint ({first_line(error)}): use an earlier one") \
-            from error
+warnings.filterwarnings("ignore", "torch.distributed is disabled")              # one process is no mistake
 
 
-def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused",
-         file="checkpoint.pt"):
+# A checkpoint of train.py is a folder: shards that torch.distributed.checkpoint wrote as safetensors (nothing is ever
+# unpickled), and a manifest.json with what is no tensor and the checksum of every file. It is complete or not there.
+def checksum(file):
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def read_manifest(place):
+    """The manifest of a checkpoint folder, after a look at every file."""
+    if not (place / "manifest.json").exists():
+        raise InputError(f"checkpoint {place} is missing")
+    manifest = read_json(place / "manifest.json")
+    for name, expected in manifest.get("files", {}).items():
+        if not (place / name).exists() or checksum(place / name) != expected:
+            raise InputError(f"checkpoint {place} is damaged ({name} is missing or not what was written)")
+    return manifest
+
+
+def newest_checkpoint(folder):
+    """(place, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
+    places = sorted((folder / "checkpoints").glob("[0-9]*-" + "[0-9]" * 7))
+    for place in reversed(places):
+        try:
+            return place, read_manifest(place)
+        except InputError as error:
+            print(f"{error}: looking for an earlier one", file=sys.stderr)
+    whole = "whole " if places else ""
+    raise InputError(f"{folder} holds no {whole}checkpoint: give the folder of a run that has saved one")
+
+
+def tensor_names(place):
+    return set(dcp.HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata)
+
+
+def read_tensors(tensors, place):
+    """Fill tensors {name: tensor} from a checkpoint folder; each process reads what its shards need."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(place)),
+             no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
+
+
+def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused", part="",
+         shard=None):
     """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
 
     dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
-    beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do.
+    beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do. part: "before" or
+    "control" of a run. shard(m), called while the model is empty, may make its parameters DTensors.
     """
     folder = find_folder(folder)
-    if (folder / file).exists() or not (folder.is_file() or (folder / "config.json").exists()):
-        state = read_checkpoint(folder / file)
-        m = from_config(configured(state["config"] | {"attention": attention}))
-        m.load_state_dict(state["model"])
+    if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
+        place, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
+        m = from_manifest(manifest, place, device, attention, shard)
         m.tokenizer_file = find_tokenizer(folder)
     else:
-        m = load_public(folder, dtype, device, vision_tokenizer, attention)
+        m = load_public(folder, dtype, device, vision_tokenizer, attention, shard)
     m.lm.rope_bf16 = rope_bf16
-    for name, part in m.named_children():
-        part.to(device, None if name == "vq" else dtype)
+    for name, child in m.named_children():
+        child.to(device, None if name == "vq" else dtype)
     return m.eval()
+
+
+def from_manifest(manifest, place, device="cpu", attention="fused", shard=None):
+    """The model of a checkpoint folder: built without memory, then filled, by several processes each its part."""
+    with torch.device("meta"):
+        m = MODELS[manifest["config"]["kind"]](configured(manifest["config"] | {"attention": attention}))
+    for name, child in m.named_children():
+        child.to(torch.float32 if name == "vq" else getattr(torch, manifest["dtype"]))
+    if shard:
+        shard(m)
+    m.to_empty(device=device)
+    read_tensors({f"model.{name}": value for name, value in m.state_dict().items()}, place)
+    return m
 
 
 def configured(values):
@@ -1286,7 +1336,7 @@ def stored_tensors(place):
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
-def load_public(place, dtype, device, vision_tokenizer, attention):
+def load_public(place, dtype, device, vision_tokenizer, attention, shard=None):
     """A model from public weights: built without memory, then filled tensor by tensor."""
     folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
     if place.is_file() and not (folder / "config.json").exists():
@@ -1299,6 +1349,8 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{folder / 'config.json'} describes no model that can be built "
                          f"({first_line(error)}): is it complete?") from error
+    if shard:
+        shard(m)
     head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
     if tied and head not in known and words in known:
         known[head] = known[words]
@@ -1317,6 +1369,8 @@ def load_public(place, dtype, device, vision_tokenizer, attention):
         wanted = value.dtype if not value.is_floating_point() else torch.float32 if name.startswith("vq.") else \
             dtype or value.dtype
         state[name] = value.reshape(like.shape).to(device, wanted, copy=True)
+        if isinstance(like, DTensor):                # keep this process's part; nobody holds more than one whole tensor
+            state[name] = distribute_tensor(state[name], like.device_mesh, like.placements, src_data_rank=None).clone()
     problems += [f"{name} is not known" for name in known.keys() - used]
     if problems:
         shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")

@@ -8,9 +8,11 @@ combinations, curves and samples.
     python train.py --preset tiny-janus --seed 1
     python train.py --data train.jsonl --val val.jsonl
     python train.py --resume                          # go on where the same run stopped
+    torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -27,7 +29,14 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -47,6 +56,8 @@ class TrainConfig:
     """Train a unified model with next-token prediction and AIA."""
 
     preset: str = opt("tiny-emu3", "model to train", tuple(model.PRESETS))
+    recipe: str = opt("", "the paper's training of Emu3 or Janus-Pro; other flags replace parts of it",
+                      ("", "emu3-sft", "janus-post"))
     seed: int = opt(0, "world, weights, order and words")
     steps: int = opt(0, "optimizer steps of every stage; 0: the plan of the preset")
     batch_size: int = opt(0, "samples per optimizer step of the language-model stages; 0: the plan of the preset")
@@ -55,6 +66,8 @@ class TrainConfig:
     weight_decay: float = opt(-1.0, "of matrices, norms and biases have none; -1: the plan of the preset")
     clip: float = opt(1.0, "largest norm of the gradient")
     ratio: str = opt("1:1", "samples for generation : understanding")
+    mix: str = opt("both", "both: each step has both tasks; drawn: one task a step, drawn by --ratio, as the released "
+                   "code does", ("both", "drawn"))
     aia_weight: str = opt("rho", "lambda in L = L_ntp + lambda L_aia: rho (calibrate), paper, released, off, a number, "
                           "or two as GEN,UND")
     rho: float = opt(aia.RHO, "with --aia-weight rho: next-token loss : weighted AIA loss at the start of stage 3")
@@ -65,20 +78,27 @@ class TrainConfig:
     arms: str = opt("aia", "both: train stage 3 a second time without AIA, from the same weights", ("aia", "both"))
     attention: str = opt("fused", "fused kernel or written out; same result", tuple(model.ATTENTION))
     checkpoint_activations: bool = opt(False, "recompute each layer in the backward pass: less memory, slower steps")
+    parallel: str = opt("ddp", "what the processes of torchrun share out: ddp nothing, fsdp weights, gradients and "
+                        "optimizer, hsdp the same within a node", ("ddp", "fsdp", "hsdp"))
+    shard: int = opt(0, "with hsdp: processes that share one copy of the weights; 0: those of a node")
+    offload: bool = opt(False, "with fsdp, hsdp: weights and optimizer wait in CPU memory")
+    pure_bf16: bool = opt(False, "weights, gradients and optimizer in bfloat16, as in the released code")
     compile: bool = opt(False, "torch.compile the layers: a slow first minute, then faster steps")
     rope_bf16: bool = opt(False, "round the rotary frequencies to bfloat16, as the authors' scripts do")
     data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
-    val: str = opt("", "JSON-lines file for the final losses; empty: the records of --data themselves")
+    val: str = opt("", "JSON-lines file for held-out losses; empty: the records of --data, at the end only")
+    val_every: int = opt(200, "steps between losses on --val")
     encoded: str = opt("", "folder of `data.py encode`: pictures whose codes (and features) need not be made again")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
     init: str = opt("", "run folder, or folder or hub id of public weights, to start from; skips stages 1 and 2")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
-    resume: bool = opt(False, "go on from the checkpoint in the run folder")
+    resume: bool = opt(False, "go on from the newest checkpoint in the run folder; begin where there is none yet")
     pool: int = opt(8000, "pictures of the built-in world")
     eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
     log_every: int = opt(50, "steps between reports")
     save_every: int = opt(300, "steps between checkpoints")
+    keep: int = opt(2, "checkpoints that are kept")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it",
                      ("auto", "float32", "bfloat16"))
@@ -97,6 +117,8 @@ class Stage:
     aia: bool = False
     betas: tuple = (0.9, 0.95)
     weight_decay: float = 0.05
+    eps: float = 1e-8
+    floor: float = 0.01                             # learning rate at the end, as a share of its peak
     ratio: str = ""                                 # samples for generation : understanding; empty: that of --ratio
 
 
@@ -110,10 +132,21 @@ TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
 PLANS = {"tiny-emu3": (TOKENIZER, READ, JOINT, TUNE),
          "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
+# The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and kind of
+# sharding; Janus-Pro's other values are those of the authors' code. Chosen here: four epochs of 256 samples a step for
+# both, lambda by rho; Emu3, of which no code was released, takes the rest from Emu3's own fine-tuning script.
+RECIPES = {
+    "emu3-sft": (Stage("tune", 46_875, 256, 1e-5, 30, ("vq",), True, weight_decay=0.1, eps=1e-6, floor=0.1),
+                 {"preset": "emu3-8b", "parallel": "fsdp", "micro_batch": 1, "checkpoint_activations": True,
+                  "clip": 5.0, "save_every": 500, "dtype": "bfloat16"}),
+    "janus-post": (Stage("tune", 46_875, 256, 2e-5, 1_172, ("vq", "vision"), True, eps=1e-6, floor=0.05),
+                   {"preset": "janus-pro-7b", "parallel": "hsdp", "micro_batch": 4, "checkpoint_activations": True,
+                    "mix": "drawn", "pure_bf16": True, "save_every": 1000}),
+}
 
 
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
-         "log_every": 1, "save_every": 1, "weight_decay": -1}
+         "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1}
 
 
 def parse_ratio(text):
@@ -139,7 +172,7 @@ def check_numbers(config):
 
 def plan(config):
     """The stages of a run, flags applied."""
-    stages = PLANS.get(config.preset, LARGE)
+    stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
     if config.init:
         stages = stages[-1:]
     elif config.preset not in PLANS:
@@ -161,72 +194,158 @@ def plan(config):
 
 
 def learning_rate(step, stage):
-    """Linear warm-up, then a cosine down to a hundredth of the peak."""
+    """Linear warm-up, then a cosine down to the floor."""
     if step < stage.warmup:
         return stage.lr * (step + 1) / stage.warmup
     done = (step - stage.warmup) / max(stage.steps - stage.warmup, 1)
-    return stage.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    return stage.lr * (stage.floor + (1 - stage.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(m, stage):
-    """AdamW over the parts that move; the others need no gradient."""
+def freeze(m, stage):
+    """Only the parts that move in a stage need gradients."""
     own = ("vq",) if stage.name == "tokenizer" else [name for name, _ in m.named_children() if name not in stage.frozen]
     for name, parameter in m.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in own)
+
+
+def make_optimizer(m, stage):
+    """AdamW over the parts that move."""
+    freeze(m, stage)
     moving = [p for p in m.parameters() if p.requires_grad]
     groups = [{"params": [p for p in moving if p.ndim >= 2], "weight_decay": stage.weight_decay},
               {"params": [p for p in moving if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: one, or as many as torchrun started
+# ---------------------------------------------------------------------------------------------------------------------
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(config):
+    """Join the other processes of torchrun, if there are any -> device of this one. Only the first one prints."""
+    device = data.device_of(config.device)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def over_processes(values):
+    """Sum of a CPU tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def first_decides(work):
+    """What work() gives, or refuses, on the first process: the same on all of them."""
+    found = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = work()
+        except InputError as error:
+            found[1] = str(error)
+    if world() > 1:
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise InputError(found[1])
+    return found[0]
+
+
+def shard_model(m, config, frozen, device):
+    """Share the weights out over the processes (fsdp, hsdp): each holds a part of every layer, and the whole of it only
+    while it computes. Frozen towers stay whole on every process."""
+    kind, n = torch.device(device).type, config.shard or int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    if config.parallel == "hsdp" and world() % n:
+        raise InputError(f"--shard {n} does not divide {world()} processes: choose a divisor")
+    shape, names = ((world() // n, n), ("copy", "part")) if config.parallel == "hsdp" else ((world(),), ("part",))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if uses_bf16(config, device) and not \
+        config.pure_bf16 else MixedPrecisionPolicy()
+    how = {"mesh": init_device_mesh(kind, shape, mesh_dim_names=names), "mp_policy": precision,
+           "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy()}
+    for layer in m.lm.layers:
+        fully_shard(layer, **how)
+    # The root holds embeddings, heads and aligners. Its head is read directly (model.next_token_loss), which works
+    # because the root stays whole from its forward to its backward pass.
+    fully_shard(m, **how, ignored_params={p for name in frozen if hasattr(m, name) for p in
+                                          getattr(m, name).parameters()})
+
+
+@contextlib.contextmanager
+def reducing(net, now):
+    """Whether the backward pass inside sums gradients over processes, or only adds to this one's."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(now)
+    with net.no_sync() if isinstance(net, DistributedDataParallel) and not now else contextlib.nullcontext():
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step of the language model: next-token prediction + lambda AIA
 # ---------------------------------------------------------------------------------------------------------------------
 def counts(batches):
-    """{task: (label tokens, valid samples)} of a whole step: what its sums are divided by."""
-    total = {}
+    """{task: (label tokens, valid samples)} of a whole step, all processes together: what its sums are divided by."""
+    total = torch.zeros(len(aia.TASKS), 2, dtype=torch.long)
     for batch in batches:
-        tokens, valid = total.get(batch.task, (0, 0))
-        total[batch.task] = (tokens + int((batch.labels[:, 1:] != -100).sum()), valid + int(batch.aia_valid.sum()))
-    return total
+        total[aia.TASKS.index(batch.task)] += torch.tensor([int((batch.labels[:, 1:] != -100).sum()),
+                                                            int(batch.aia_valid.sum())])
+    return dict(zip(aia.TASKS, over_processes(total).tolist(), strict=True))
 
 
-def accumulate(m, batches, targets, weights, scale=True, autocast=contextlib.nullcontext):
-    """Gradients of one step, the same however its samples are cut into micro-batches.
+def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.nullcontext, device=None):
+    """Gradients of one step, the same however its samples are cut into micro-batches and over processes.
 
     loss = sum over tasks of  ntp_sum / label_tokens(task)  +  lambda(task) * aia_sum / valid_samples(task)
     targets {task: (target, delta)}, weights {task: lambda}; weights None is next-token prediction alone, which also
-    measures no attention; scale False measures only, without gradients.
+    measures no attention; scale False measures only, without gradients. All processes have the same tasks in turn.
     -> metrics {"gen": {"ntp", "aia", "intensity"}, "und": ...}
     """
-    total, metrics = counts(batches), {}
-    for batch in batches:
+    total, sums, device = counts(batches), {}, device or next(net.parameters()).device
+    for i, batch in enumerate(batches):
         tokens, valid = (max(n, 1) for n in total[batch.task])
-        with autocast(), torch.set_grad_enabled(scale):
-            out = m(batch.to(next(m.parameters()).device), intensity=weights is not None)
-        loss, row = out.ntp / tokens, metrics.setdefault(batch.task, {"ntp": 0.0})
-        row["ntp"] += loss.item()
-        if weights is not None:
-            aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid.to(out.intensity.device),
-                               reduction="sum")
-            # L = L_NTP + lambda L_AIA (Eq. 3)
-            loss = loss + weights.get(batch.task, 0.0) * aia_sum / valid
-            row["aia"] = row.get("aia", 0.0) + aia_sum.item() / valid
-            row["intensity"] = row.get("intensity", 0) + \
-                out.intensity.detach()[batch.aia_valid].sum(0).cpu() / valid
-        if scale:
-            loss.backward()
+        # Gradients are summed over processes once, in the last pass, those of the other task's modules too.
+        with reducing(net, i + 1 == len(batches)), torch.set_grad_enabled(scale):
+            with autocast():
+                out = net(batch.to(device), intensity=weights is not None)
+            loss, row = out.ntp / tokens, [out.ntp.detach()[None] / tokens]
+            if weights is not None:
+                aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid.to(device), reduction="sum")
+                # L = L_NTP + lambda L_AIA (Eq. 3)
+                loss = loss + weights.get(batch.task, 0.0) * aia_sum / valid
+                measured = out.intensity.detach()[batch.aia_valid.to(device)].sum(0)                # (L,)
+                row += [aia_sum.detach()[None] / valid, measured / valid]
+            if scale:
+                (loss * world()).backward()                                     # reducing takes the mean
+        sums[batch.task] = sums.get(batch.task, 0.0) + torch.cat(row).cpu()                         # (2 + L,)
+    metrics = {}
+    for task, row in sums.items():
+        ntp, *measured = over_processes(row)
+        metrics[task] = {"ntp": ntp.item()}
+        if measured:
+            metrics[task] |= {"aia": measured[0].item(), "intensity": torch.stack(measured[1:])}
     return metrics
 
 
-def calibrate(m, schedule, targets, config, autocast):
+def calibrate(net, schedule, targets, config, autocast, device=None):
     """lambda of each task from batches without updates (aia.weight_for_ratio), unless --aia-weight gives it."""
     fixed = aia.fixed_weights(config.aia_weight)
     if fixed:
         return fixed
     n, sums = config.calibration or (10 if config.preset.startswith("tiny") else 100), {}
     for step in range(n):
-        for task, row in accumulate(m, schedule.step(step), targets, {}, False, autocast).items():
+        for task, row in accumulate(net, schedule.step(step), targets, {}, False, autocast,
+                                    device).items():
             sums.setdefault(task, [0.0, 0.0])
             sums[task][0] += row["ntp"] / n
             sums[task][1] += row["aia"] / n
@@ -355,14 +474,45 @@ def tokenizer_step(m, pictures, step, stage, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run: folder, checkpoints, log
 # ---------------------------------------------------------------------------------------------------------------------
-def save_checkpoint(state, path):
-    """Write under a second name, then rename: a job killed while saving keeps its previous checkpoint."""
-    aside = Path(f"{path}.part")
-    with open(aside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def tensors_of(m, optimizer=None, known=None):
+    """{name: tensor} of a model and its optimizer, for saving and for loading in place. known: the names of a
+    checkpoint, whose moments the optimizer then gets; a parameter that never had a gradient has none."""
+    tensors = {f"model.{name}": value for name, value in m.state_dict().items()}
+    for name, parameter in m.named_parameters() if optimizer else ():
+        moments = optimizer.state.get(parameter, {})
+        if f"optimizer.exp_avg.{name}" in (known or ()):
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.zeros((), device=parameter.device)
+            optimizer.state[parameter] = moments
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+    return tensors
+
+
+class Writer(dcp.HuggingFaceStorageWriter):
+    """Writes a checkpoint under a second name; once every process has, adds the manifest and renames. Whoever is killed
+    before that leaves the previous checkpoint as the newest."""
+
+    def __init__(self, place, manifest, keep):
+        super().__init__(f"{place}.part", save_distributed=True)
+        self.place, self.manifest, self.keep = place, manifest, keep
+
+    def finish(self, metadata, results):
+        """Runs on the first process only, after all shards are on disk."""
+        part = Path(self.path)
+        files = {file.name: model.checksum(file) for file in sorted(part.glob("*.safetensors"))}
+        judge.write_json(self.manifest | {"files": files}, part / "manifest.json")
+        os.replace(part, self.place)
+        for old in sorted(self.place.parent.glob("[0-9]*-" + "[0-9]" * 7))[:-self.keep] if self.keep else ():
+            shutil.rmtree(old)
+
+
+def save_checkpoint(tensors, manifest, place, keep=0, group=None):
+    """Write a checkpoint folder in the background, each process its shards -> future, None if it is there already.
+    keep: how many of the numbered checkpoints beside it stay. group: processes, on a channel of their own."""
+    if first_decides(lambda: place.exists() or shutil.rmtree(f"{place}.part", ignore_errors=True)):
+        return None
+    return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
+                          no_dist=world() == 1)
 
 
 def memory_gb():
@@ -384,13 +534,12 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def attention_kernel(m, autocast):
-    """Which kernel attention runs on for this model's heads: what one call of it runs."""
-    c, like = m.config, m.lm.embed_tokens.weight
+def attention_kernel(c, device, dtype):
+    """Which kernel attention runs on for the heads of a Config: what one call of it runs."""
     if c.attention == "explicit":
         return "explicit, every map is kept"
-    q, k = (like.new_zeros(1, heads, 64, c.head_dim) for heads in (c.heads, c.kv_heads))
-    with Operations() as seen, autocast():
+    q, k = (torch.zeros(1, heads, 64, c.head_dim, device=device, dtype=dtype) for heads in (c.heads, c.kv_heads))
+    with Operations() as seen:
         model.attend_fused(q.requires_grad_(), k, k, condition=torch.ones(1, 64, dtype=torch.bool, device=k.device))
     for kernel in ("flash", "cudnn", "efficient"):
         if f"_{kernel}_attention" in seen.names:
@@ -399,32 +548,29 @@ def attention_kernel(m, autocast):
 
 
 class Stop(Exception):
-    """Ctrl-C was pressed: save and go."""
+    """A signal came (its number; 0: to another process): the run is saved, go."""
 
 
 class Run:
     """A training run in its folder."""
 
     def __init__(self, config):
-        self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), False, 0.0, []
-        self.folder = Path(config.out or f"runs/{config.preset}-seed{config.seed}")
-        self.state = None
-        if config.resume:
-            self.state = model.read_checkpoint(self.folder / "checkpoint.pt")
-            if "settings" not in self.state:
-                raise InputError(f"{self.folder / 'checkpoint.pt'} holds weights only, no run to resume: use --init")
-            check_settings(self.state["settings"], asdict(config), self.folder)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder} is not empty: continue it with --resume, or choose another --out")
-        self.device = data.device_of(config.device)
-        bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.startswith("cuda")
-                                              and torch.cuda.is_bf16_supported())
-        self.autocast = (lambda: torch.autocast(torch.device(self.device).type, torch.bfloat16)) if bf16 \
-            else contextlib.nullcontext
+        self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), 0, 0.0, []
+        self.folder, self.saving, self.state = Path(config.out or f"runs/{config.preset}-seed{config.seed}"), None, None
+        self.device = start_processes(config)
+        self.group = dist.new_group(backend="gloo") if world() > 1 else None            # of saving in the background
+        self.state = first_decides(lambda: resumed_from(self.folder, config))
+        bf16 = uses_bf16(config, self.device)
+        # Sharded weights have a precision of their own.
+        self.autocast = (lambda: torch.autocast(torch.device(self.device).type, torch.bfloat16)) if bf16 and not (
+            config.pure_bf16 or self.sharded()) else contextlib.nullcontext
         print(f"device {self.device}, {'bfloat16' if bf16 else 'float32'} activations, {torch.get_num_threads()} "
-              f"threads, torch {torch.__version__}, Python {platform.python_version()}")
+              f"threads, {world()} processes, torch {torch.__version__}, Python {platform.python_version()}")
         torch.manual_seed(config.seed)
         self.prepare()
+
+    def sharded(self):
+        return world() > 1 and self.config.parallel != "ddp"
 
     def prepare(self):
         """Data, text tokenizer and model; nothing is written before all of them are good."""
@@ -437,62 +583,124 @@ class Run:
         self.stages = plan(config)
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
-        if config.init:
-            self.m = model.load(config.init, torch.float32, self.device, config.vision_tokenizer,
-                                attention=config.attention)
-            if not self.m.tokenizer_file:
-                raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
-            if self.m.config.kind != kind:
-                raise InputError(f"--init {config.init} is a model of kind {self.m.config.kind}, but --preset "
-                                 f"{config.preset} of kind {kind}: choose the preset that fits")
-        else:
-            self.m = model.build(config.preset, attention=config.attention).to(self.device)
-        self.m.lm.rope_bf16, self.m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
-        print(f"attention: {attention_kernel(self.m, self.autocast)}")
-        if config.compile:
-            for layer in self.m.lm.layers:
-                layer.compile()
+        self.m = self.open(min(self.state[1]["stage"], len(self.stages) - 1) if self.state else 0, self.state)
+        if self.m.config.kind != kind:
+            raise InputError(f"--init {config.init} is a model of kind {self.m.config.kind}, but --preset "
+                             f"{config.preset} of kind {kind}: choose the preset that fits")
+        dtype = torch.bfloat16 if uses_bf16(config, self.device) else torch.float32
+        print(f"attention: {attention_kernel(self.m.config, self.device, dtype)}")
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
         aia.fixed_weights(config.aia_weight)
         parse_ratio(config.ratio)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = model.find_tokenizer(self.folder)
-        if config.init and not file:
-            store_tokenizer(data.Text(self.m.tokenizer_file, kind), self.folder)
-            file = model.find_tokenizer(self.folder)
-        self.text = data.Text(file, kind) if file else train_tokenizer(self.folder / "tokenizer.json", self.m.config)
+        self.encoded = data.Encoded(config.encoded, self.m) if config.encoded else None
+        first_decides(self.begin_folder)
+        self.text = data.Text(model.find_tokenizer(self.folder), kind)
         if self.text.ids != self.m.ids:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
-        encoded = data.Encoded(config.encoded, self.m) if config.encoded else None
-        self.preparer = data.Preparer(self.m, self.text, encoded=encoded)
-        judge.write_json(asdict(config), self.folder / "settings.json")
+        self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
         print("settings " + json.dumps(asdict(config)))
 
-    def save(self, stage, step, optimizer, weights):
-        """Everything that --resume needs. The order of data follows from the seed and the step."""
-        save_checkpoint({"config": asdict(self.m.config), "settings": asdict(self.config), "model": self.m.state_dict(),
-                         "optimizer": optimizer.state_dict() if optimizer else None, "stage": stage, "step": step,
-                         "weights": weights, "seconds": self.elapsed(), "random": torch.get_rng_state()},
-                        self.folder / "checkpoint.pt")
+    def open(self, index, saved=None):
+        """The model of a stage: from a checkpoint (place, manifest) of this run, from --init, or fresh."""
+        config, stage = self.config, self.stages[index]
 
-    def save_weights(self, path):
-        """The model alone, for comparing later."""
-        save_checkpoint({"config": asdict(self.m.config), "model": self.m.state_dict()}, path)
+        def shard(m):
+            freeze(m, stage)                        # what needs gradients is fixed at the first step of sharded weights
+            shard_model(m, config, {"vq", *stage.frozen}, self.device)
+        shard, dtype = shard if self.sharded() else None, torch.bfloat16 if config.pure_bf16 else torch.float32
+        if saved:
+            m = model.from_manifest(saved[1], saved[0], self.device, config.attention, shard)
+        elif config.init:
+            m = model.load(config.init, dtype, self.device, config.vision_tokenizer, attention=config.attention,
+                           shard=shard)
+            if not m.tokenizer_file:
+                raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
+        else:
+            m = model.build(config.preset, attention=config.attention).to(self.device)
+            for name, child in m.named_children():
+                child.to(torch.float32 if name == "vq" else dtype)
+            if shard:
+                shard(m)
+        m.lm.rope_bf16, m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
+        if config.compile:
+            for layer in m.lm.layers:
+                layer.compile()
+        return m
+
+    def begin_folder(self):
+        """The run folder with a tokenizer, that of --init or a new one, and the settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.state:                          # whatever a job that was killed early has left
+            if self.config.init:
+                store_tokenizer(data.Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
+            else:
+                train_tokenizer(self.folder / "tokenizer.json", self.m.config)
+        judge.write_json(asdict(self.config), self.folder / "settings.json")
+
+    def save(self, stage, step, optimizer, weights):
+        """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
+        self.write(f"checkpoints/{stage}-{step:07d}", optimizer, self.config.keep,
+                   {"settings": asdict(self.config), "stage": stage, "step": step, "weights": weights,
+                    "optimizer": optimizer is not None, "seconds": self.elapsed()})
+
+    def write(self, name, optimizer=None, keep=0, more=None):
+        """Begin to write a checkpoint folder, of the model alone unless told otherwise."""
+        self.written()
+        manifest = {"config": asdict(self.m.config), "dtype": str(self.m.lm.norm.weight.dtype).split(".")[1]}
+        self.saving = save_checkpoint(tensors_of(self.m, optimizer), manifest | (more or {}), self.folder / name, keep,
+                                      self.group)
+
+    def written(self):
+        """Wait for the checkpoint that is being written, and tell what went wrong with it."""
+        try:
+            if self.saving:
+                self.saving.result()
+        except (CheckpointException, OSError) as error:
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise InputError(f"a checkpoint in {self.folder} could not be written ({model.first_line(cause)}): make "
+                             "room, then go on with --resume; earlier checkpoints are untouched") from error
+        finally:
+            self.saving = None
 
     def elapsed(self):
         return self.seconds + time.time() - self.started
 
     def log(self, entry):
+        if rank():
+            return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def uses_bf16(config, device):
+    return config.pure_bf16 or config.dtype == "bfloat16" or (
+        config.dtype == "auto" and device.startswith("cuda") and torch.cuda.is_bf16_supported())
+
+
+def resumed_from(folder, config):
+    """(place, manifest) of the newest whole checkpoint with --resume, None where a run begins. What is damaged is put
+    aside, as its place is needed again."""
+    if not config.resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} is not empty: continue it with --resume, or choose another --out")
+        return None
+    if not any(folder.glob("checkpoints/*-*")):
+        print(f"{folder} holds no checkpoint yet: beginning")
+        return None
+    place, manifest = model.newest_checkpoint(folder)
+    check_settings(manifest["settings"], asdict(config), folder)
+    for newer in (folder / "checkpoints").glob("[0-9]*-" + "[0-9]" * 7):
+        if newer.name > place.name:
+            os.replace(newer, f"{newer}.damaged")
+    return place, manifest
 
 
 def check_settings(stored, given, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
-            "checkpoint_activations", "compile", "encoded"}
+            "checkpoint_activations", "compile", "encoded", "parallel", "shard", "offload", "keep", "val_every"}
     for name in stored:
         if name not in free and stored[name] != given[name]:
             flag = "--" + name.replace("_", "-")
@@ -504,75 +712,91 @@ def check_settings(stored, given, folder):
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 def train(config):
-    """All stages, then the evaluation -> the result that is printed as the last line."""
+    """All stages, then the evaluation -> the result that is printed as the last line; None but on the first process."""
     check_numbers(config)
     run = Run(config)
-    begin, state = (0, None) if run.state is None else (run.state["stage"], run.state)
+    begin, state = (run.state[1]["stage"], run.state[1]) if run.state else (0, None)
     if state:
-        run.m.load_state_dict(state["model"])
         run.seconds = state["seconds"]
-        torch.set_rng_state(state["random"])
-        trim_log(run.folder / "metrics.jsonl", state["stage"], state["step"])
+    first_decides(lambda: trim_log(run.folder / "metrics.jsonl", begin, state["step"] if state else 0))
     with interruptible(run):
         for index in range(begin, len(run.stages)):
             run_stage(run, index, state)
             state = None
+    run.written()
     return finish(run)
 
 
 def run_stage(run, index, state):
     """One stage from its first step, or from a checkpoint's."""
-    stage, config = run.stages[index], run.config
-    before = run.folder / "before.pt"               # what stage 3 starts from, with or without AIA
-    if stage.name in ("control", "tune") and not (state and state["optimizer"]):
-        if before.exists():
-            run.m.load_state_dict(model.read_checkpoint(before)["model"])
+    stage, config, first = run.stages[index], run.config, state["step"] if state else 0
+    resumed = bool(state and state["optimizer"])
+    if run.sharded() and not state and index:
+        run.written()
+        run.m = run.open(index, first_decides(lambda: model.newest_checkpoint(run.folder)))
+        run.preparer = data.Preparer(run.m, run.text, encoded=run.encoded)
+    if stage.name in ("control", "tune") and not resumed:
+        if (run.folder / "before").exists():        # what stage 3 starts from, with or without AIA
+            model.read_tensors(tensors_of(run.m), run.folder / "before")
         else:
-            run.save_weights(before)
+            run.write("before")
     optimizer = make_optimizer(run.m, stage)
-    schedule, weights = None, dict.fromkeys(aia.TASKS, 0.0)
+    schedule, weights, net = None, dict.fromkeys(aia.TASKS, 0.0), run.m
     if stage.name != "tokenizer":
         order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
         schedule = data.Schedule(run.source, run.preparer, order, stage.batch_size,
                                  parse_ratio(stage.ratio or config.ratio), config.micro_batch,
-                                 on_bad_record=config.on_bad_record)
-    if state and state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-        weights = state["weights"]
+                                 on_bad_record=config.on_bad_record, rank=rank(), world=world(), mix=config.mix)
+        if world() > 1 and not run.sharded():       # modules of one task get no gradient from the other
+            net = DistributedDataParallel(run.m, find_unused_parameters=True, broadcast_buffers=False)
+    if resumed:
+        place, weights = run.state[0], state["weights"]
+        model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
     elif stage.aia:
-        weights = calibrate(run.m, schedule, run.targets, config, run.autocast)
+        weights = calibrate(net, schedule, run.targets, config, run.autocast, run.device)
         print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
               f"({'calibrated for rho ' + str(config.rho) if config.aia_weight == 'rho' else config.aia_weight})")
-    first = state["step"] if state else 0
     print(f"{stage.name}, part {index + 1} of {len(run.stages)}: {stage.steps} steps of {stage.batch_size}, "
           f"{sum(p.numel() for p in run.m.parameters() if p.requires_grad):,} of "
           f"{sum(p.numel() for p in run.m.parameters()):,} parameters move")
     run.m.train()
-    bar, since = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=None), time.time()
+    bar = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=True if rank() else None)
+    since, waited, coming = time.time(), 0.0, schedule and schedule.steps(first, stage.steps)
     for step in range(first, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage)
         if schedule:
-            batches = schedule.step(step)
-            metrics = accumulate(run.m, batches, run.targets, weights, autocast=run.autocast)
-        else:
+            start = time.time()
+            batches = next(coming)
+            waited += time.time() - start
+            metrics = accumulate(net, batches, run.targets, weights, autocast=run.autocast, device=run.device)
+        else:                                       # too small to share: every process does the same
             batches, metrics = [], tokenizer_step(run.m, pictures_of(run), step, stage, config.seed)
         norm = torch.nn.utils.clip_grad_norm_([p for p in run.m.parameters() if p.grad is not None], config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         check_finite(norm, metrics, stage, step, batches, run)
+        if schedule and step == 0:
+            print("first loss " + ", ".join(f"{task} {row['ntp']:.2f} (knowing nothing: {ignorance(run.m, task):.2f})"
+                                            for task, row in metrics.items()))
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
         if (step + 1) % config.log_every == 0 or step + 1 == stage.steps:
-            since = report(run, index, step, since, metrics, weights, float(norm), batches, bar)
-        if run.stopping or ((step + 1) % config.save_every == 0 and step + 1 < stage.steps):
+            since = report(run, index, step, since, metrics, weights, float(norm), batches, bar, waited)
+            waited = 0.0
+        if schedule and config.val and (step + 1) % config.val_every == 0:
+            held_out(run, net, index, step, bar)
+        stopping = bool(over_processes(torch.tensor(run.stopping)))
+        if stopping or ((step + 1) % config.save_every == 0 and step + 1 < stage.steps):
             run.save(index, step + 1, optimizer, weights)
-        if run.stopping:
+        if stopping:
+            run.written()
             bar.close()
-            raise Stop
+            raise Stop(run.stopping)
     bar.close()
     run.m.eval()
     if stage.name == "control":
-        run.save_weights(run.folder / "control.pt")
+        run.write("control")
     run.save(index + 1, 0, None, weights)
     run.bad += [text for text in (schedule.bad if schedule else []) if text not in run.bad]
 
@@ -596,14 +820,35 @@ def check_finite(norm, metrics, stage, step, batches, run):
     if math.isfinite(norm) and all(map(math.isfinite, losses)):
         return
     places = [place for batch in batches for place in batch.places]
+    if world() > 1:
+        found = [None] * world()
+        dist.all_gather_object(found, places)
+        places = sum(found, [])
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-    saved = run.folder / "checkpoint.pt"
-    good = f"last good checkpoint {saved}" if saved.exists() else "no checkpoint yet"
+    saved = sorted((run.folder / "checkpoints").glob("*"))
+    good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
                      f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
 
 
-def report(run, index, step, since, metrics, weights, norm, batches, bar):
+def ignorance(m, task):
+    """Loss of a model that finds every word, or code, equally likely."""
+    last = m.head(task)
+    return math.log((last[-1] if isinstance(last, torch.nn.Sequential) else last).out_features)
+
+
+def held_out(run, net, index, step, bar):
+    """Losses on up to 64 records of --val, always the same; in the log under "val"."""
+    config, ratio = run.config, [min(run.val.count(task), 32) for task in aia.TASKS]
+    plan = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, config.micro_batch, 0.0, "skip", rank(), world())
+    metrics = accumulate(net, plan.step(0), run.targets, {}, False, run.autocast, run.device)
+    rows = {task: {key: row[key] for key in ("ntp", "aia")} for task, row in metrics.items()}
+    run.log({"stage": index, "name": run.stages[index].name, "step": step + 1, "val": rows})
+    bar.write(f"held out, step {step + 1} | " + " | ".join(f"{task} {row['ntp']:.3f} aia {row['aia']:.4f}"
+                                                          for task, row in rows.items()), file=sys.stdout)
+
+
+def report(run, index, step, since, metrics, weights, norm, batches, bar, waited):
     """One line on the terminal, one object in metrics.jsonl."""
     stage, now = run.stages[index], time.time()
     rate = (now - since) / min(run.config.log_every, step + 1)                  # seconds per step
@@ -621,9 +866,9 @@ def report(run, index, step, since, metrics, weights, norm, batches, bar):
             entry[task] = row
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
     if batches:
-        tokens = sum(sum(batch.lengths) for batch in batches)
-        entry |= {"tokens_per_second": tokens / rate,
-                  "padding": 1 - tokens / sum(batch.tokens.numel() for batch in batches)}
+        tokens, places = over_processes(torch.tensor([[sum(batch.lengths), batch.tokens.numel()] for batch in
+                                                      batches]).sum(0)).tolist()
+        entry |= {"tokens_per_second": tokens / rate, "padding": 1 - tokens / places, "waiting": waited / (now - since)}
     left = rate * (stage.steps - step - 1)
     bar.write(f"step {step + 1:5d}/{stage.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
               f"{stage.batch_size / rate:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
@@ -637,7 +882,9 @@ def trim_log(path, stage, step):
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if complete(line)]
         kept = [line for line in kept if (lambda e: (e["stage"], e["step"]) <= (stage, step))(json.loads(line))]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside = path.with_name("metrics.part")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
 
 
 def complete(line):
@@ -650,26 +897,39 @@ def complete(line):
 
 @contextlib.contextmanager
 def interruptible(run):
-    """Ctrl-C finishes the step, saves, and says how to go on; pressed twice it stops at once."""
+    """Ctrl-C, SIGTERM and SLURM's USR1 finish the step, save, and say how to go on; Ctrl-C pressed twice stops at once
+    (but not under torchrun, which repeats it)."""
     def stop(number, frame):
-        run.stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = signal.signal(signal.SIGINT, stop)
+        run.stopping = number
+        if number == signal.SIGINT and world() == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]        # Windows has no USR1
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The end of a run
 # ---------------------------------------------------------------------------------------------------------------------
 def finish(run):
-    """Scores, curves and samples of the final weights, written into the run folder -> the result."""
-    models = {"after": run.m}
+    """Scores, curves and samples of the final weights, in the run folder -> the result. Only the first process does it,
+    the others end."""
+    if world() > 1:
+        found = [None] * world()
+        dist.all_gather_object(found, run.bad)
+        run.bad = list(dict.fromkeys(sum(found, [])))
+        if rank():
+            return None
+    load = functools.partial(model.load, run.folder, device=run.device, rope_bf16=run.config.rope_bf16)
+    models = {"after": load() if run.sharded() else run.m}
+    run.m = models["after"]
     for name in ("before", "control"):
-        if (run.folder / f"{name}.pt").exists():
-            models[name] = model.load(run.folder, device=run.device, rope_bf16=run.config.rope_bf16, file=f"{name}.pt")
+        if (run.folder / name).exists():
+            models[name] = load(part=name)
     skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
@@ -688,7 +948,7 @@ def finish(run):
     bad = run.bad + run.source.bad + (run.val.bad if run.val is not run.source else [])
     if bad:
         print(f"{len(bad)} bad records were left out:\n  " + "\n  ".join(bad))
-    print(f"run folder {run.folder}: checkpoint.pt, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(
+    print(f"run folder {run.folder}: checkpoints, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(
         run.world)))
     result |= {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),
                "rss_gb": round(memory_gb(), 3)}
@@ -714,16 +974,19 @@ def score(run, models):
 
 def main(argv=None):
     config = data.parse(TrainConfig, argv, "train.py")
+    if config.recipe:
+        config = data.parse(TrainConfig, argv, "train.py", RECIPES[config.recipe][1])
     try:
         result = train(config)
-    except Stop:
+    except Stop as stop:
         out = f" --out {config.out}" if config.out else ""
         print(f"stopped and saved; go on with the same command and --resume{out}")
-        sys.exit(130)
+        sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, if one was saved")
         sys.exit(130)
-    print("result " + json.dumps(result))
+    if result:
+        print("result " + json.dumps(result))
 
 
 if __name__ == "__main__":

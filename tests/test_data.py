@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import unicodedata
 from dataclasses import replace
 
@@ -735,8 +736,9 @@ def saved(tmp_path, texts):
     def make(kind, seed=0, **changes):
         torch.manual_seed(seed)
         m, folder = model.build(f"tiny-{kind}", layers=1, width=32, **changes), tmp_path / f"{kind}-{seed}"
-        folder.mkdir(exist_ok=True)
-        train.save_checkpoint({"config": vars(m.config), "model": m.state_dict()}, folder / "checkpoint.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        train.save_checkpoint(train.tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
+                              folder / "checkpoints/0-0000000").result()
         return m, str(folder)
     return make
 

@@ -32,8 +32,9 @@ def runs(tmp_path_factory):
         config = replace(model.PRESETS[name], layers=2, width=64, ffn=64)
         train.train_tokenizer(folder / "tokenizer.json", config)
         torch.manual_seed(0)
-        train.save_checkpoint({"config": asdict(config), "model": model.from_config(config).state_dict()},
-                              folder / "checkpoint.pt")
+        manifest = {"config": asdict(config), "dtype": "float32"}
+        train.save_checkpoint(train.tensors_of(model.from_config(config)), manifest,
+                              folder / "checkpoints/0-0000000").result()
         judge.write_json(asdict(train.TrainConfig(preset=name)), folder / "settings.json")
         Image.fromarray(data.draw([(RED,)])[0]).save(folder / "red.png")
     return folders
@@ -157,8 +158,8 @@ def test_curves_are_stored_for_every_layer(name, runs, tmp_path, capsys):
 
 def test_curves_without_huber_are_json_for_every_reader(runs, tmp_path):
     """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity."""
-    for name in ("checkpoint.pt", "tokenizer.json"):
-        shutil.copy(runs["tiny-emu3"] / name, tmp_path)
+    shutil.copy(runs["tiny-emu3"] / "tokenizer.json", tmp_path)
+    shutil.copytree(runs["tiny-emu3"] / "checkpoints", tmp_path / "checkpoints")
     judge.write_json(asdict(train.TrainConfig(aia_variant="no-huber")), tmp_path / "settings.json")
     command("curves", "--checkpoint", tmp_path, "--n", 1)
     json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -331,7 +332,7 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
 
 @pytest.mark.parametrize("words, message", [
     (["paint"], "no command 'paint'.*score, generate"), (["score"], "needs --checkpoint"),
-    (["score", "--checkpoint", "nowhere"], "checkpoint nowhere/checkpoint.pt is missing"),
+    (["score", "--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
     (["generate", "--checkpoint", "RUN", "--out", "nowhere/red.png"], "nowhere/red.png"),
     (["generate", "--checkpoint", "RUN", "--out", "RUN/red.unknown"], "red.unknown"),
     (["curves", "--checkpoint", "RUN", "--device", "toaster"], "--device toaster.*cpu"),
@@ -349,13 +350,13 @@ def test_bad_input_is_refused_with_one_line(words, message, runs, capsys):
     assert re.search(message, lines[-1])
 
 
-@pytest.mark.parametrize("missing", ["checkpoint.pt", "tokenizer.json", "settings.json"])
+@pytest.mark.parametrize("missing", ["checkpoint", "tokenizer.json", "settings.json"])
 def test_an_incomplete_run_folder_is_named(missing, runs, tmp_path, capsys):
     """A checkpoint that was copied alone lacks its vocabulary, its world and its targets."""
-    for name in {"checkpoint.pt", "tokenizer.json", "settings.json"} - {missing}:
-        shutil.copy(runs["tiny-emu3"] / name, tmp_path)
+    shutil.copytree(runs["tiny-emu3"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints") if missing == "checkpoint" else (tmp_path / "run" / missing).unlink()
     with pytest.raises(SystemExit) as stop:
-        command("curves", "--checkpoint", tmp_path)
+        command("curves", "--checkpoint", tmp_path / "run")
     assert stop.value.code == 2 and missing in capsys.readouterr().err
 
 
