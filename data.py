@@ -4,6 +4,7 @@ A record (a picture with a conversation) becomes tokens with a role each; from t
 prediction and the two masks of Eq. 1, by one rule for both models (see `spans`).
 
     python data.py export FOLDER --n 200      # draw world data as pictures + JSON lines, the layout of --data
+    python data.py index shards/ train.jsonl  # where each record lies: data sets of any size, read at random
     python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B      # the codes of all pictures, once
 """
 
@@ -11,13 +12,19 @@ import argparse
 import base64
 import concurrent.futures
 import functools
+import glob
 import hashlib
+import io
 import json
+import mmap
 import os
 import re
+import struct
 import sys
+import tarfile
 import time
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -701,7 +708,7 @@ class Record:
     place: str
     task: str
     turns: tuple                  # ((human, assistant), ...); <image> marks stay in the human text
-    pictures: tuple               # paths, or uint8 arrays (S, S, 3)
+    pictures: tuple               # paths, bytes of picture files, or uint8 arrays (S, S, 3)
 
 
 class WorldSource:
@@ -709,7 +716,7 @@ class WorldSource:
 
     def __init__(self, world, n, seed):
         rng = np.random.default_rng([seed, 2])
-        self.world, self.bad = world, []
+        self.world, self.bad, self.paths = world, [], []
         self.scenes = [world.scene(rng) for _ in range(n)]
         self.pictures, self.rng = draw(self.scenes), rng
 
@@ -732,43 +739,14 @@ class WorldSource:
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 
-class FileSource:
-    """Records of a JSON-lines file, checked on loading: each bad one is named with file, line and remedy."""
-
-    def __init__(self, file, kind, on_bad_record="stop"):
-        self.bad, self.records = [], {task: [] for task in aia.TASKS}
-        try:
-            lines = Path(file).read_text(encoding="utf-8").split("\n")             # other separators are text in JSON
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--data {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = parse_record(line, f"{file}:{number}", Path(file).parent)
-                for path in record.pictures:
-                    load_picture(path, kind)         # whole, since a truncated file has a good header
-                self.records[record.task].append(record)
-            except InputError as error:
-                self.bad.append(f"{file}:{number}: {error}")
-                if on_bad_record == "stop":
-                    raise InputError(f"{self.bad[-1]} ({SKIP_HINT})") from error
-        if not any(self.records.values()):
-            raise InputError(f"--data {file} holds no usable record: see README, 'Your own pictures'")
-
-    def count(self, task):
-        return len(self.records[task])
-
-    def record(self, task, index, rng):
-        return self.records[task][index]
-
-
-def parse_record(line, place, folder):
-    """One JSON line -> Record. A generation record has <image> as (or in) the assistant's answer."""
+def parse_record(line, place, folder, strict=True):
+    """One JSON line, or its fields -> Record. A generation record has <image> as (or in) the assistant's answer. Not
+    strict: the layouts of public sets are taken too, and fields that no one needs are ignored."""
     try:
-        entry = json.loads(line)
+        entry = line if isinstance(line, dict) else json.loads(line)
     except ValueError as error:
         raise InputError(f"not JSON ({error}): write one object per line") from error
+    entry = entry if strict or not isinstance(entry, dict) else published(entry)
     known = {"id", "image", "conversations", "task"}
     if not isinstance(entry, dict) or not {"image", "conversations"} <= set(entry):
         raise InputError('a record needs "image" and "conversations"')
@@ -779,12 +757,27 @@ def parse_record(line, place, folder):
     good = isinstance(said, list) and len(said) >= 2 and len(said) % 2 == 0 and all(
         isinstance(turn, dict) and turn.get("from") == ("human", "gpt")[i % 2] and isinstance(turn.get("value"), str)
         for i, turn in enumerate(said))
-    if not good or not images or not all(isinstance(path, str) and path for path in images):
+    images = [(one["bytes"] or one["path"]) if isinstance(one, dict) and {"bytes", "path"} <= set(one) else one
+              for one in images]                     # as Hugging Face's datasets store pictures
+    if not good or not images or not all(isinstance(one, str | bytes) and one for one in images):
         raise InputError('"image" must be a path or a list of paths, "conversations" human and gpt turns in turn, '
                          'each {"from": ..., "value": text}')
     turns = tuple((said[i]["value"], said[i + 1]["value"].strip()) for i in range(0, len(said), 2))
     task = check_turns(turns, len(images), entry.get("task"))
-    return Record(place, task, turns, tuple(folder / path for path in images))
+    return Record(place, task, turns, tuple(one if isinstance(one, bytes) else folder / one for one in images))
+
+
+def published(entry):
+    """Fields of a public record as ours: LLaVA's conversations, ShareGPT-4o-Image's prompts, pictures with captions."""
+    if entry.get("input_image"):
+        raise InputError("the record edits a picture (input_image), which neither task does: leave it out")
+    image, said = entry.get("image") or entry.get("output_image"), entry.get("conversations")
+    caption = entry.get("caption") or entry.get("text") or entry.get("input_prompt")
+    if not said and caption:
+        said = [{"from": "human", "value": caption}, {"from": "gpt", "value": "<image>"}]
+    if not (image and said):
+        raise InputError("a record needs a picture, and a conversation or a caption")
+    return {"image": image, "conversations": said}
 
 
 def check_turns(turns, n_images, named):
@@ -804,23 +797,32 @@ def check_turns(turns, n_images, named):
     return task
 
 
+def open_picture(source, kind):
+    """Path or bytes of a picture file -> Pillow picture: header read, size checked, pixels yet to come."""
+    name = "the picture" if isinstance(source, bytes) else f"picture {source}"
+    try:
+        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except FileNotFoundError as error:
+        raise InputError(f"{name} is missing: paths are relative to the JSON file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large to open safely ({error}): shrink it first") from error
+    except (OSError, ValueError) as error:
+        why = re.sub(" <.*>", "", str(error))        # the address of a buffer
+        raise InputError(f"{name} cannot be opened ({why}): is it a picture, and complete?") from error
+    check_size(*picture.size, kind)
+    return picture
+
+
 def load_picture(source, kind):
-    """Path or uint8 array -> RGB picture, turned as a viewer shows it."""
+    """Path, bytes or uint8 array -> RGB picture, turned as a viewer shows it."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    try:
-        picture = Image.open(source)                 # its pixels are read below
-    except FileNotFoundError as error:
-        raise InputError(f"picture {source} is missing: paths are relative to the JSON file") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"picture {source} is too large to open safely ({error}): shrink it first") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"picture {source} cannot be opened ({error}): is it a picture, and complete?") from error
-    check_size(*picture.size, kind)
+    picture = open_picture(source, kind)
     try:
         return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"picture {source} is broken ({error}): replace it") from error
+        name = "the picture" if isinstance(source, bytes) else f"picture {source}"
+        raise InputError(f"{name} is broken ({error}): replace it") from error
 
 
 def question_parts(turns, n_images):
@@ -844,12 +846,316 @@ def question_parts(turns, n_images):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data sets as they are published: where records lie, and how one is read
+# ---------------------------------------------------------------------------------------------------------------------
+# An index has 16 bytes a record, drawings first. `where` is the file (upper 16 bits) and the offset in it; in tables,
+# offset and size are a row group and a row of it. `number` counts the records of a file, for messages.
+ROW, OFFSET = np.dtype([("where", "<u8"), ("size", "<u4"), ("number", "<u4")]), 2**48 - 1
+FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                        # the first three also as a folder
+TABLES = ("parquet", "arrow")
+COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
+ENDINGS = ("jpg", "jpeg", "png", "webp")
+BROKEN = (OSError, ValueError, NotImplementedError, tarfile.TarError)       # what readers raise, pyarrow among them
+JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)
+
+
+def data_files(path):
+    """A file, a folder or a pattern with wildcards -> format, sorted files."""
+    path, files = Path(path), []
+    if path.is_dir():
+        found = ([file for file in path.glob(f"*.{form}") if not file.name.startswith("cache-")] for form in FORMS[:3])
+        files = next(filter(None, found), [])        # beside shards often lie tables about them
+    elif path.exists() or glob.has_magic(str(path)):
+        files = [path] if path.exists() else [Path(file) for file in glob.glob(str(path), recursive=True)]
+    forms = {file.suffix[1:] if file.suffix[1:] in FORMS else "jsonl" for file in files}
+    if len(forms) != 1 or len(files) > 2**16:
+        raise InputError(f"--data {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
+                         ".json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three")
+    return forms.pop(), sorted(files)
+
+
+def scan(form, file):
+    """Where the records of a file lie: (offset, size, number) of each, in order."""
+    if form == "json":
+        yield from json_elements(file)
+    elif form == "tar":
+        yield from tar_samples(file)
+    elif form == "jsonl":
+        with open(file, "rb") as lines:
+            offset = 0
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield offset, len(line), number
+                offset += len(line)
+    else:
+        number, arrow = 0, pyarrow_for(file)
+        about = arrow.parquet.ParquetFile(file).metadata if form == "parquet" else None
+        for group in range(about.num_row_groups if about else 1):
+            for row in range(about.row_group(group).num_rows if about else len(read_table(form, file, group))):
+                number += 1
+                yield group, row, number
+
+
+def json_elements(file):
+    """The objects of a JSON array of any size: brackets outside strings are counted, nothing is parsed or kept."""
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        depth = number = start = 0
+        for token in JSON_TOKEN.finditer(text) if re.match(rb"\s*\[", text) else ():
+            if token[1] in (b"[", b"{"):
+                start = token.start() if depth == 1 else start
+                depth += 1
+            elif token[1]:
+                depth -= 1
+                if depth == 1:
+                    number += 1
+                    yield start, token.end() - start, number
+                elif depth == 0:
+                    return
+        raise ValueError("no JSON array, or not all of it")
+
+
+def tar_samples(file):
+    """The samples of a WebDataset shard: neighbours whose names agree up to the first full stop."""
+    with tarfile.open(file, "r:") as tar:
+        last, start, end, number = None, 0, 0, 0
+        while member := tar.next():
+            tar.members.clear()                      # tarfile would keep them all
+            key, _ = split_name(member)
+            if key and key != last:
+                if last:
+                    number += 1
+                    yield start, end - start, number
+                last, start = key, member.offset
+            end = member.offset_data + -(-member.size // 512) * 512 if key else end         # whole blocks
+        if last:
+            yield start, end - start, number + 1
+
+
+def split_name(member):
+    """A tar member -> the key of its sample, and its ending. Folders and hidden files have no key."""
+    first = member.name.rfind("/") + 1
+    cut = member.name.find(".", first)
+    return (member.name[:cut], member.name[cut + 1:].lower()) if cut > first and member.isfile() else ("", "")
+
+
+def tar_entry(content):
+    """The bytes of a sample -> its key; its picture and its .json with conversations, else its .txt caption."""
+    parts = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        first, _ = split_name(tar.firstmember)
+        for member in tar:
+            key, ending = split_name(member)
+            if key:
+                parts[ending] = tar.extractfile(member).read()
+    entry = json.loads(parts.get("json", b"{}"))
+    if not (isinstance(entry, dict) and "conversations" in entry):             # .json beside .txt may be about anything
+        entry = {"caption": parts.get("txt", b"").decode("utf-8").strip()}
+    return first, entry | {"image": next((parts[ending] for ending in ENDINGS if ending in parts), None)}
+
+
+def pyarrow_for(file):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{file} is read through pyarrow, which is not installed: pip install pyarrow") from error
+    return pyarrow
+
+
+def read_table(form, file, group):
+    """Our columns of a row group of a parquet file, or of a whole Arrow stream (mapped into memory, not read)."""
+    arrow = pyarrow_for(file)
+    if form == "parquet":
+        table = arrow.parquet.ParquetFile(file)
+        return table.read_row_group(group, [name for name in COLUMNS if name in table.schema_arrow.names])
+    table = arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all()
+    return table.select([name for name in COLUMNS if name in table.column_names])
+
+
+def read_record(form, file, offset, size, number, table=read_table, check=None):
+    """The record at a place of a file; check(picture) may refuse its pictures."""
+    place = f"{file}:{number}"
+    try:
+        if form in TABLES:
+            rows = table(form, file, offset)
+            entry = {name: rows[name][size].as_py() for name in rows.column_names}
+        else:
+            with open(file, "rb") as opened:
+                opened.seek(offset)
+                entry = opened.read(size)
+            if form == "tar":
+                key, entry = tar_entry(entry)
+                place = f"{file}:{key}"
+        record = parse_record(entry, place, file.parent, strict=form == "jsonl")
+        for picture in record.pictures if check else ():
+            check(picture)
+        return record
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+    except BROKEN as error:
+        raise InputError(f"{place}: cannot be read ({error}): is the file complete, and unchanged?") from error
+
+
+def make_index(form, files, kind, stop=False):
+    """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones. Of pictures the header is read."""
+    rows, bad, table = {task: bytearray() for task in aia.TASKS}, [], functools.lru_cache(maxsize=1)(read_table)
+
+    def check(picture):
+        open_picture(picture, kind).close()
+    bar = tqdm(desc="index", unit="record", disable=None)
+    for i, file in enumerate(files):
+        try:
+            for offset, size, number in scan(form, file):
+                bar.update()
+                try:
+                    record = read_record(form, file, offset, size, number, table, check)
+                    rows[record.task] += struct.pack("<QII", i << 48 | offset, size, number)
+                except InputError as error:
+                    note_bad(str(error), bad, stop)
+        except InputError:
+            raise
+        except BROKEN as error:
+            note_bad(f"{file}: cannot be read to its end ({error}): is it complete?", bad, stop)
+    bar.close()
+    return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad
+
+
+def index_file(path):
+    """PATH.index.npy beside a file or folder; of a pattern in the folder before its first wildcard, wildcards as _."""
+    path = str(Path(path))
+    before = path if Path(path).exists() else re.split(r"[*?\[]", path)[0]
+    folder = before[:before.rfind("/") + 1]
+    return Path(folder + re.sub(r"[/*?\[\]]+", "_", path[len(folder):]) + ".index.npy")
+
+
+def stamps(files, folder):
+    """What tells that a file has changed: [[name, size, time], ...]."""
+    return [[os.path.relpath(file, folder), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+
+
+def load_index(path, files):
+    """A stored index -> rows {task: (n,)}, mapped into memory, and its bad records; refused if a file has changed."""
+    stored, again = index_file(path), f"run python data.py index {path} again"
+    try:
+        rows = np.load(stored, mmap_mode="r", allow_pickle=False)
+        with open(stored, "rb") as file:
+            file.seek(rows.offset + rows.nbytes)     # behind the array: the two are written together
+            head = json.loads(file.read())
+        gen, bad, seen = head["count"]["gen"], head["bad"], {tuple(one) for one in head["files"]}
+    except (*BROKEN, EOFError, AttributeError, LookupError, TypeError) as error:
+        raise InputError(f"{stored} is broken ({error}): {again}") from error
+    if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
+        raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
+    return {"gen": rows[:gen], "und": rows[gen:]}, bad
+
+
+def note_bad(text, bad, stop):
+    """Add a record that cannot be used to a list, or stop at it."""
+    bad.append(text)
+    if stop:
+        raise InputError(f"{text} ({SKIP_HINT})")
+
+
+def bad_report(bad, paths):
+    """How many records of each data set were left out, then the first of them."""
+    homes = sorted(((re.split(r"[*?\[]", str(Path(path)))[0], path) for path in paths), key=lambda home: len(home[0]))
+    owners = [[path for home, path in [("", "elsewhere"), *homes] if text.startswith(home)][-1] for text in bad]
+    counts = [f"{path}: {owners.count(path)}" for path in dict.fromkeys(owners)]
+    more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
+    return "\n  ".join([f"{len(bad)} bad records were left out:", *counts, *bad[:20], *more])
+
+
+class FileSource:
+    """Records of a data set, read one by one through an index, stored or made at once; but JSON lines without a stored
+    index are read and checked whole. A bad record is named with file, place and remedy."""
+
+    def __init__(self, path, kind, on_bad_record="stop"):
+        self.paths, self.bad, self.records = [str(path)], [], {task: [] for task in aia.TASKS}
+        (self.form, self.files), stop, started = data_files(path), on_bad_record == "stop", time.time()
+        self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
+        self.read = functools.lru_cache(maxsize=256)(read_record)               # lengths are asked for before records
+        if index_file(path).exists():
+            self.records, self.bad = load_index(path, self.files)
+        elif self.form == "jsonl":
+            self.read_whole(kind, stop)
+        else:
+            self.records, self.bad = make_index(self.form, self.files, kind, stop)
+            if time.time() - started > 5:
+                print(f"{path}: indexed in {time.time() - started:.0f} s; once for all: python data.py index {path}")
+        if not any(map(len, self.records.values())):
+            raise InputError(f"--data {path} holds no usable record: see README, 'Your own pictures'")
+
+    def read_whole(self, kind, stop):
+        for file in self.files:
+            try:
+                lines = file.read_text(encoding="utf-8").split("\n")               # other separators are text in JSON
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"--data {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = parse_record(line, f"{file}:{number}", file.parent)
+                    for path in record.pictures:
+                        load_picture(path, kind)     # whole, since a truncated file has a good header
+                    self.records[record.task].append(record)
+                except InputError as error:
+                    note_bad(f"{file}:{number}: {error}", self.bad, stop)
+
+    def count(self, task):
+        return len(self.records[task])
+
+    def record(self, task, index, rng=None):
+        row = self.records[task][index]
+        if isinstance(row, Record):
+            return row
+        where, size, number = row.item()
+        return self.read(self.form, self.files[where >> 48], where & OFFSET, size, number, self.table)
+
+
+class Mixture:
+    """Several sources as one: joined, or with weights (see Schedule) each by its share and in its own epochs."""
+
+    def __init__(self, sources, weights=()):
+        self.sources, self.weights = sources, weights
+        self.bad = [text for source in sources for text in source.bad]
+        self.paths = [path for source in sources for path in source.paths]
+
+    def count(self, task):
+        return sum(source.count(task) for source in self.sources)
+
+    def record(self, task, index, rng=None):
+        for source in self.sources:
+            if index < source.count(task):
+                return source.record(task, index, rng)
+            index -= source.count(task)
+
+
+def open_sources(texts, kind, on_bad_record="stop"):
+    """The source that --data names, each text a PATH or PATH=WEIGHT."""
+    found = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text, re.DOTALL).groups() for text in texts]
+    try:
+        weights = [Fraction(weight) for _, weight in found if weight]
+    except ValueError:
+        weights = [0]
+    if min(weights, default=1) <= 0 or len(weights) not in (0, len(found)):
+        raise InputError(f"--data {' '.join(texts)}: give each data set a weight above 0 (PATH=WEIGHT), or none")
+    sources = [FileSource(path, kind, on_bad_record) for path, _ in found]
+    return Mixture(sources, weights) if sources[1:] else sources[0]
+
+
+def every(source, task):
+    """All records of a task, one at a time."""
+    return (source.record(task, i) for i in range(source.count(task)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
 def picture_key(file):
-    """Name of a picture's content, whatever its path. Of a file that cannot be read: "" (loading it will say why)."""
+    """Name of the content of a picture (path or bytes). Of a file that cannot be read: "" (loading it will say why)."""
     try:
-        return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+        content = file if isinstance(file, bytes) else Path(file).read_bytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
     except OSError:
         return ""
 
@@ -1064,6 +1370,34 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
         bad += [text] if text not in bad else []
 
 
+def shuffled(i, n, key):
+    """Where the permutation of range(n) that belongs to a key sends i: no list is held, whatever n.
+
+    A Feistel network permutes the numbers of 2 h bits, at least n of them; whoever lands outside range(n) walks on.
+    """
+    h, key = max((n - 1).bit_length() + 1, 2) // 2, repr(key).encode()
+    while True:
+        left, right = i >> h, i & (1 << h) - 1
+        for turn in range(4):
+            mixed = hashlib.blake2b(b"%d %d" % (turn, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(mixed, "little") & (1 << h) - 1
+        i = left << h | right
+        if i < n:
+            return i
+
+
+def deal(position, weights):
+    """Which of several streams serves a position, and which position of its own: shares follow the weights, over any
+    window less than len(weights) away. The first stream takes its share of the running total, the next of the rest."""
+    rest = sum(weights)
+    for number, weight in enumerate(weights[:-1]):
+        mine = position * weight // rest
+        if (position + 1) * weight // rest > mine:
+            return number, int(mine)
+        position, rest = position - mine, rest - weight
+    return len(weights) - 1, int(position)
+
+
 class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
 
@@ -1073,20 +1407,23 @@ class Schedule:
         self.ratio, self.micro_batch, self.on_bad_record = ratio, micro_batch, on_bad_record
         self.drop = DROP[preparer.config.kind] if drop is None else drop
         self.bad, self.rank, self.world, self.drawn = [], rank, world, seed if mix == "drawn" else None
-        self.order = functools.lru_cache(maxsize=4)(self._order)
+        mixed = isinstance(source, Mixture) and source.weights
+        parts = list(zip(source.sources, source.weights, strict=True)) if mixed else [(source, 1)]
+        self.parts = {task: [part for part in parts if part[0].count(task)] for task in aia.TASKS}
         for task, share in zip(aia.TASKS, ratio, strict=True):
             if share and not source.count(task):
                 other = "1:0" if task == "und" else "0:1"
                 raise InputError(f"the data hold no record for task {task!r}: add some, or train with --ratio {other}")
 
-    def _order(self, task, epoch):
-        return np.random.default_rng([self.seed, 3, aia.TASKS.index(task), epoch]).permutation(self.source.count(task))
-
     def record(self, task, position):
         """The record at a position of the task's endless stream, and its random numbers."""
-        epoch, place = divmod(position, self.source.count(task))
+        sources, weights = zip(*self.parts[task], strict=True)
+        number, place = deal(position, weights)
+        n = sources[number].count(task)
+        epoch, place = divmod(place, n)
+        index = shuffled(place, n, (self.seed, aia.TASKS.index(task), epoch, number))
         rng = np.random.default_rng([self.seed, 4, aia.TASKS.index(task), position])
-        return self.source.record(task, int(self.order(task, epoch)[place]), rng), rng
+        return sources[number].record(task, index, rng), rng
 
     def length(self, task, position):
         """Length of a record in characters, a picture token counted as four: good enough to sort by."""
@@ -1101,13 +1438,14 @@ class Schedule:
         come first, so that what does not fit into memory fails at once. Every process has the same tasks in turn.
         """
         start, end = (samples_before(s, self.batch_size, self.ratio, self.drawn) for s in (step, step + 1))
-        groups, n = [], self.micro_batch * self.world
+        groups, n = [], self.micro_batch
         for task in aia.TASKS:
-            positions = list(range(start[task], end[task]))
-            if len(positions) > self.micro_batch:
-                positions.sort(key=functools.partial(self.length, task), reverse=True)
-            groups += [(task, np.array_split(positions[first:first + n], self.world)[self.rank].tolist())
-                       for first in range(0, len(positions), n)]
+            positions = range(start[task], end[task])
+            mine = list(positions[self.rank::self.world])
+            if len(mine) > n:
+                mine.sort(key=functools.partial(self.length, task), reverse=True)
+            most = -(-len(positions) // self.world)                             # samples of the first process
+            groups += [(task, mine[first:first + n]) for first in range(0, most, n)]
         return groups
 
     def step(self, step):
@@ -1163,6 +1501,39 @@ def export(settings):
     print(f"{settings.n} records in {folder / 'train.jsonl'}")
 
 
+@dataclass(frozen=True)
+class Index:
+    """Write down where each record of a data set lies (PATH.index.npy), so that any of them is found at once. Bad ones
+    are left out and listed in PATH.bad.txt."""
+
+    POSITIONAL = ("paths",)
+    paths: tuple = opt((), "data sets, as for train.py")
+
+
+def index(settings):
+    """One pass over each data set. Files are written under a second name and renamed: whole or not at all."""
+    if not settings.paths:
+        raise InputError("index needs a data set: python data.py index train.jsonl")
+    for path in settings.paths:
+        started, (form, files), stored = time.time(), data_files(path), index_file(path)
+        seen = stamps(files, stored.parent)          # before reading: a change meanwhile will show
+        rows, bad = make_index(form, files, "janus")  # the wider limits; reading checks those of its model
+        aside, listed = stored.with_suffix(".part"), stored.with_suffix("").with_suffix(".bad.txt")
+        listed.unlink(missing_ok=True)
+        if bad:
+            aside.write_text("\n".join([*bad, ""]), encoding="utf-8")
+            os.replace(aside, listed)
+            print(f"{bad_report(bad, [path])}\nall are in {listed}")
+        if not any(map(len, rows.values())):
+            raise InputError(f"--data {path} holds no usable record: see README, 'Your own pictures'")
+        count = {task: len(part) for task, part in rows.items()}
+        with open(aside, "wb") as out:
+            np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
+            out.write(json.dumps({"files": seen, "count": count, "bad": bad}).encode())
+        os.replace(aside, stored)
+        print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")
+
+
 PART = 2**28                                     # bytes of one file of encoded pictures, and at most ...
 PICTURES = 1000                                  # ... so many pictures, so that little is lost to a kill
 TOGETHER = 32                                    # pictures that pass a tower at once
@@ -1175,7 +1546,7 @@ class Encode:
 
     POSITIONAL = ("folder",)
     folder: str = opt("", "folder to write")
-    data: str = opt("", "JSON-lines file, as for train.py")
+    data: str = opt("", "a data set, as for train.py")
     init: str = opt("", "model whose towers encode, as for train.py")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     features: bool = opt(False, "also what SigLIP makes of pictures in questions (Janus-Pro; 2.4 MB a picture)")
@@ -1203,17 +1574,18 @@ def encode(settings):
     def features(paths):
         pixels = preparer.reading(paths)["pixels"]
         return [one.clone() for one in m.vision(pixels.to(m.vision.pos_embed.device)).cpu()]
-    wanted = {"codes": (source.records["gen"] + source.records["und"] * (not janus), preparer.codes),
-              "features": (source.records["und"] * settings.features, features)}
+    wanted = {"codes": (aia.TASKS[:1 if janus else 2], preparer.codes),
+              "features": (("und",) * settings.features, features)}
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(file.stem[4:]) for file in folder.glob(f"{rank:03d}-*.safetensors")), default=-1)
-    for name, (records, make) in wanted.items():
-        mine = {f"{name}/{picture_key(path)}": path for record in records for path in record.pictures}
+    for name, (tasks, make) in wanted.items():
+        mine = {f"{name}/{picture_key(path)}": (task, i, j) for task in tasks for i in range(source.count(task))
+                for j, path in enumerate(source.record(task, i).pictures)}           # where it is: bytes would not fit
         mine = list(mine.items())[rank::world]
-        todo, made = [(key, path) for key, path in mine if key not in store.parts], {}
+        todo, made = [(key, place) for key, place in mine if key not in store.parts], {}
         for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
-            keys, paths = zip(*todo[first:first + TOGETHER], strict=True)
-            made |= zip(keys, make(paths), strict=True)
+            keys, places = zip(*todo[first:first + TOGETHER], strict=True)
+            made |= zip(keys, make([source.record(task, i).pictures[j] for task, i, j in places]), strict=True)
             full = len(made) >= PICTURES or sum(one.nbytes for one in made.values()) >= PART
             if full or first + TOGETHER >= len(todo):
                 store.add(made, f"{rank:03d}-{number:05d}")
@@ -1222,7 +1594,7 @@ def encode(settings):
             print(f"{name}: {len(todo)} pictures encoded, {len(mine) - len(todo)} were there")
 
 
-COMMANDS = {"export": (Export, export), "encode": (Encode, encode)}
+COMMANDS = {"export": (Export, export), "index": (Index, index), "encode": (Encode, encode)}
 
 
 def main(argv=None):

@@ -204,7 +204,7 @@ class HeldOut:
 
 
 class FileBatches:
-    """The first samples of a JSON-lines file, for curves and losses on a user's own pictures.
+    """The first samples of a data set, for curves and losses on a user's own pictures.
 
     Records that cannot be used are added to the list `bad` and left out; without a list they stop the command.
     """
@@ -213,10 +213,10 @@ class FileBatches:
         self.source, self.bad = source, bad
 
     def batches(self, preparer, task, n, batch=8):
-        records = self.source.records[task][:n]
-        for start in range(0, len(records), batch):
-            positions = range(start, min(start + batch, len(records)))
-            yield data.usable_batch(preparer, lambda i: (records[i], None), positions, bad=self.bad)
+        n = min(n, self.source.count(task))
+        for start in range(0, n, batch):
+            positions = range(start, min(start + batch, n))
+            yield data.usable_batch(preparer, lambda i: (self.source.record(task, i), None), positions, bad=self.bad)
 
 
 class FreeDecoding(data.Preparer):
@@ -588,7 +588,7 @@ class Typist:
 class Curves(Loaded):
     """Intensity per layer of both tasks on held-out samples: before AIA, after, and the target."""
 
-    data: str = opt("", "JSON-lines file of samples; empty: held-out scenes of the world")
+    data: str = opt("", "data set of samples, as for train.py --data; empty: held-out scenes of the world")
     n: int = opt(100, "samples for each task")
     decode: bool = opt(False, "measure while the model answers and draws by itself, not on the stored answers")
     seed: int = opt(0, "draws the samples")

@@ -85,8 +85,8 @@ class TrainConfig:
     pure_bf16: bool = opt(False, "weights, gradients and optimizer in bfloat16, as in the released code")
     compile: bool = opt(False, "torch.compile the layers: a slow first minute, then faster steps")
     rope_bf16: bool = opt(False, "round the rotary frequencies to bfloat16, as the authors' scripts do")
-    data: str = opt("", "JSON-lines file of your own pictures; empty: the built-in world")
-    val: str = opt("", "JSON-lines file for held-out losses; empty: the records of --data, at the end only")
+    data: tuple = opt((), "data sets of your own (see README), each PATH or PATH=WEIGHT; none: the built-in world")
+    val: str = opt("", "data set for held-out losses; empty: the records of --data, at the end only")
     val_every: int = opt(200, "steps between losses on --val")
     encoded: str = opt("", "folder of `data.py encode`: pictures whose codes (and features) need not be made again")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
@@ -577,7 +577,7 @@ class Run:
         config = self.config
         kind = model.PRESETS[config.preset].kind
         self.world = None if config.data else data.World(config.seed)
-        self.source = data.FileSource(config.data, kind, config.on_bad_record) if config.data else \
+        self.source = data.open_sources(config.data, kind, config.on_bad_record) if config.data else \
             data.WorldSource(self.world, config.pool, config.seed)
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
         self.stages = plan(config)
@@ -690,7 +690,7 @@ def resumed_from(folder, config):
         print(f"{folder} holds no checkpoint yet: beginning")
         return None
     place, manifest = model.newest_checkpoint(folder)
-    check_settings(manifest["settings"], asdict(config), folder)
+    check_settings(manifest["settings"], json.loads(json.dumps(asdict(config))), folder)        # tuples become lists
     for newer in (folder / "checkpoints").glob("[0-9]*-" + "[0-9]" * 7):
         if newer.name > place.name:
             os.replace(newer, f"{newer}.damaged")
@@ -806,11 +806,16 @@ def pictures_of(run):
     if run.world:
         return run.source.crowded
     if not hasattr(run, "own_pictures"):
-        config, paths = run.m.config, {}
-        for task in aia.TASKS:
-            paths |= dict.fromkeys(p for record in run.source.records[task] for p in record.pictures)
-        run.own_pictures = [data.to_picture(data.janus_drawing(data.load_picture(p, config.kind), config))
-                            for p in paths]
+        config, found = run.m.config, {}
+        for record in (record for task in aia.TASKS for record in data.every(run.source, task)):
+            try:
+                for picture in record.pictures:
+                    if picture not in found:
+                        drawn = data.janus_drawing(data.load_picture(picture, config.kind), config)
+                        found[picture] = data.to_picture(drawn)
+            except InputError as error:
+                data.note_bad(f"{record.place}: {error}", run.bad, run.config.on_bad_record == "stop")
+        run.own_pictures = list(found.values())
     return run.own_pictures
 
 
@@ -947,7 +952,7 @@ def finish(run):
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
     bad = run.bad + run.source.bad + (run.val.bad if run.val is not run.source else [])
     if bad:
-        print(f"{len(bad)} bad records were left out:\n  " + "\n  ".join(bad))
+        print(data.bad_report(bad, run.source.paths + run.val.paths))
     print(f"run folder {run.folder}: checkpoints, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(
         run.world)))
     result |= {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),

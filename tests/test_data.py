@@ -1,18 +1,24 @@
 """Claims about the data: the drawn world, text, templates and masks, pictures, records, schedule (data.py)."""
 
 import base64
+import io
 import json
+import os
 import re
 import shutil
+import sys
+import tarfile
 import unicodedata
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import sentencepiece
 import torch
 from PIL import Image
 
+import aia
 import data
 import eval as judge
 import model
@@ -728,6 +734,228 @@ def use(file, p, on_bad_record):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data sets as they are published
+# ---------------------------------------------------------------------------------------------------------------------
+SHARDED = ("tar", "parquet", "arrow")
+EXTRA = {"id": 7, "data_source": "web", "note": 'brackets ]} in "quotes" \\', "scores": [1, 2]}
+PUBLIC = [DRAWN, ASKED, entry("c.png", ("two red crosses", "<image>"))]
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_table(file, columns):
+    table = pyarrow.table(columns)
+    if file.suffix == ".parquet":
+        return pyarrow.parquet.write_table(table, file, row_group_size=1)
+    with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+        stream.write_table(table, max_chunksize=1)
+
+
+def store(form, folder, entries):
+    """Entries as others publish them, with fields that we do not know, in two shards where there are shards."""
+    entries = [e | EXTRA for e in entries]
+    if form == "json":
+        (folder / "train.json").write_text(json.dumps(entries, indent=1))
+        return folder / "train.json"
+    (folder / form).mkdir()
+    for shard, part in enumerate((entries[:2], entries[2:])):
+        file, pictures = folder / form / f"{shard}.{form}", [(folder / e["image"]).read_bytes() for e in part]
+        if form != "tar":
+            write_table(file, {"image": [{"bytes": content, "path": "x.png"} for content in pictures],
+                               **{name: [e[name] for e in part] for name in ("conversations", *EXTRA)}})
+            continue
+        with tarfile.open(file, "w") as tar:
+            for i, (e, content) in enumerate(zip(part, pictures, strict=True)):
+                add(tar, f"part/{i}.PNG", content)
+                caption = e["conversations"][1]["value"] == "<image>" and e["conversations"][0]["value"]
+                if caption:
+                    add(tar, f"part/{i}.txt", f"{caption}\n".encode())
+                add(tar, f"part/{i}.json", json.dumps({"url": "web"} if caption else e).encode())
+    return folder / form
+
+
+def records(source):
+    return [record for task in aia.TASKS for record in data.every(source, task)]
+
+
+def content(record):
+    return record.task, record.turns, [data.load_picture(p, "emu3").tobytes() for p in record.pictures]
+
+
+def index(*paths):
+    data.main(["index", *map(str, paths)])
+
+
+@pytest.mark.parametrize("form", ["json", *SHARDED])
+def test_published_formats_hold_the_same_records(form, album, tmp_path, preparers):
+    """Where a record is stored changes neither its words nor its pixels, nor the batch that it becomes."""
+    own, public = (data.FileSource(path, "emu3") for path in (album(*PUBLIC), store(form, tmp_path, PUBLIC)))
+    assert [content(record) for record in records(public)] == [content(record) for record in records(own)]
+    for task in aia.TASKS:
+        one, other = (preparers["emu3"].batch(list(data.every(source, task))) for source in (own, public))
+        assert torch.equal(one.tokens, other.tokens)
+    names = [data.picture_key(p) for source in (own, public) for record in records(source) for p in record.pictures]
+    assert len(set(names)) == 3 and names[:3] == names[3:]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_tables_may_hold_captions_plain_bytes_and_several_pictures(form, album, tmp_path):
+    """A picture is bytes, or a struct, or a path; words are a conversation, or a caption, which is drawn."""
+    album()
+    a, b = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    said = entry("", ("same?", "no"))["conversations"]
+    for name, columns in {"x": {"image": [a], "caption": ["a cross"]}, "y": {"image": [b], "text": ["a square"]},
+                          "z": {"image": [[a, b]], "conversations": [said]},
+                          "w": {"image": [{"bytes": None, "path": "b.png"}], "text": ["by path"]}}.items():
+        write_table(tmp_path / f"{name}.{form}", columns)
+    found = records(data.FileSource(tmp_path / f"[w-z].{form}", "emu3"))
+    assert [(record.task, record.turns[0][0]) for record in found] == [
+        ("gen", "by path"), ("gen", "a cross"), ("gen", "a square"), ("und", "same?")]
+    assert [record.pictures for record in found] == [(tmp_path / "b.png",), (a,), (b,), (a, b)]
+
+
+def test_prompts_of_another_layout_are_drawn_and_edits_are_refused(album, tmp_path):
+    """ShareGPT-4o-Image has text to picture, which we learn, and picture to picture, which no task here is."""
+    album()
+    drawn = {"input_prompt": "a cross", "output_image": "a.png", "output_image_resolution": [16, 16]}
+    (tmp_path / "4o.json").write_text(json.dumps([drawn, drawn | {"input_image": ["b.png"]}]))
+    source = data.FileSource(tmp_path / "4o.json", "emu3", "skip")
+    assert records(source) == [data.Record(f"{tmp_path / '4o.json'}:1", "gen", (("a cross", "<image>"),),
+                                           (tmp_path / "a.png",))]
+    assert len(source.bad) == 1 and re.search(r"4o.json:2: .*edits a picture.*leave it out", source.bad[0])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
+def test_an_index_finds_what_direct_reading_finds(form, album, tmp_path, capsys):
+    """The index holds places alone, 16 bytes each: records, order and the places in messages stay."""
+    path = album(*PUBLIC) if form == "jsonl" else store(form, tmp_path, PUBLIC)
+    direct = records(data.FileSource(path, "emu3"))
+    index(path)
+    assert "2 records to draw, 1 to answer" in capsys.readouterr().out
+    assert np.load(data.index_file(path)).dtype.itemsize == 16
+    source = data.FileSource(path, "emu3")
+    assert isinstance(source.records["gen"], np.memmap) and records(source) == direct and len(direct) == 3
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("a/train.jsonl", "a/train.jsonl.index.npy"), ("a/shards/", "a/shards.index.npy"),
+    ("a/x-*.tar", "a/x-_.tar.index.npy"), ("a/*/b-?.tar", "a/_b-_.tar.index.npy"), ("*.tar", "_.tar.index.npy")])
+def test_an_index_has_the_documented_name(path, expected):
+    """Beside the data, and for a pattern in the last folder that has a name."""
+    assert str(data.index_file(path)) == expected
+
+
+@pytest.mark.parametrize("change", ["longer", "touched", "come", "gone"])
+def test_an_index_of_files_that_have_changed_is_refused(change, album, tmp_path):
+    """Offsets into other bytes would read nonsense; the message says which file and what to run."""
+    path = store("tar", tmp_path, PUBLIC)
+    index(path)
+    data.FileSource(path, "emu3")
+    if change == "longer":
+        (path / "1.tar").write_bytes((path / "1.tar").read_bytes() + bytes(512))
+    elif change == "touched":
+        os.utime(path / "1.tar", (0, 0))
+    else:
+        os.replace(path / "1.tar", path / ("2.tar" if change == "come" else "1.old"))
+    with pytest.raises(InputError, match=r"[12]\.tar has changed, come or gone since .*run python data.py index .*tar"):
+        data.FileSource(path, "emu3")
+    index(path)
+    assert len(records(data.FileSource(path, "emu3"))) == (2 if change == "gone" else 3)
+
+
+def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
+    """It is written under another name and renamed: there is none, or the old one, or all of the new one."""
+    path = album(*PUBLIC)
+
+    def half(out, array, **kwargs):
+        out.write(bytes(40))
+        raise KeyboardInterrupt
+    for stored in (None, data.index_file(path)):
+        before = stored and stored.read_bytes()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(np, "save", half)
+            index(path)
+        assert (data.index_file(path).read_bytes() if stored else data.index_file(path).exists() or None) == before
+        assert len(records(data.FileSource(path, "emu3"))) == 3
+        index(path)
+    data.index_file(path).write_bytes(bytes(40))
+    with pytest.raises(InputError, match="index.npy is broken.*run python data.py index"):
+        data.FileSource(path, "emu3")
+
+
+def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_path, capsys):
+    """20 are shown, all are listed; a shard that ends too soon gives what it has."""
+    good = [(f"{i}.{ending}", content) for i in range(3)
+            for ending, content in (("png", (album().parent / "a.png").read_bytes()), ("txt", b"a cross"))]
+    bad = [("no words.png", good[0][1]), ("no picture.txt", b"a cross"), ("x.png", b"text"), ("x.txt", b"a cross")]
+    bad += [(f"empty{i}.txt", b"") for i in range(20)]
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name, content in good[:2] + bad + good[2:]:
+            add(tar, name, content)
+    packed = (tmp_path / "all.tar").read_bytes()
+    (tmp_path / "all.tar").write_bytes(packed[:packed.rindex(b"2.png") + 600])           # within its pixels
+    index(tmp_path / "all.tar")
+    out, listed = capsys.readouterr().out, (tmp_path / "all.tar.bad.txt").read_text().splitlines()
+    assert f"24 bad records were left out:\n  {tmp_path / 'all.tar'}: 24\n" in out and "  and 4 more\n" in out
+    for text, name, why in zip(listed[:3], ["no words", "no picture", "x"], ["caption", "needs a picture", "cannot be"],
+                               strict=True):
+        assert text.startswith(f"{tmp_path / 'all.tar'}:{name}: ") and why in text and text in out
+    assert len(listed) == 24 and listed[-1] not in out and "cannot be read to its end" in listed[-1]
+    source = data.FileSource(tmp_path / "all.tar", "emu3")
+    assert [record.place[-2:] for record in records(source)] == [":0", ":1"] and source.bad == listed
+    data.index_file(tmp_path / "all.tar").unlink()
+    with pytest.raises(InputError, match="all.tar:no words: .*--on-bad-record skip"):
+        data.FileSource(tmp_path / "all.tar", "emu3")
+
+
+@pytest.mark.parametrize("text", ['{"a": {"image": "a.png"}}', '[{"image": "a.png"}, {"image": ', "", "[]"])
+def test_a_file_that_is_no_array_is_named(text, tmp_path):
+    """A download that was cut, an object, or nothing."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(InputError, match="x.json.*(is it complete|holds no usable record)"):
+        data.FileSource(tmp_path / "x.json", "emu3", "skip" if text[:1] == "[" else "stop")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.tar", "none*.tar", "."])
+def test_a_source_without_files_is_named(name, tmp_path):
+    """Also a folder or pattern that holds nothing of use."""
+    with pytest.raises(InputError, match="--data .* cannot be read .*give .jsonl"):
+        data.FileSource(tmp_path / name, "emu3")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_missing_pyarrow_is_named_with_its_command(form, album, tmp_path, monkeypatch):
+    """Only those who have tables need it."""
+    album()
+    path = store(form, tmp_path, PUBLIC)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=f"{form} is read through pyarrow.*pip install pyarrow$"):
+        data.FileSource(path, "emu3")
+
+
+@pytest.mark.parametrize("texts", [["a=0"], ["a=1", "b"], ["a=1.2.3", "b=1"], ["a=1", "b=0.0"]])
+def test_weights_are_numbers_above_zero_for_all_or_none(texts):
+    """A data set with no weight among others with one has no share that could be meant."""
+    with pytest.raises(InputError, match="give each data set a weight above 0 .PATH=WEIGHT., or none"):
+        data.open_sources(texts, "emu3")
+
+
+def test_bad_records_are_counted_by_data_set(album, tmp_path):
+    """Of several data sets one may be rotten, which a list of lines does not show."""
+    store("tar", tmp_path, PUBLIC)
+    (tmp_path / "tar/1.tar").write_bytes(b"rotten" * 200)
+    source = data.open_sources([f"{album(DRAWN, 'rotten', 'rotten')}=2", f"{tmp_path}/./tar/=.5"], "emu3", "skip")
+    assert source.weights == [2, 0.5] and [source.count(task) for task in aia.TASKS] == [2, 1]
+    report = data.bad_report(source.bad, source.paths).splitlines()
+    assert report[0].startswith("3 bad") and report[1:3] == [f"  {tmp_path}/train.jsonl: 2", f"  {tmp_path}/./tar/: 1"]
+    assert len(report) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
@@ -962,6 +1190,77 @@ def test_every_record_comes_once_per_epoch(preparers):
     for task in ("gen", "und"):
         epochs = [[plan.record(task, i)[0].place for i in range(first, first + 7)] for first in (0, 7, 14)]
         assert all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
+def test_shuffling_is_a_permutation_for_every_key(n):
+    """Each place alone is enough to know what stands there, in whatever order one asks."""
+    orders = [[data.shuffled(i, n, (seed, epoch)) for i in range(n)] for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert orders[0] == [data.shuffled(i, n, (0, 0)) for i in reversed(range(n))][::-1]
+    assert n < 7 or len({*map(tuple, orders)}) == 4
+
+
+def test_shuffling_prefers_no_place():
+    """Over many keys each of 20 things comes first about as often, and second after a given first one, too."""
+    firsts = [tuple(data.shuffled(i, 20, key) for i in (0, 1)) for key in range(4000)]
+    first, second = np.bincount([a for a, _ in firsts]), np.bincount([(b - a) % 20 for a, b in firsts])
+    assert len(first) == 20 and abs(first - 200).max() < 70                     # five standard deviations
+    assert second[0] == 0 and abs(second[1:] - 4000 / 19).max() < 70
+
+
+class Numbered:
+    """A source of n records of both tasks, each named by its number."""
+
+    def __init__(self, name, n):
+        self.name, self.n, self.bad, self.paths = name, n, [], []
+
+    def count(self, task):
+        return self.n
+
+    def record(self, task, index, rng=None):
+        return data.Record(f"{self.name}{index}", task, (("?", "!"),), ()) if index < self.n else None
+
+
+def places(source, p, positions, task="und"):
+    plan = data.Schedule(source, p, 0, 4, (1, 1), 4)
+    return [plan.record(task, position)[0].place for position in positions]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_record_comes_once_per_epoch_over_any_number_of_ranks(ranks, preparers):
+    """A record follows from its position alone, so processes that share positions share records."""
+    source = data.Mixture([Numbered("a", 5), Numbered("b", 11)])
+    for epoch in (0, 1):
+        met = [place for rank in range(ranks)
+               for place in places(source, preparers["emu3"], range(16 * epoch + rank, 16 * epoch + 16, ranks))]
+        assert len(met) == 16 and {*met} == {*(f"a{i}" for i in range(5)), *(f"b{i}" for i in range(11))}
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 2, 4), (0.5, 0.25, 7, 1)])
+def test_weights_hold_over_any_window_and_each_source_keeps_its_epochs(weights, preparers):
+    """Shares come from running totals; a small source with a large weight just goes through more epochs."""
+    names, total = "abcd"[:len(weights)], sum(weights)
+    texts = [f"{weight}" for weight in weights]
+    source = data.Mixture([Numbered(name, 3 + 2 * i) for i, name in enumerate(names)], [*map(data.Fraction, texts)])
+    met = places(source, preparers["emu3"], range(120))
+    for i, name in enumerate(names):
+        served = np.cumsum([0, *(place[0] == name for place in met)])
+        for window in range(1, 121):
+            off = served[window:] - served[:-window] - window * weights[i] / total
+            assert abs(off).max() < len(weights)
+        mine, n = [place for place in met if place[0] == name], 3 + 2 * i
+        epochs = [mine[first:first + n] for first in range(0, len(mine) - n + 1, n)]
+        assert all(len({*epoch}) == n for epoch in epochs)
+        assert len(epochs) < 4 or len({*map(tuple, epochs)}) > 1
+    assert places(source, preparers["emu3"], [77, 5]) == [met[77], met[5]]
+
+
+def test_a_source_without_a_task_leaves_its_share_to_the_others(album, preparers):
+    """Weights count among the sources that have the task at all."""
+    source = data.Mixture([data.FileSource(album(DRAWN), "emu3"), Numbered("b", 3)], [5, 1])
+    assert {*places(source, preparers["emu3"], range(6))} == {"b0", "b1", "b2"}
+    assert sum(place[0] == "b" for place in places(source, preparers["emu3"], range(60), "gen")) == 10
 
 
 def test_a_missing_task_is_named_with_its_ratio(album, preparers):
