@@ -8,7 +8,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
-    python eval.py bench generate            # or train
+    python eval.py bench generate            # or train, processes
 """
 
 import contextlib
@@ -679,8 +679,8 @@ class Bench:
     """Measure speed and memory against transformers, both sides in one run on the same weights."""
 
     POSITIONAL = ("table",)
-    table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training",
-                     ("generate", "train"))
+    table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
+                     "and two of them, and waiting for data", ("generate", "train", "processes"))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")
@@ -762,7 +762,8 @@ def bench(settings):
     import transformers
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
-    result, rows = {"generate": bench_generate, "train": bench_train}[settings.table](settings)
+    result, rows = {"generate": bench_generate, "train": bench_train,
+                    "processes": bench_processes}[settings.table](settings)
     write_json({"result": result, "rows": rows, "settings": vars(settings),
                 "machine": machine() | {"transformers": transformers.__version__}},
                settings.out or f"assets/bench-{settings.table}.json")
@@ -1044,6 +1045,91 @@ def head_cost(tokens, chunked):
     else:
         torch.nn.functional.cross_entropy(head(x), target, reduction="sum").backward()
     return resident("VmHWM") - before, time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed of several processes, and what the loop waits for
+# ---------------------------------------------------------------------------------------------------------------------
+def timed_process(rank, world, parallel, repeats, folder):
+    """One of `world` processes with a thread each: seconds of steps on 4 x 512 tokens, with and without the sum of
+    gradients over processes."""
+    import train
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meet-{parallel}", rank=rank, world_size=world)
+    step = Step("aia", 512)
+    m, net = step.m, step.m
+    if parallel == "ddp":
+        net = train.DistributedDataParallel(m, find_unused_parameters=True, broadcast_buffers=False)
+    elif parallel == "fsdp":
+        train.freeze(m, train.LARGE[0])
+        train.shard_model(m, train.TrainConfig(parallel="fsdp"), ("vq",), "cpu")
+    optimizer, batches, reducing = train.make_optimizer(m, train.LARGE[0]), [step.batch] * (4 // world), train.reducing
+
+    def work(how):
+        train.reducing = how
+        train.accumulate(net, batches, step.targets, {"gen": 5.0})
+        torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    works = {"sum": functools.partial(work, reducing), "alone": functools.partial(work, lambda net, now: reducing(
+        net, False))}
+    for how in works.values():
+        how()
+    seconds = interleaved(works, repeats)
+    if rank == 0:
+        write_json({"tokens_per_second": 4 * 512 / seconds["sum"],
+                    "sum_share": 1 - seconds["alone"] / seconds["sum"]}, f"{folder}/{parallel}-{world}.json")
+
+
+def bench_processes(settings):
+    """Tokens per second of one process and of two, and the share of a step in which the loop waits for its data."""
+    rows, result = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world, parallel in ((1, "one"), (2, "ddp"), (2, "fsdp")):
+            torch.multiprocessing.spawn(timed_process, (world, parallel, settings.repeats, folder), nprocs=world)
+            row = json.loads((Path(folder) / f"{parallel}-{world}.json").read_text())
+            rows.append({"processes": world, "parallel": parallel, **row})
+            result[parallel] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+            print(f"{world} process{'es' * (world > 1):2s} {parallel:5s} {row['tokens_per_second']:6.0f} tokens/s, "
+                  f"{result[parallel]:.2f} of one; {row['sum_share']:.2f} of a step sums gradients over processes")
+        for what, share in waiting(Path(folder)).items():
+            rows.append({"data": what, "waiting": share})
+            result[f"waiting_{what}"] = share
+            print(f"waiting for data, {what}: {share:.4f} of a step (median of 100)")
+    return result, rows
+
+
+def waiting(folder):
+    """Share of a step of tiny-emu3 in which it waits for its batches: from the world, and the same world in shards."""
+    import tarfile
+
+    import train
+    data.export(data.Export(str(folder / "world"), 400))
+    with tarfile.open(folder / "world.tar", "w") as tar:
+        for line in (folder / "world/train.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            (folder / "record").write_text(line)
+            tar.add(folder / "world" / record["image"], f"{record['id']}.png")
+            tar.add(folder / "record", f"{record['id']}.json")
+    m, shares = model.build("tiny-emu3").train(), {}
+    text = train.train_tokenizer(folder / "tokenizer.json", m.config)
+    sources = {"world": data.WorldSource(data.World(0), 8000, 0),
+               "shards": data.FileSource(folder / "world.tar", "emu3")}
+    targets = {task: aia.targets(m.config.layers, task) for task in aia.TASKS}
+    for name, source in sources.items():
+        optimizer, found = train.make_optimizer(m, train.JOINT), []
+        steps = data.Schedule(source, data.Preparer(m, text), 0, 32, (1, 1), 64).steps(0, 101)
+        for _ in range(101):
+            start = time.perf_counter()
+            batches = next(steps)
+            waited = time.perf_counter() - start
+            train.accumulate(m, batches, targets, {"gen": 5.0, "und": 5.0})
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(waited / (time.perf_counter() - start))
+        shares[name] = float(np.median(found[1:]))          # nothing was prepared before the first
+    return shares
 
 
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -232,6 +231,8 @@ def start_processes(config):
     """Join the other processes of torchrun, if there are any -> device of this one. Only the first one prints."""
     device = data.device_of(config.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if device.startswith("mps"):
+            raise InputError("--device mps: torchrun's processes cannot share an Apple GPU; start train.py alone")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -314,8 +315,10 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
     total, sums, device = counts(batches), {}, device or next(net.parameters()).device
     for i, batch in enumerate(batches):
         tokens, valid = (max(n, 1) for n in total[batch.task])
-        # Gradients are summed over processes once, in the last pass, those of the other task's modules too.
-        with reducing(net, i + 1 == len(batches)), torch.set_grad_enabled(scale):
+        # Gradients are summed over processes once a task. Once a step would do in float32; in half precision, what
+        # earlier passes left is float32 by now, and fully_shard wants one type.
+        last = i + 1 == len(batches) or batches[i + 1].task != batch.task
+        with reducing(net, last), torch.set_grad_enabled(scale):
             with autocast():
                 out = net(batch.to(device), intensity=weights is not None)
             loss, row = out.ntp / tokens, [out.ntp.detach()[None] / tokens]
@@ -519,6 +522,10 @@ def memory_gb():
     """Largest memory of this process so far, in 1e9 bytes: GPU memory where one is used, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:                             # Windows does not tell
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

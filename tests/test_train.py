@@ -643,6 +643,7 @@ def shared_out(name, config):
     """A small model as one of several processes trains it: itself, what is called, its optimizer."""
     torch.manual_seed(0)
     m = model.from_config(replace(SMALL[name], embed_std=0.1)).train()          # gradients of order 1
+    m.lm.checkpoint_activations = config.checkpoint_activations
     net, stage = m, train.Stage("joint", 20, 7, 1e-4, 1, ("vq",))
     train.freeze(m, stage)
     if train.world() > 1 and config.parallel != "ddp":
@@ -675,7 +676,8 @@ def one_of_several(rank, world, files, folder):
     train.dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     for n, name, parallel, shard in LAYOUTS:
         if n == world:
-            m, net, optimizer = shared_out(name, train.TrainConfig(parallel=parallel, shard=shard))
+            config = train.TrainConfig(parallel=parallel, shard=shard, checkpoint_activations=name == "tiny-emu3")
+            m, net, optimizer = shared_out(name, config)
             found = twenty_steps(m, net, optimizer, data.Text(Path(files[name]), model.PRESETS[name].kind))
             if rank == 0:
                 torch.save(found, f"{folder}/{world}-{name}-{parallel}.pt")
@@ -683,6 +685,18 @@ def one_of_several(rank, world, files, folder):
             train.save_checkpoint(train.tensors_of(m, optimizer), {"config": vars(m.config), "dtype": "float32"},
                                   Path(folder) / "four", group=train.dist.new_group(backend="gloo")).result()
     if world == 2:
+        half = train.TrainConfig(parallel="fsdp", dtype="bfloat16")
+        m, net, optimizer = shared_out("tiny-janus", half)
+        found = twenty_steps(m, net, optimizer, data.Text(Path(files["tiny-janus"]), "janus"))
+
+        def shard(m):
+            train.shard_model(m, train.TrainConfig(parallel="fsdp"), {"vq", "vision"}, "cpu")
+        opened = model.load(Path(folder) / "public", torch.float32, shard=shard)
+        mine = {name: p.to_local().numel() / p.numel() for name, p in opened.named_parameters()
+                if isinstance(p, train.DTensor)}
+        opened = {name: gathered(x) for name, x in opened.state_dict().items()}
+        if rank == 0:
+            torch.save((found, opened, mine), f"{folder}/more.pth")
         place, (m, _, optimizer) = Path(folder) / "four", shared_out("tiny-janus", train.TrainConfig(parallel="fsdp"))
         tensors = train.tensors_of(m, optimizer, model.tensor_names(place))
         model.read_tensors(tensors, place)
@@ -692,10 +706,17 @@ def one_of_several(rank, world, files, folder):
     train.dist.destroy_process_group()
 
 
+def public(texts):
+    m = fresh("tiny-janus")
+    m.tokenizer_file = texts["tiny-janus"].file
+    return m
+
+
 @pytest.fixture(scope="module")
 def layouts(texts, tmp_path_factory):
     """The folder in which several processes have left what 20 steps give."""
     folder, files = tmp_path_factory.mktemp("layouts"), {name: str(texts[name].file) for name in NAMES}
+    model.save(public(texts), folder / "public")
     for world in (4, 2):
         torch.multiprocessing.spawn(one_of_several, (world, files, str(folder)), nprocs=world)
     return folder
@@ -733,6 +754,64 @@ def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(layouts):
     part = load_file(file)[name]                    # a quarter
     assert part.abs().max() > 0 and torch.equal(two[name].chunk(4)[0], part)
     assert two["optimizer.step.lm.norm.weight"] == 20 > two["optimizer.step.gen_embed.weight"] >= 10
+
+
+def test_public_weights_are_read_by_several_processes_each_its_part(layouts, texts):
+    """The model is built without memory, then each tensor read, cut and let go: nobody ever holds a whole model."""
+    _, opened, mine = torch.load(layouts / "more.pth")
+    assert equal(opened, public(texts).state_dict())
+    assert {name.split(".")[0] for name in mine} == {"lm", "lm_head", "aligner", "gen_embed", "gen_aligner", "gen_head"}
+    assert all(share == 0.5 for share in mine.values())
+
+
+def test_sharded_bfloat16_keeps_float32_weights(layouts):
+    """Layers compute in half precision; weights, the sums of gradients over processes and AdamW stay exact."""
+    (losses, first, last), *_ = torch.load(layouts / "more.pth")
+    exact, _, last_exact = torch.load(layouts / "2-tiny-janus-fsdp.pt")
+    assert all(x.dtype == torch.float32 for x in [*first.values(), *last.values()])
+    assert not torch.equal(losses, exact)
+    torch.testing.assert_close(losses, exact, rtol=0.02, atol=2e-3)
+    name = "lm.layers.0.mlp.up_proj.weight"
+    assert (last[name] - last[name].bfloat16().float()).abs().max() > 0         # not rounded
+
+
+def test_pure_bfloat16_holds_everything_in_half(tmp_path, unscored):
+    """As the released code trains: weights, moments and checkpoint in bfloat16, but for the picture tokenizer."""
+    run = train.train(settings(tmp_path, "tiny-janus", pure_bf16=True, steps=2))
+    tensors = {name: x for name, x in stored(model.newest_checkpoint(tmp_path)[0]).items() if x.is_floating_point()}
+    assert {name.split(".")[1] == "vq": x.dtype for name, x in tensors.items()} == {True: torch.float32,
+                                                                                    False: torch.bfloat16}
+    assert model.load(tmp_path).lm.norm.weight.dtype == run.m.lm.norm.weight.dtype == torch.bfloat16
+
+
+def test_recipes_are_settings_that_flags_replace(tmp_path, capsys, monkeypatch):
+    """--recipe names what is known of the paper's training; any flag beside it still counts."""
+    given = []
+    monkeypatch.setattr(train, "train", given.append)
+    command("--recipe", "janus-post", "--init", "x")
+    command("--recipe", "emu3-sft", "--init", "x", "--micro-batch", 2, "--steps", 7)
+    janus, emu3 = given
+    assert (janus.preset, janus.parallel, janus.mix, janus.pure_bf16) == ("janus-pro-7b", "hsdp", "drawn", True)
+    assert (emu3.preset, emu3.clip, emu3.micro_batch) == ("emu3-8b", 5.0, 2)
+    (tune,), (short,) = train.plan(janus), train.plan(emu3)
+    assert (tune.lr, tune.eps, tune.weight_decay, tune.frozen) == (2e-5, 1e-6, 0.05, ("vq", "vision"))
+    assert train.learning_rate(tune.steps, tune) == pytest.approx(1e-6) and tune.warmup == 1172
+    assert (short.steps, short.weight_decay) == (7, 0.1) and train.learning_rate(7, short) == pytest.approx(1e-6)
+    monkeypatch.undo()
+    assert "needs --init" in refused(capsys, "--recipe", "emu3-sft", "--out", tmp_path / "run")
+
+
+def test_held_out_losses_come_every_so_often(own, tmp_path, unscored, capsys):
+    """On the same records each time and without touching the training: what is learnt by heart shows."""
+    flags = {"data": (str(own),), "val": str(own), "log_every": 5}
+    train.train(settings(tmp_path / "watched", **flags, val_every=4))
+    train.train(settings(tmp_path / "alone", data=(str(own),), log_every=5))
+    log = [json.loads(line) for line in (tmp_path / "watched/metrics.jsonl").read_text().splitlines()]
+    rows = [entry for entry in log if "val" in entry]
+    assert [entry["step"] for entry in rows] == [4, 8] * 2 and all(entry["val"]["und"]["ntp"] > 0 for entry in rows)
+    assert [json.loads(line).get("grad_norm") for line in (tmp_path / "alone/metrics.jsonl").read_text().splitlines()] \
+        == [entry["grad_norm"] for entry in log if "val" not in entry]
+    assert re.search(r"first loss gen \d.* \(knowing nothing: 6.3", capsys.readouterr().out)
 
 
 def torchrun(*flags):
