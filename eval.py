@@ -1060,7 +1060,7 @@ def timed_process(rank, world, parallel, repeats, folder):
     step = Step("aia", 512)
     m, net = step.m, step.m
     if parallel == "ddp":
-        net = train.DistributedDataParallel(m, find_unused_parameters=True, broadcast_buffers=False)
+        net = train.DistributedDataParallel(m, broadcast_buffers=False)
     elif parallel == "fsdp":
         train.freeze(m, train.LARGE[0])
         train.shard_model(m, train.TrainConfig(parallel="fsdp"), ("vq",), "cpu")

@@ -755,7 +755,8 @@ def run_stage(run, index, state):
                                  parse_ratio(stage.ratio or config.ratio), config.micro_batch,
                                  on_bad_record=config.on_bad_record, rank=rank(), world=world(), mix=config.mix)
         if world() > 1 and not run.sharded():       # modules of one task get no gradient from the other
-            net = DistributedDataParallel(run.m, find_unused_parameters=True, broadcast_buffers=False)
+            net = DistributedDataParallel(run.m, find_unused_parameters=run.m.config.kind == "janus",
+                                          broadcast_buffers=False)
     if resumed:
         place, weights = run.state[0], state["weights"]
         model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)

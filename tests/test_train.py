@@ -649,7 +649,7 @@ def shared_out(name, config):
     if train.world() > 1 and config.parallel != "ddp":
         train.shard_model(m, config, stage.frozen, "cpu")
     elif train.world() > 1:
-        net = train.DistributedDataParallel(m, find_unused_parameters=True, broadcast_buffers=False)
+        net = train.DistributedDataParallel(m, find_unused_parameters="janus" in name, broadcast_buffers=False)
     return m, net, train.make_optimizer(m, stage)
 
 
