@@ -1049,9 +1049,14 @@ def read_manifest(place):
     return manifest
 
 
+def checkpoint_places(folder):
+    """Finished checkpoints of a run folder, STAGE-STEP, oldest first."""
+    return sorted(folder.glob("checkpoints/[0-9]*-" + "[0-9]" * 7))
+
+
 def newest_checkpoint(folder):
     """(place, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
-    places = sorted((folder / "checkpoints").glob("[0-9]*-" + "[0-9]" * 7))
+    places = checkpoint_places(folder)
     for place in reversed(places):
         try:
             return place, read_manifest(place)

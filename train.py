@@ -505,7 +505,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         files = {file.name: model.checksum(file) for file in sorted(part.glob("*.safetensors"))}
         judge.write_json(self.manifest | {"files": files}, part / "manifest.json")
         os.replace(part, self.place)
-        for old in sorted(self.place.parent.glob("[0-9]*-" + "[0-9]" * 7))[:-self.keep] if self.keep else ():
+        for old in model.checkpoint_places(self.place.parent.parent)[:-self.keep] if self.keep else ():
             shutil.rmtree(old)
 
 
@@ -617,19 +617,21 @@ class Run:
             freeze(m, stage)                        # what needs gradients is fixed at the first step of sharded weights
             shard_model(m, config, {"vq", *stage.frozen}, self.device)
         shard, dtype = shard if self.sharded() else None, torch.bfloat16 if config.pure_bf16 else torch.float32
+        place = "cpu" if config.offload and shard else self.device
         if saved:
-            m = model.from_manifest(saved[1], saved[0], self.device, config.attention, shard)
+            m = model.from_manifest(saved[1], saved[0], place, config.attention, shard)
         elif config.init:
-            m = model.load(config.init, dtype, self.device, config.vision_tokenizer, attention=config.attention,
-                           shard=shard)
+            m = model.load(config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard)
             if not m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
         else:
-            m = model.build(config.preset, attention=config.attention).to(self.device)
+            m = model.build(config.preset, attention=config.attention).to(place)
             for name, child in m.named_children():
                 child.to(torch.float32 if name == "vq" else dtype)
             if shard:
                 shard(m)
+        for name in {"vq", *stage.frozen} & {name for name, _ in m.named_children()}:
+            getattr(m, name).to(self.device)
         m.lm.rope_bf16, m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
         if config.compile:
             for layer in m.lm.layers:
@@ -639,12 +641,12 @@ class Run:
     def begin_folder(self):
         """The run folder with a tokenizer, that of --init or a new one, and the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        judge.write_json(asdict(self.config), self.folder / "settings.json")
         if not self.state:                          # whatever a job that was killed early has left
             if self.config.init:
                 store_tokenizer(data.Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
             else:
                 train_tokenizer(self.folder / "tokenizer.json", self.m.config)
-        judge.write_json(asdict(self.config), self.folder / "settings.json")
 
     def save(self, stage, step, optimizer, weights):
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
@@ -689,16 +691,17 @@ def uses_bf16(config, device):
 def resumed_from(folder, config):
     """(place, manifest) of the newest whole checkpoint with --resume, None where a run begins. What is damaged is put
     aside, as its place is needed again."""
-    if not config.resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is not empty: continue it with --resume, or choose another --out")
-        return None
-    if not any(folder.glob("checkpoints/*-*")):
-        print(f"{folder} holds no checkpoint yet: beginning")
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if used and not (config.resume and (folder / "settings.json").exists()):
+        remedy = "is no run folder: correct --out" if config.resume else "is not empty: continue it with --resume"
+        raise InputError(f"{folder} {remedy}, or choose another --out")
+    if not model.checkpoint_places(folder):
+        if config.resume:
+            print(f"{folder} holds no checkpoint yet: beginning")
         return None
     place, manifest = model.newest_checkpoint(folder)
     check_settings(manifest["settings"], json.loads(json.dumps(asdict(config))), folder)        # tuples become lists
-    for newer in (folder / "checkpoints").glob("[0-9]*-" + "[0-9]" * 7):
+    for newer in model.checkpoint_places(folder):
         if newer.name > place.name:
             os.replace(newer, f"{newer}.damaged")
     return place, manifest
@@ -838,7 +841,7 @@ def check_finite(norm, metrics, stage, step, batches, run):
         dist.all_gather_object(found, places)
         places = sum(found, [])
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-    saved = sorted((run.folder / "checkpoints").glob("*"))
+    saved = model.checkpoint_places(run.folder)
     good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
                      f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")

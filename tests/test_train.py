@@ -439,16 +439,19 @@ def test_the_folder_of_a_run_is_protected(whole, tmp_path, capsys):
     flags = [word for key in ("preset", "steps", "batch_size", "pool", "calibration", "arms")
              for word in ("--" + key.replace("_", "-"), getattr(config, key))]
     assert re.search("not empty.*--resume.*--out", refused(capsys, *flags, "--out", config.out))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/dear.txt").write_text("not a run")
+    assert "is no run folder: correct --out" in refused(capsys, "--out", tmp_path / "letters", "--resume")
     assert re.search("started with --lr 0.0, not 0.5", refused(capsys, *flags, "--out", config.out, "--resume",
                                                                "--lr", 0.5))
     other, = {*NAMES} - {config.preset}
     assert re.search(f"started with --preset {config.preset}", refused(capsys, *flags, "--out", config.out, "--resume",
                                                                        "--preset", other))
-    shutil.copytree(Path(config.out) / "checkpoints", tmp_path / "checkpoints")
-    for file in tmp_path.glob("checkpoints/*/*.safetensors"):
+    shutil.copytree(config.out, tmp_path / "cut")
+    for file in tmp_path.glob("cut/checkpoints/*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:50_000])
     with pytest.raises(SystemExit):
-        command(*flags, "--out", tmp_path, "--resume")
+        command(*flags, "--out", tmp_path / "cut", "--resume")
     *damaged, last = capsys.readouterr().err.strip().splitlines()
     assert len(damaged) == 2 and "holds no whole checkpoint" in last
 
@@ -822,12 +825,13 @@ def torchrun(*flags):
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_processes_killed_at_any_moment_lose_nothing(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_processes_killed_at_any_moment_lose_nothing(kills, tmp_path):
     """kill -9 of either process, while training or saving, then the same command: the same log and weights as if
     nothing had happened."""
-    rng, folder, log = random.Random(0), tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
+    rng, folder, log = random.Random(kills), tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
     flags = ("--parallel", "fsdp", "--out", str(folder), "--resume")
-    for lines in (2, 9, 15):
+    for lines in range(2, 20, 18 // kills) if kills < 18 else sorted(rng.choices(range(20), k=kills)):
         with torchrun(*flags) as process:
             while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
                 time.sleep(0.05)
