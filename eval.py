@@ -281,17 +281,16 @@ def measure(m, batches, target, delta):
 
 
 def curves(models, preparer, samples, targets, n=100, decode=False):
-    """Both tasks of several models {name: m} with one picture tokenizer, and their targets -> one JSON-ready dict.
-    decode: on what each model says and draws by itself."""
-    result = {}
-    for task in aia.TASKS:
-        target, delta = targets[task]
-        batches = [] if decode else [*samples.batches(preparer, task, n)]
-        # JSON has no infinity: without Huber, delta is null.
-        result[task] = {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
-        for name, m in models.items():
-            own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches
-            result[task][name] = measure(m, own, target, delta)
+    """Both tasks of several models (name, m), one after the other and with one picture tokenizer, and their targets ->
+    one JSON-ready dict. decode: on what each model says and draws by itself."""
+    batches = {task: [] if decode else [*samples.batches(preparer, task, n)] for task in aia.TASKS}
+    # JSON has no infinity: without Huber, delta is null.
+    result = {task: {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
+              for task, (target, delta) in targets.items()}
+    for name, m in models:
+        for task in aia.TASKS:
+            own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches[task]
+            result[task][name] = measure(m, own, *targets[task])
     return result
 
 
@@ -611,7 +610,7 @@ def curve_command(settings):
         samples = HeldOut(data.World(run["seed"]), settings.seed)
     chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
     wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
-    result = curves(models, data.Preparer(m, text), samples, wanted, settings.n, settings.decode)
+    result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode)
     out = Path(settings.out or (folder / "curves.png" if run else "curves.png"))
     plot_curves(result, out)
     write_json(result, out.with_suffix(".json"))

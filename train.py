@@ -12,7 +12,6 @@ combinations, curves and samples.
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -940,23 +939,19 @@ def finish(run):
         run.bad = list(dict.fromkeys(sum(found, [])))
         if rank():
             return None
-    load = functools.partial(model.load, run.folder, device=run.device, rope_bf16=run.config.rope_bf16)
-    models = {"after": load() if run.sharded() else run.m}
-    run.m = models["after"]
-    for name in ("before", "control"):
-        if (run.folder / name).exists():
-            models[name] = load(part=name)
+    m = model.load(run.folder, device=run.device, rope_bf16=run.config.rope_bf16) if run.sharded() else run.m
     skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
-    curves = judge.curves(models, data.Preparer(run.m, run.text), samples, cpu_targets)
+    curves = judge.curves(arms(run, m), data.Preparer(m, run.text), samples, cpu_targets)
     judge.plot_curves(curves, run.folder / "curves.png")
     judge.write_json(curves, run.folder / "curves.json")
     judge.print_curves(curves)
     last = {task: curves[task]["after"] for task in aia.TASKS}
     result = {"und": None, "gen": None, "reader": None, "psnr": None}
     if run.world:
-        scores = score(run, models)
+        scores = {name: score(run, name, m) for name, m in arms(run, m)}
+        scores |= scores.pop("after") | judge.score_tokenizer(m, run.world, 4 * run.config.eval_n, run.config.seed)
         result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
         judge.write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
@@ -972,20 +967,25 @@ def finish(run):
     return result
 
 
-def score(run, models):
-    """Held-out scores of the final weights, and of the other arms for comparison; draws samples.png."""
-    config, scores = run.config, {}
-    for name, m in models.items():
-        understood = judge.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
-        drawn, samples = judge.score_generation(m, run.text, run.world, config.eval_n, config.seed)
-        print(f"-- {judge.LABEL[name]}")
-        judge.print_scores(understood | drawn)
-        if name == "after":
-            judge.plot_samples(samples, run.folder / "samples.png")
-            scores |= understood | drawn
-        else:
-            scores[name] = understood | drawn
-    return scores | judge.score_tokenizer(run.m, run.world, 4 * config.eval_n, config.seed)
+def arms(run, m):
+    """(name, m) for the weights before stage 3, those without AIA, and the final ones, in turn in the same model: two
+    may not fit where one was trained."""
+    places = {name: run.folder / name for name in ("before", "control") if (run.folder / name).exists()}
+    for name, place in (places | {"after": model.newest_checkpoint(run.folder)[0]}).items():
+        model.read_tensors(tensors_of(m), place)
+        yield name, m
+
+
+def score(run, name, m):
+    """Held-out scores of one arm; draws samples.png of the final weights."""
+    config = run.config
+    understood = judge.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
+    drawn, samples = judge.score_generation(m, run.text, run.world, config.eval_n, config.seed)
+    print(f"-- {judge.LABEL[name]}")
+    judge.print_scores(understood | drawn)
+    if name == "after":
+        judge.plot_samples(samples, run.folder / "samples.png")
+    return understood | drawn
 
 
 def main(argv=None):
