@@ -8,7 +8,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
-    python eval.py bench generate            # or train, processes
+    python eval.py bench generate            # or train, processes, data
 """
 
 import contextlib
@@ -679,7 +679,8 @@ class Bench:
 
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
-                     "and two of them, and waiting for data", ("generate", "train", "processes"))
+                     "and two of them, and waiting for data; data: a million records",
+                     ("generate", "train", "processes", "data"))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")
@@ -762,7 +763,7 @@ def bench(settings):
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
     result, rows = {"generate": bench_generate, "train": bench_train,
-                    "processes": bench_processes}[settings.table](settings)
+                    "processes": bench_processes, "data": bench_data}[settings.table](settings)
     write_json({"result": result, "rows": rows, "settings": vars(settings),
                 "machine": machine() | {"transformers": transformers.__version__}},
                settings.out or f"assets/bench-{settings.table}.json")
@@ -1129,6 +1130,57 @@ def waiting(folder):
             found.append(waited / (time.perf_counter() - start))
         shares[name] = float(np.median(found[1:]))          # nothing was prepared before the first
     return shares
+
+
+def made_up_records(folder, lines, samples):
+    """JSON lines over 100 small pictures, and shards of 1,000 samples with a caption each."""
+    import io
+    import tarfile
+    pictures = data.draw([(data.Thing("circle", "red", 0),)] * 100)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    with open(folder / "lines.jsonl", "w") as out:
+        for i in range(lines):
+            asked, answered = f"picture {i}", "<image>" if i % 2 else str(i)
+            said = [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+            out.write(json.dumps({"image": f"{i % 100}.png", "conversations": said}) + "\n")
+    (folder / "shards").mkdir()
+    for shard in range(samples // 1000):
+        with tarfile.open(folder / f"shards/{shard:05d}.tar", "w") as tar:
+            for i in range(1000):
+                for ending, content in (("png", (folder / f"{i % 100}.png").read_bytes()), ("txt", b"a red circle")):
+                    member = tarfile.TarInfo(f"{i:06d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def reading_cost(path, n=20_000):
+    """Seconds to open an indexed data set, records/s at random places, and GB of memory before and after."""
+    start, before = time.perf_counter(), resident("VmRSS")
+    source = data.FileSource(path, "janus")
+    opened = time.perf_counter()
+    count = source.count("gen")
+    for i in range(n):
+        source.record("gen", data.shuffled(i % count, count, (0, 0)))
+    return opened - start, n / (time.perf_counter() - opened), before, resident("VmRSS")
+
+
+def bench_data(settings):
+    """Indexing and random reading of a million JSON lines, and of 20,000 samples in tar shards."""
+    rows, result = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        made_up_records(Path(folder), 1_000_000, 20_000)
+        for name, records in (("lines.jsonl", 1_000_000), ("shards", 20_000)):
+            path, start = f"{folder}/{name}", time.perf_counter()
+            data.index(data.Index((path,)))
+            row = {"data": name, "records": records, "index_seconds": time.perf_counter() - start}
+            opened, rate, before, after = fresh(f"print(*eval.reading_cost({path!r}))", 1)
+            rows.append(row | {"open_seconds": opened, "records_per_second": rate, "gb_before": before,
+                               "gb_after": after})
+            result |= {f"{name}_index_seconds": row["index_seconds"], f"{name}_records_per_second": rate}
+            print(f"{name}: {records} records indexed in {row['index_seconds']:.0f} s, opened in {opened:.3f} s, "
+                  f"{rate:.0f} records/s at random, memory {before:.2f} -> {after:.2f} GB")
+    return result, rows
 
 
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),
