@@ -1453,7 +1453,13 @@ class Schedule:
         process waits for it, is left out."""
         bad, batches = self.bad if self.on_bad_record == "skip" else None, []
         for task, positions in self.groups(step):
-            batch = usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
+            try:
+                batch = usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
+            except InputError:
+                raise
+            except Exception as error:              # out of memory, a fault in a library: say with which records
+                error.add_note(f"while preparing {', '.join(self.record(task, i)[0].place for i in positions)}")
+                raise
             batches += [batch or self.preparer.nothing(task)] if batch or self.world > 1 else []
         return batches
 

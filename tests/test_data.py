@@ -1184,6 +1184,17 @@ def test_samples_of_like_length_share_a_micro_batch(kind, preparers):
         assert 8 * sum(map(max, groups)) / sum(sum(groups, ())) - 1 < before / 3
 
 
+def test_a_fault_in_preparation_names_its_records(preparers, monkeypatch):
+    """Batches are prepared beside the training, where a bare traceback would not tell which picture broke a library."""
+    def breaks(records, rngs=None, drop=0.0):
+        raise MemoryError("a thousand layers")
+    plan = schedule(preparers["emu3"], batch_size=4)
+    monkeypatch.setattr(plan.preparer, "batch", breaks)
+    with pytest.raises(MemoryError) as fault:
+        next(plan.steps(0, 2))
+    assert re.fullmatch("while preparing world picture [0-9]+, world picture [0-9]+", fault.value.__notes__[0])
+
+
 def test_every_record_comes_once_per_epoch(preparers):
     """Each epoch is a permutation, and another one each time."""
     plan = schedule(preparers["emu3"], n=7)
