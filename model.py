@@ -925,7 +925,7 @@ class Janus(Unified):
 
     def embed(self, batch):
         if batch.features is not None:
-            return self.fill(batch.tokens, self.aligner(batch.features))
+            return self.fill(batch.tokens, self.read(batch.features))
         if batch.task == "und":
             return self.embed_text(batch.tokens, batch.pixels)
         return self.fill(batch.tokens, self.embed_codes(batch.codes))
@@ -934,7 +934,11 @@ class Janus(Unified):
         if pixels is None:
             return self.fill(ids, None)
         parts = pixels.to(self.vision.pos_embed.dtype).split(READ_AT_ONCE)
-        return self.fill(ids, torch.cat([self.aligner(self.vision(part)) for part in parts]))
+        return self.fill(ids, torch.cat([self.read(self.vision(part)) for part in parts]))
+
+    def read(self, features):
+        """Features of SigLIP (n, N, vit_width) -> (n, N, C). A frozen SigLIP may be more exact than what follows."""
+        return self.aligner(features.to(self.aligner[0].weight.dtype))
 
     def fill(self, ids, features):
         """Embed ids (B, T); placeholders take features (n, N, C) in order."""

@@ -273,7 +273,7 @@ def shard_model(m, config, frozen, device):
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if uses_bf16(config, device) and not \
         config.pure_bf16 else MixedPrecisionPolicy()
     how = {"mesh": init_device_mesh(kind, shape, mesh_dim_names=names), "mp_policy": precision,
-           "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy()}
+           "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if config.offload else OffloadPolicy()}
     for layer in m.lm.layers:
         fully_shard(layer, **how)
     # The root holds embeddings, heads and aligners. Its head is read directly (model.next_token_loss), which works

@@ -647,7 +647,8 @@ def shared_out(name, config):
     torch.manual_seed(0)
     m = model.from_config(replace(SMALL[name], embed_std=0.1)).train()          # gradients of order 1
     m.lm.checkpoint_activations = config.checkpoint_activations
-    net, stage = m, train.Stage("joint", 20, 7, 1e-4, 1, ("vq",))
+    frozen = ("vq", "vision") if config.dtype == "bfloat16" else ("vq",)
+    net, stage = m, train.Stage("joint", 20, 7, 1e-4, 1, frozen)
     train.freeze(m, stage)
     if train.world() > 1 and config.parallel != "ddp":
         train.shard_model(m, config, stage.frozen, "cpu")
