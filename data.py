@@ -84,13 +84,17 @@ def run(command):
 
 
 def device_of(name):
-    """--device: "auto" takes CUDA where there is one."""
+    """--device: "auto" takes CUDA where there is one; a process of torchrun has the GPU of its number."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
     try:
         torch.empty(0, device=name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available here: use cpu, or auto") from error
+        raise InputError(f"--device {name} is not available here: use cpu, or auto, and no more processes than "
+                         "GPUs") from error
     return name
 
 
@@ -869,7 +873,7 @@ def data_files(path):
         files = [path] if path.exists() else [Path(file) for file in glob.glob(str(path), recursive=True)]
     forms = {file.suffix[1:] if file.suffix[1:] in FORMS else "jsonl" for file in files}
     if len(forms) != 1 or len(files) > 2**16:
-        raise InputError(f"--data {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
+        raise InputError(f"data set {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
                          ".json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three")
     return forms.pop(), sorted(files)
 
@@ -1079,17 +1083,17 @@ class FileSource:
             self.read_whole(kind, stop)
         else:
             self.records, self.bad = make_index(self.form, self.files, kind, stop)
-            if time.time() - started > 5:
-                print(f"{path}: indexed in {time.time() - started:.0f} s; once for all: python data.py index {path}")
+        if time.time() - started > 5:
+            print(f"{path}: read through in {time.time() - started:.0f} s; once for all: python data.py index {path}")
         if not any(map(len, self.records.values())):
-            raise InputError(f"--data {path} holds no usable record: see README, 'Your own pictures'")
+            raise InputError(f"data set {path} holds no usable record: see README, 'Your own pictures'")
 
     def read_whole(self, kind, stop):
         for file in self.files:
             try:
                 lines = file.read_text(encoding="utf-8").split("\n")               # other separators are text in JSON
             except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"--data {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
+                raise InputError(f"data set {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -1132,7 +1136,7 @@ class Mixture:
 
 def open_sources(texts, kind, on_bad_record="stop"):
     """The source that --data names, each text a PATH or PATH=WEIGHT."""
-    found = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text, re.DOTALL).groups() for text in texts]
+    found = [(text, None) if Path(text).exists() or "=" not in text else text.rsplit("=", 1) for text in texts]
     try:
         weights = [Fraction(weight) for _, weight in found if weight]
     except ValueError:
@@ -1355,8 +1359,9 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
 
     A record that cannot be used is noted in the list `bad` and left out; without a list it stops the command.
     """
-    pairs = [get(position) for position in positions]
+    pairs = []
     try:
+        pairs = [get(position) for position in positions]
         return preparer.batch([record for record, _ in pairs], [rng for _, rng in pairs], drop) if pairs else None
     except InputError as error:
         if len(positions) > 1:                      # find it: each record alone, with fresh random numbers
@@ -1364,7 +1369,8 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
             if len(good) == len(positions):
                 raise
             return usable_batch(preparer, get, good, drop, bad)
-        text = str(error) if pairs[0][0].place in str(error) else f"{pairs[0][0].place}: {error}"
+        place = pairs[0][0].place if pairs else ""  # reading names its place itself
+        text = str(error) if place in str(error) else f"{place}: {error}"
         if bad is None:
             raise InputError(f"{text} ({SKIP_HINT})") from error
         bad += [text] if text not in bad else []
@@ -1427,7 +1433,10 @@ class Schedule:
 
     def length(self, task, position):
         """Length of a record in characters, a picture token counted as four: good enough to sort by."""
-        record, config = self.record(task, position)[0], self.preparer.config
+        try:
+            record, config = self.record(task, position)[0], self.preparer.config
+        except InputError:
+            return 0                                # told, or left out, when its batch is made
         picture = (config.image_size // (config.vit_patch if config.kind == "janus" else config.factor)) ** 2
         return 4 * picture * len(record.pictures) + sum(len(asked) + len(answer) for asked, answer in record.turns)
 
@@ -1531,7 +1540,7 @@ def index(settings):
             os.replace(aside, listed)
             print(f"{bad_report(bad, [path])}\nall are in {listed}")
         if not any(map(len, rows.values())):
-            raise InputError(f"--data {path} holds no usable record: see README, 'Your own pictures'")
+            raise InputError(f"data set {path} holds no usable record: see README, 'Your own pictures'")
         count = {task: len(part) for task, part in rows.items()}
         with open(aside, "wb") as out:
             np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
@@ -1585,19 +1594,31 @@ def encode(settings):
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(file.stem[4:]) for file in folder.glob(f"{rank:03d}-*.safetensors")), default=-1)
     for name, (tasks, make) in wanted.items():
-        mine = {f"{name}/{picture_key(path)}": (task, i, j) for task in tasks for i in range(source.count(task))
+        mine = {f"{name}/{picture_key(path)}": (task, i, j) for task in tasks
+                for i in range(rank, source.count(task), world)
                 for j, path in enumerate(source.record(task, i).pictures)}           # where it is: bytes would not fit
-        mine = list(mine.items())[rank::world]
-        todo, made = [(key, place) for key, place in mine if key not in store.parts], {}
+        todo, made = [(key, place) for key, place in mine.items() if key not in store.parts], {}
         for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
             keys, places = zip(*todo[first:first + TOGETHER], strict=True)
-            made |= zip(keys, make([source.record(task, i).pictures[j] for task, i, j in places]), strict=True)
+            pictures = [source.record(task, i).pictures[j] for task, i, j in places]
+            try:
+                made |= zip(keys, make(pictures), strict=True)
+            except InputError:
+                if settings.on_bad_record == "stop":
+                    raise
+                for key, picture in zip(keys, pictures, strict=True):           # find it
+                    try:
+                        made[key], = make([picture])
+                    except InputError as error:
+                        source.bad.append(str(error))
             full = len(made) >= PICTURES or sum(one.nbytes for one in made.values()) >= PART
             if full or first + TOGETHER >= len(todo):
                 store.add(made, f"{rank:03d}-{number:05d}")
                 number, made = number + 1, {}
         if mine:
             print(f"{name}: {len(todo)} pictures encoded, {len(mine) - len(todo)} were there")
+    if source.bad:
+        print(bad_report(source.bad, [settings.data]))
 
 
 COMMANDS = {"export": (Export, export), "index": (Index, index), "encode": (Encode, encode)}

@@ -166,6 +166,9 @@ def check_numbers(config):
     for name in ("rho", "clip"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
+    aia.fixed_weights(config.aia_weight)
+    parse_ratio(config.ratio)
+    plan(config)
 
 
 def plan(config):
@@ -173,7 +176,7 @@ def plan(config):
     stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
     if config.init:
         stages = stages[-1:]
-    elif config.preset not in PLANS:
+    elif config.recipe or config.preset not in PLANS:
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
     if config.data or not parse_ratio(config.ratio)[1]:       # a user's records may hold no questions
         stages = tuple(stage for stage in stages if stage.name != "read")
@@ -230,14 +233,15 @@ def start_processes(config):
     """Join the other processes of torchrun, if there are any -> device of this one. Only the first one prints."""
     device = data.device_of(config.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        if device.startswith("mps"):
-            raise InputError("--device mps: torchrun's processes cannot share an Apple GPU; start train.py alone")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+        if config.device not in ("auto", "cuda", "cpu"):
+            raise InputError(f"--device {config.device} with torchrun, whose processes have a GPU each: leave it out")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
+    if config.offload and (world() == 1 or config.parallel == "ddp"):
+        raise InputError("--offload moves shares of a model: it needs torchrun, and --parallel fsdp or hsdp")
+    if config.shard and (config.parallel != "hsdp" or world() % config.shard):
+        raise InputError(f"--shard {config.shard}: give a divisor of the {world()} processes, with --parallel hsdp")
     return device
 
 
@@ -267,8 +271,6 @@ def shard_model(m, config, frozen, device):
     """Share the weights out over the processes (fsdp, hsdp): each holds a part of every layer, and the whole of it only
     while it computes. Frozen towers stay whole on every process."""
     kind, n = torch.device(device).type, config.shard or int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    if config.parallel == "hsdp" and world() % n:
-        raise InputError(f"--shard {n} does not divide {world()} processes: choose a divisor")
     shape, names = ((world() // n, n), ("copy", "part")) if config.parallel == "hsdp" else ((world(),), ("part",))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if uses_bf16(config, device) and not \
         config.pure_bf16 else MixedPrecisionPolicy()
@@ -314,8 +316,8 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
     total, sums, device = counts(batches), {}, device or next(net.parameters()).device
     for i, batch in enumerate(batches):
         tokens, valid = (max(n, 1) for n in total[batch.task])
-        # Gradients are summed over processes once a task. Once a step would do in float32; in half precision, what
-        # earlier passes left is float32 by now, and fully_shard wants one type.
+        # Gradients are summed over processes once a task. Once a step would do in float32; in half precision, those of
+        # the last pass are bfloat16 and those kept from earlier ones float32, which fully_shard cannot sum together.
         last = i + 1 == len(batches) or batches[i + 1].task != batch.task
         with reducing(net, last), torch.set_grad_enabled(scale):
             with autocast():
@@ -511,8 +513,9 @@ class Writer(dcp.HuggingFaceStorageWriter):
 def save_checkpoint(tensors, manifest, place, keep=0, group=None):
     """Write a checkpoint folder in the background, each process its shards -> future, None if it is there already.
     keep: how many of the numbered checkpoints beside it stay. group: processes, on a channel of their own."""
-    if first_decides(lambda: place.exists() or shutil.rmtree(f"{place}.part", ignore_errors=True)):
+    if first_decides(place.exists):
         return None
+    first_decides(lambda: shutil.rmtree(f"{place}.part", ignore_errors=True))
     return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
                           no_dist=world() == 1)
 
@@ -562,7 +565,7 @@ class Run:
 
     def __init__(self, config):
         self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), 0, 0.0, []
-        self.folder, self.saving, self.state = Path(config.out or f"runs/{config.preset}-seed{config.seed}"), None, None
+        self.folder, self.saving = Path(config.out or f"runs/{config.preset}-seed{config.seed}"), None
         self.device = start_processes(config)
         self.group = dist.new_group(backend="gloo") if world() > 1 else None            # of saving in the background
         self.state = first_decides(lambda: resumed_from(self.folder, config))
@@ -586,6 +589,9 @@ class Run:
         self.source = data.open_sources(config.data, kind, config.on_bad_record) if config.data else \
             data.WorldSource(self.world, config.pool, config.seed)
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
+        if self.state and self.state[1]["records"] != self.records():
+            raise InputError(f"{self.folder} was started with {self.state[1]['records']} records, now there are "
+                             f"{self.records()}: resume with the same data, or choose another --out")
         self.stages = plan(config)
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
@@ -598,8 +604,6 @@ class Run:
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
-        aia.fixed_weights(config.aia_weight)
-        parse_ratio(config.ratio)
         self.encoded = data.Encoded(config.encoded, self.m) if config.encoded else None
         first_decides(self.begin_folder)
         self.text = data.Text(model.find_tokenizer(self.folder), kind)
@@ -639,9 +643,14 @@ class Run:
 
     def begin_folder(self):
         """The run folder with a tokenizer, that of --init or a new one, and the settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.folder} cannot be made ({error.strerror}): choose another") from error
         judge.write_json(asdict(self.config), self.folder / "settings.json")
         if not self.state:                          # whatever a job that was killed early has left
+            for name in ("before", "control"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             if self.config.init:
                 store_tokenizer(data.Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
             else:
@@ -651,14 +660,17 @@ class Run:
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
         self.write(f"checkpoints/{stage}-{step:07d}", optimizer, self.config.keep,
                    {"settings": asdict(self.config), "stage": stage, "step": step, "weights": weights,
-                    "optimizer": optimizer is not None, "seconds": self.elapsed()})
+                    "optimizer": optimizer is not None, "seconds": self.elapsed(), "records": self.records()})
+
+    def records(self):
+        return {task: self.source.count(task) for task in aia.TASKS}
 
     def write(self, name, optimizer=None, keep=0, more=None):
         """Begin to write a checkpoint folder, of the model alone unless told otherwise."""
         self.written()
-        manifest = {"config": asdict(self.m.config), "dtype": str(self.m.lm.norm.weight.dtype).split(".")[1]}
-        self.saving = save_checkpoint(tensors_of(self.m, optimizer), manifest | (more or {}), self.folder / name, keep,
-                                      self.group)
+        tensors = tensors_of(self.m, optimizer)
+        manifest = {"config": asdict(self.m.config), "dtype": str(tensors["model.lm.norm.weight"].dtype).split(".")[1]}
+        self.saving = save_checkpoint(tensors, manifest | (more or {}), self.folder / name, keep, self.group)
 
     def written(self):
         """Wait for the checkpoint that is being written, and tell what went wrong with it."""
@@ -692,28 +704,32 @@ def resumed_from(folder, config):
     aside, as its place is needed again."""
     used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if used and not (config.resume and (folder / "settings.json").exists()):
-        remedy = "is no run folder: correct --out" if config.resume else "is not empty: continue it with --resume"
-        raise InputError(f"{folder} {remedy}, or choose another --out")
+        remedy = "is no run folder:" if config.resume else "is not empty: continue it with --resume, or"
+        raise InputError(f"{folder} {remedy} choose another --out")
     if not model.checkpoint_places(folder):
         if config.resume:
+            if used:
+                check_settings(model.read_json(folder / "settings.json"), config, folder)
             print(f"{folder} holds no checkpoint yet: beginning")
         return None
     place, manifest = model.newest_checkpoint(folder)
-    check_settings(manifest["settings"], json.loads(json.dumps(asdict(config))), folder)        # tuples become lists
+    check_settings(manifest["settings"], config, folder)
     for newer in model.checkpoint_places(folder):
         if newer.name > place.name:
+            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
             os.replace(newer, f"{newer}.damaged")
     return place, manifest
 
 
-def check_settings(stored, given, folder):
+def check_settings(stored, config, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
+    given = json.loads(json.dumps(asdict(config)))  # tuples become lists
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
             "checkpoint_activations", "compile", "encoded", "parallel", "shard", "offload", "keep", "val_every"}
     for name in stored:
-        if name not in free and stored[name] != given[name]:
+        if name not in free and stored[name] != given.get(name):
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{folder} was started with {flag} {stored[name]}, not {given[name]}: "
+            raise InputError(f"{folder} was started with {flag} {stored[name]}, not {given.get(name)}: "
                              "resume with the same settings, or choose another --out")
 
 
@@ -746,6 +762,7 @@ def run_stage(run, index, state):
         run.preparer = data.Preparer(run.m, run.text, encoded=run.encoded)
     if stage.name in ("control", "tune") and not resumed:
         if (run.folder / "before").exists():        # what stage 3 starts from, with or without AIA
+            first_decides(lambda: model.read_manifest(run.folder / "before"))
             model.read_tensors(tensors_of(run.m), run.folder / "before")
         else:
             run.write("before")
@@ -753,9 +770,10 @@ def run_stage(run, index, state):
     schedule, weights, net = None, dict.fromkeys(aia.TASKS, 0.0), run.m
     if stage.name != "tokenizer":
         order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
-        schedule = data.Schedule(run.source, run.preparer, order, stage.batch_size,
-                                 parse_ratio(stage.ratio or config.ratio), config.micro_batch,
-                                 on_bad_record=config.on_bad_record, rank=rank(), world=world(), mix=config.mix)
+        schedule, both = (data.Schedule(run.source, run.preparer, order, stage.batch_size,
+                                        parse_ratio(stage.ratio or config.ratio), config.micro_batch,
+                                        on_bad_record=config.on_bad_record, rank=rank(), world=world(), mix=mix)
+                          for mix in (config.mix, "both"))
         if world() > 1 and not run.sharded():       # modules of one task get no gradient from the other
             net = DistributedDataParallel(run.m, find_unused_parameters=run.m.config.kind == "janus",
                                           broadcast_buffers=False)
@@ -763,7 +781,7 @@ def run_stage(run, index, state):
         place, weights = run.state[0], state["weights"]
         model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
     elif stage.aia:
-        weights = calibrate(net, schedule, run.targets, config, run.autocast, run.device)
+        weights = calibrate(net, both, run.targets, config, run.autocast, run.device)
         print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
               f"({'calibrated for rho ' + str(config.rho) if config.aia_weight == 'rho' else config.aia_weight})")
     print(f"{stage.name}, part {index + 1} of {len(run.stages)}: {stage.steps} steps of {stage.batch_size}, "
@@ -771,7 +789,7 @@ def run_stage(run, index, state):
           f"{sum(p.numel() for p in run.m.parameters()):,} parameters move")
     run.m.train()
     bar = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=True if rank() else None)
-    since, waited, coming = time.time(), 0.0, schedule and schedule.steps(first, stage.steps)
+    since, waited, coming = (time.time(), first), 0.0, schedule and schedule.steps(first, stage.steps)
     for step in range(first, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage)
@@ -866,7 +884,7 @@ def held_out(run, net, index, step, bar):
 def report(run, index, step, since, metrics, weights, norm, batches, bar, waited):
     """One line on the terminal, one object in metrics.jsonl."""
     stage, now = run.stages[index], time.time()
-    rate = (now - since) / min(run.config.log_every, step + 1)                  # seconds per step
+    rate = (now - since[0]) / (step + 1 - since[1])                             # seconds per step
     lr, memory = learning_rate(step, stage), memory_gb()
     entry = {"stage": index, "name": stage.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
              "seconds": run.elapsed(), "samples_per_second": stage.batch_size / rate}
@@ -883,13 +901,14 @@ def report(run, index, step, since, metrics, weights, norm, batches, bar, waited
     if batches:
         tokens, places = over_processes(torch.tensor([[sum(batch.lengths), batch.tokens.numel()] for batch in
                                                       batches]).sum(0)).tolist()
-        entry |= {"tokens_per_second": tokens / rate, "padding": 1 - tokens / places, "waiting": waited / (now - since)}
+        entry |= {"tokens_per_second": tokens / rate, "padding": 1 - tokens / places,
+                  "waiting": waited / (now - since[0])}
     left = rate * (stage.steps - step - 1)
     bar.write(f"step {step + 1:5d}/{stage.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
               f"{stage.batch_size / rate:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
     sys.stdout.flush()
     run.log(entry)
-    return now
+    return now, step + 1
 
 
 def trim_log(path, stage, step):
@@ -939,7 +958,11 @@ def finish(run):
         run.bad = list(dict.fromkeys(sum(found, [])))
         if rank():
             return None
-    m = model.load(run.folder, device=run.device, rope_bf16=run.config.rope_bf16) if run.sharded() else run.m
+    m, run.m, run.preparer = run.m, None, None
+    if run.sharded():                               # the whole of it, in the type of activations, in place of a part
+        del m
+        dtype = torch.bfloat16 if uses_bf16(run.config, run.device) else None
+        m = model.load(run.folder, dtype, run.device, rope_bf16=run.config.rope_bf16)
     skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
@@ -972,6 +995,7 @@ def arms(run, m):
     may not fit where one was trained."""
     places = {name: run.folder / name for name in ("before", "control") if (run.folder / name).exists()}
     for name, place in (places | {"after": model.newest_checkpoint(run.folder)[0]}).items():
+        model.read_manifest(place)                  # refuses damaged files
         model.read_tensors(tensors_of(m), place)
         yield name, m
 
@@ -995,8 +1019,7 @@ def main(argv=None):
     try:
         result = train(config)
     except Stop as stop:
-        out = f" --out {config.out}" if config.out else ""
-        print(f"stopped and saved; go on with the same command and --resume{out}")
+        print("stopped and saved; go on with the same command and --resume")
         sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, if one was saved")

@@ -923,7 +923,7 @@ def test_a_file_that_is_no_array_is_named(text, tmp_path):
 @pytest.mark.parametrize("name", ["none.jsonl", "none.tar", "none*.tar", "."])
 def test_a_source_without_files_is_named(name, tmp_path):
     """Also a folder or pattern that holds nothing of use."""
-    with pytest.raises(InputError, match="--data .* cannot be read .*give .jsonl"):
+    with pytest.raises(InputError, match="data set .* cannot be read .*give .jsonl"):
         data.FileSource(tmp_path / name, "emu3")
 
 
@@ -1136,7 +1136,7 @@ def test_a_file_without_records_is_refused(content, tmp_path):
     """The message names the file, not a place inside the program."""
     if content is not None:
         (tmp_path / "train.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=f"--data {tmp_path / 'train.jsonl'} .*(give|see)"):
+    with pytest.raises(InputError, match=f"data set {tmp_path / 'train.jsonl'} .*(give|see)"):
         data.FileSource(tmp_path / "train.jsonl", "emu3")
 
 

@@ -338,7 +338,7 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     (["curves", "--checkpoint", "RUN", "--device", "toaster"], "--device toaster.*cpu"),
     (["chat", "--checkpoint", "RUN", "--image", "none.png", "--question", "?"], "picture none.png is missing"),
     (["chat", "--checkpoint", "RUN", "--image", "RUN/settings.json", "--question", "?"], "settings.json cannot be"),
-    (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "--data none.jsonl cannot be read"),
+    (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "data set none.jsonl cannot be read"),
     (["collect", "--runs", "nowhere/*"], "no finished run of the world matches nowhere"),
     (["chat", "--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_input_is_refused_with_one_line(words, message, runs, capsys):
