@@ -846,3 +846,26 @@ def test_processes_killed_at_any_moment_lose_nothing(tmp_path):
             out = process.communicate(timeout=200)[0]
         assert process.returncode == 0 and result_of(out)["val_ntp_gen"] > 0, out
     same_run(folder, tmp_path / "whole")
+
+
+def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path, unscored):
+    """Their files know nothing of LoRA: each process makes the same additions and keeps its part. Sharding takes a
+    frozen base in bfloat16 beside additions in float32, and a checkpoint of two processes is continued by one."""
+    m = fresh("tiny-emu3")
+    m.tokenizer_file = shutil.copy(texts["tiny-emu3"].file, tmp_path / "tokenizer.json")
+    model.save(m, tmp_path / "public")
+    given = {"init": str(tmp_path / "public"), "lora_rank": 4, "dtype": "bfloat16", "lr": 1e-2}
+    flags = [str(word) for key, value in given.items() for word in ("--" + key.replace("_", "-"), value)]
+    with torchrun(*flags, "--parallel", "fsdp", "--out", str(tmp_path / "two")) as process:
+        out = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, out
+    one = train.train(settings(tmp_path / "one", steps=6, batch_size=8, **given))
+    starts = [model.load(tmp_path / name, part="before").state_dict() for name in ("one", "two")]
+    assert equal(*starts)
+    a, b = (model.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert {name for name in a if not torch.equal(a[name], starts[0][name])} == {name for name in a if "lora_" in name}
+    for name in a:                                  # sums in another order, rounded to bfloat16
+        assert a[name].dtype == b[name].dtype and (a[name] - b[name]).float().norm() <= 0.1 * a[name].float().norm()
+    again = shutil.copytree(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(again / "checkpoints/1-0000000")
+    assert train.train(settings(again, steps=6, batch_size=8, eval_n=1, resume=True, **given)).m.config == one.m.config
