@@ -1198,7 +1198,8 @@ class Encoded:
             mix = hashlib.blake2b(digest_size=8)
             for key, weight in sorted(tower.state_dict().items()):
                 if weight.is_floating_point():       # not the counters of batch norm
-                    mix.update(key.encode() + weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                    exact = weight.float().cpu().contiguous()               # public ones are the same in both types
+                    mix.update(key.encode() + exact.view(-1).view(torch.uint8).numpy().tobytes())
             for height, width in ((90, 60), (700, 1100)):
                 noise = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
                 mix.update(resize(Image.fromarray(noise), self.m.config).numpy().tobytes())

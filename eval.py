@@ -8,7 +8,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
-    python eval.py bench generate            # or train, processes, data
+    python eval.py bench generate            # or train, processes, data, fits
 """
 
 import contextlib
@@ -679,8 +679,8 @@ class Bench:
 
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
-                     "and two of them, and waiting for data; data: a million records",
-                     ("generate", "train", "processes", "data"))
+                     "and two of them, and waiting for data; data: a million records; fits: memory of training large "
+                     "models on one GPU, computed", ("generate", "train", "processes", "data", "fits"))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")
@@ -762,8 +762,9 @@ def bench(settings):
     import transformers
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
-    result, rows = {"generate": bench_generate, "train": bench_train,
-                    "processes": bench_processes, "data": bench_data}[settings.table](settings)
+    tables = {"generate": bench_generate, "train": bench_train, "processes": bench_processes, "data": bench_data,
+              "fits": bench_fits}
+    result, rows = tables[settings.table](settings)
     write_json({"result": result, "rows": rows, "settings": vars(settings),
                 "machine": machine() | {"transformers": transformers.__version__}},
                settings.out or f"assets/bench-{settings.table}.json")
@@ -953,6 +954,39 @@ def bench_train(settings):
             "memory_exponent": exponent["aia"], "transformers_train": speed["ours"] / speed["transformers"],
             "matmul_share": speed["step_flops"] / speed["matmul_flops"],
             "head_gib": head["chunked"]["gb"] * 1e9 / 2**30}, rows
+
+
+# Bytes of a parameter that moves (weight, gradient, two moments; beside float32 weights autocast keeps a copy in
+# bfloat16), of one that stands still (4 in the picture tokenizer), and of a layer's input per channel.
+MANNERS = {"AdamW in float32": (4 + 4 + 8 + 2, 4, 4), "--pure-bf16": (2 + 2 + 4, 2, 2),
+           "--lora-rank 16": (4 + 4 + 8, 2, 2)}
+CARDS = (24, 48, 80)                                # GB; a tenth stays free for CUDA itself and for gaps
+
+
+def bench_fits(settings):
+    """Memory of training on one GPU, one sample at a time with --checkpoint-activations: computed, nothing is run. The
+    part that grows with tokens is an estimate."""
+    import train
+    rows = []
+    for preset in ("janus-pro-1b", "janus-pro-7b", "emu3-8b"):
+        for manner, (moves, still, stream) in MANNERS.items():
+            c = replace(model.PRESETS[preset], lora_rank=16 * manner.startswith("--lora"))
+            with torch.device("meta"):
+                m = model.MODELS[c.kind](c)
+            train.freeze(m, train.LARGE[0])
+            held = sum(p.numel() * (moves if p.requires_grad else 4 if name.startswith("vq.") else still)
+                       for name, p in m.named_parameters()) / 1e9
+            # inputs of L layers, T C each + what one layer keeps while it is recomputed, T (20 C + 4 ffn) in bfloat16
+            # + the logits of a chunk of tokens, their softmax and gradient
+            peak = {tokens: held + (tokens * (c.layers * c.width * stream + 2 * (20 * c.width + 4 * c.ffn))
+                                    + 3 * 4 * model.CHUNK * c.vocab) / 1e9 for tokens in (3000, 8282)}
+            fits = {tokens: next((card for card in CARDS if gb <= 0.9 * card), None) for tokens, gb in peak.items()}
+            moving = sum(p.numel() for p in m.parameters() if p.requires_grad)
+            rows.append({"preset": preset, "manner": manner, "moving": moving, "held_gb": held, "peak_gb": peak,
+                         "fits": fits})
+            print(f"| {preset} | {manner} | {moving / 1e6:,.0f} M | {held:.1f} | "
+                  + " | ".join(f"{gb:.1f} ({fits[tokens] or 'more than 80'})" for tokens, gb in peak.items()) + " |")
+    return {row["preset"]: row["peak_gb"][3000] for row in rows if row["manner"].startswith("--lora")}, rows
 
 
 def against_transformers(settings):

@@ -78,6 +78,7 @@ class Config:
     init_std: float = 0.02               # of fresh weights; small widths learn many times faster from larger ones ...
     embed_std: float = 0.02              # ... and from embeddings that the first layers do not drown
     attention: str = "fused"             # "fused" or "explicit"
+    lora_rank: int = 0                   # of what is trained beside the decoder's frozen projections; 0: nothing
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
 
     @property
@@ -293,6 +294,28 @@ class Cache:
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
+LORA_ALPHA = 16.0                               # with R = 16 the addition counts as it is, with another R by 16 / R
+
+
+class LoRA(nn.Linear):
+    """A frozen projection W, which keeps its name, and beside it one of low rank that learns (arXiv 2106.09685). B is
+    zero at first, so the model begins as it was."""
+
+    def __init__(self, inputs, outputs, rank):
+        super().__init__(inputs, outputs, bias=False)
+        self.lora_a, self.lora_b = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.empty(outputs, rank))
+
+    def forward(self, x):
+        # y = W x + (alpha / R) B (A x)
+        low = F.linear(x, self.lora_a.to(x.dtype))                              # (B T, R)
+        return super().forward(x) + LORA_ALPHA / len(self.lora_a) * F.linear(low, self.lora_b.to(x.dtype))
+
+
+def projection(inputs, outputs, rank):
+    """A linear layer of the decoder."""
+    return LoRA(inputs, outputs, rank) if rank else nn.Linear(inputs, outputs, bias=False)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads; also returns the mass on the condition."""
 
@@ -301,10 +324,10 @@ class Attention(nn.Module):
         self.index, self.head_dim = index, config.head_dim
         self.attend = ATTENTION[config.attention]
         inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.width, inner, bias=False)
-        self.k_proj = nn.Linear(config.width, shared, bias=False)
-        self.v_proj = nn.Linear(config.width, shared, bias=False)
-        self.o_proj = nn.Linear(inner, config.width, bias=False)
+        self.q_proj = projection(config.width, inner, config.lora_rank)
+        self.k_proj = projection(config.width, shared, config.lora_rank)
+        self.v_proj = projection(config.width, shared, config.lora_rank)
+        self.o_proj = projection(inner, config.width, config.lora_rank)
 
     def forward(self, x, batch, rope, visible, condition, cache):
         split = (batch, len(x) // batch, -1, self.head_dim)
@@ -321,11 +344,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, width, ffn):
+    def __init__(self, width, ffn, lora_rank):
         super().__init__()
-        self.gate_proj = nn.Linear(width, ffn, bias=False)
-        self.up_proj = nn.Linear(width, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, width, bias=False)
+        self.gate_proj = projection(width, ffn, lora_rank)
+        self.up_proj = projection(width, ffn, lora_rank)
+        self.down_proj = projection(ffn, width, lora_rank)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -340,7 +363,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = FeedForward(config.width, config.ffn)
+        self.mlp = FeedForward(config.width, config.ffn, config.lora_rank)
 
     def forward(self, x, batch, rope, visible=None, condition=None, cache=None):
         attended, mass = self.self_attn(self.input_layernorm(x), batch, rope, visible, condition, cache)
@@ -1029,7 +1052,44 @@ def from_config(config):
             nn.init.normal_(module.weight, 0.0, std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+    m.load_state_dict(fresh_lora(m), strict=False)
     return m.eval()
+
+
+def fresh_lora(m, device="cpu"):
+    """{name: tensor} of what LoRA adds, before training: A normal, B zero. It follows from torch.manual_seed alone, and
+    processes that share out the weights make the whole and keep their part: all layouts begin the same."""
+    generator, made = torch.Generator().manual_seed(torch.initial_seed()), {}
+    for name, like in m.state_dict().items():
+        if "lora_" in name:
+            value = torch.zeros(like.shape)
+            if name.endswith("lora_a"):             # A x is as large as x
+                value.normal_(0.0, like.shape[1] ** -0.5, generator=generator)
+            made[name] = own_part(value.to(device), like)
+    return made
+
+
+def own_part(value, like):
+    """A whole tensor, or where `like` is shared out over processes this one's part of it."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+def held_type(name, dtype):
+    """The type of a tensor in a model of type `dtype`: the picture tokenizer stays in float32, and so does what LoRA
+    adds, since its updates are too small for bfloat16."""
+    return torch.float32 if name.startswith("vq.") or "lora_" in name else dtype
+
+
+@torch.no_grad()
+def merged(m):
+    """The weights of a model with W + (alpha / R) B A in place of W, A and B; of one without LoRA as they are."""
+    state = m.state_dict()
+    for name in [name for name in state if name.endswith("lora_a")]:
+        a, b, key = state.pop(name), state.pop(name[:-1] + "b"), name.replace("lora_a", "weight")
+        state[key] = (state[key].float() + LORA_ALPHA / len(a) * (b.float() @ a.float())).to(state[key].dtype)
+    return state
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")              # one process is no mistake
@@ -1081,36 +1141,42 @@ def read_tensors(tensors, place):
 
 
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused", part="",
-         shard=None):
+         shard=None, lora_rank=None):
     """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
 
     dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
     beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do. part: "before" or
     "control" of a run. shard(m), called while the model is empty, may make its parameters DTensors.
+    lora_rank: begin LoRA on a model without; None: LoRA where the run folder has it.
     """
     folder = find_folder(folder)
     if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
         place, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
-        m = from_manifest(manifest, place, device, attention, shard)
+        if lora_rank is not None and manifest["config"].get("lora_rank"):
+            raise InputError(f"{folder} was trained with LoRA: write it as a plain model with model.save(model.load("
+                             f"{str(folder)!r}), 'FOLDER'), and start from that FOLDER")
+        m = from_manifest(manifest, place, device, attention, shard, dtype, lora_rank)
         m.tokenizer_file = find_tokenizer(folder)
     else:
-        m = load_public(folder, dtype, device, vision_tokenizer, attention, shard)
+        m = load_public(folder, dtype, device, vision_tokenizer, attention, shard, lora_rank or 0)
     m.lm.rope_bf16 = rope_bf16
-    for name, child in m.named_children():
-        child.to(device, None if name == "vq" else dtype)
     return m.eval()
 
 
-def from_manifest(manifest, place, device="cpu", attention="fused", shard=None):
-    """The model of a checkpoint folder: built without memory, then filled, by several processes each its part."""
+def from_manifest(manifest, place, device="cpu", attention="fused", shard=None, dtype=None, lora_rank=None):
+    """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
+    dtype None: as stored. lora_rank: fresh LoRA, of which the checkpoint knows nothing."""
+    changed = {"attention": attention} | ({"lora_rank": lora_rank} if lora_rank else {})
     with torch.device("meta"):
-        m = MODELS[manifest["config"]["kind"]](configured(manifest["config"] | {"attention": attention}))
-    for name, child in m.named_children():
-        child.to(torch.float32 if name == "vq" else getattr(torch, manifest["dtype"]))
+        m = MODELS[manifest["config"]["kind"]](configured(manifest["config"] | changed))
+    for name, parameter in m.named_parameters():
+        parameter.data = parameter.data.to(held_type(name, dtype or getattr(torch, manifest["dtype"])))
     if shard:
         shard(m)
     m.to_empty(device=device)
-    read_tensors({f"model.{name}": value for name, value in m.state_dict().items()}, place)
+    fresh = fresh_lora(m, device) if lora_rank else {}
+    read_tensors({f"model.{name}": value for name, value in m.state_dict().items() if name not in fresh}, place)
+    m.load_state_dict(fresh, strict=False)
     return m
 
 
@@ -1345,14 +1411,14 @@ def stored_tensors(place):
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
-def load_public(place, dtype, device, vision_tokenizer, attention, shard=None):
+def load_public(place, dtype, device, vision_tokenizer, attention, shard=None, lora_rank=0):
     """A model from public weights: built without memory, then filled tensor by tensor."""
     folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
     if place.is_file() and not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json: copy the json files of the model that {place.name} was "
                          "trained from into it")
     try:
-        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, attention)
+        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, attention, lora_rank)
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -1363,8 +1429,10 @@ def load_public(place, dtype, device, vision_tokenizer, attention, shard=None):
     head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
     if tied and head not in known and words in known:
         known[head] = known[words]
-    state, problems, used = {}, [], set()
+    state, problems, used = fresh_lora(m, device), [], set()
     for name, like in m.state_dict().items():
+        if name in state:
+            continue
         public = public_names(name, m.config, layout)
         used.update(public)
         missing = [part for part in public if part not in known]
@@ -1375,11 +1443,9 @@ def load_public(place, dtype, device, vision_tokenizer, attention, shard=None):
         if [n for n in value.shape if n != 1] != [n for n in like.shape if n != 1]:
             problems.append(f"{public[0]} is {tuple(value.shape)}, not {tuple(like.shape)}")
             continue
-        wanted = value.dtype if not value.is_floating_point() else torch.float32 if name.startswith("vq.") else \
-            dtype or value.dtype
-        state[name] = value.reshape(like.shape).to(device, wanted, copy=True)
-        if isinstance(like, DTensor):                # keep this process's part; nobody holds more than one whole tensor
-            state[name] = distribute_tensor(state[name], like.device_mesh, like.placements, src_data_rank=None).clone()
+        wanted = held_type(name, dtype or value.dtype) if value.is_floating_point() else value.dtype
+        # Nobody holds more than one whole tensor.
+        state[name] = own_part(value.reshape(like.shape).to(device, wanted, copy=True), like)
     problems += [f"{name} is not known" for name in known.keys() - used]
     if problems:
         shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
@@ -1388,7 +1454,7 @@ def load_public(place, dtype, device, vision_tokenizer, attention, shard=None):
     return m
 
 
-def empty_model(folder, known, vision_tokenizer, attention):
+def empty_model(folder, known, vision_tokenizer, attention, lora_rank=0):
     """What the json files of a folder describe -> a model on the meta device, its layout, whether its embeddings are
     tied, and the stored tensors by the names of that layout."""
     layout, values, content = read_config(folder, known)
@@ -1402,7 +1468,7 @@ def empty_model(folder, known, vision_tokenizer, attention):
         known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
     ids, tokenizer_file = read_ids(folder, content, values)
     with torch.device("meta"):
-        m = MODELS[kind](configured(values | {"ids": ids, "attention": attention}))
+        m = MODELS[kind](configured(values | {"ids": ids, "attention": attention, "lora_rank": lora_rank}))
     m.tokenizer_file = tokenizer_file
     # transformers assumes it of Janus-Pro where config.json is silent, which the public weights contradict
     tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
@@ -1434,7 +1500,7 @@ def save(m, folder):
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     shards, size = [{}], 0
-    for name, value in m.state_dict().items():
+    for name, value in merged(m).items():
         for part, tensor in to_transformers(name, value, config).items():
             if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
                 shards, size = [*shards, {}], 0

@@ -89,6 +89,8 @@ class TrainConfig:
     encoded: str = opt("", "folder of `data.py encode`: pictures whose codes (and features) need not be made again")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
     init: str = opt("", "run folder, or folder or hub id of public weights, to start from; skips stages 1 and 2")
+    lora_rank: int = opt(0, "train additions of this rank to the decoder's projections (LoRA) and nothing else, on one "
+                         "GPU; needs --init, wants a larger --lr. 0: train the weights")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
     resume: bool = opt(False, "go on from the newest checkpoint in the run folder; begin where there is none yet")
@@ -144,7 +146,8 @@ RECIPES = {
 
 
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
-         "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1}
+         "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1,
+         "lora_rank": 0}
 
 
 def parse_ratio(text):
@@ -169,6 +172,11 @@ def check_numbers(config):
     aia.fixed_weights(config.aia_weight)
     parse_ratio(config.ratio)
     plan(config)
+    if config.lora_rank and not config.init:
+        raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
+    if config.lora_rank and config.pure_bf16:
+        raise InputError(f"--lora-rank {config.lora_rank} with --pure-bf16: give --dtype bfloat16 --no-pure-bf16 "
+                         "instead, which holds in bfloat16 all that stands still")
 
 
 def plan(config):
@@ -206,7 +214,7 @@ def freeze(m, stage):
     """Only the parts that move in a stage need gradients."""
     own = ("vq",) if stage.name == "tokenizer" else [name for name, _ in m.named_children() if name not in stage.frozen]
     for name, parameter in m.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in own)
+        parameter.requires_grad_("lora_" in name if m.config.lora_rank else name.split(".")[0] in own)
 
 
 def make_optimizer(m, stage):
@@ -619,12 +627,16 @@ class Run:
         def shard(m):
             freeze(m, stage)                        # what needs gradients is fixed at the first step of sharded weights
             shard_model(m, config, {"vq", *stage.frozen}, self.device)
-        shard, dtype = shard if self.sharded() else None, torch.bfloat16 if config.pure_bf16 else torch.float32
+        # What LoRA leaves alone is held as it is computed with. Sharding allows it: of one type must be only those
+        # parameters of a layer that move.
+        half = config.pure_bf16 or config.lora_rank and uses_bf16(config, self.device)
+        shard, dtype = shard if self.sharded() else None, torch.bfloat16 if half else torch.float32
         place = "cpu" if config.offload and shard else self.device
         if saved:
-            m = model.from_manifest(saved[1], saved[0], place, config.attention, shard)
+            m = model.from_manifest(saved[1], saved[0], place, config.attention, shard, dtype)
         elif config.init:
-            m = model.load(config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard)
+            m = model.load(config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard,
+                           lora_rank=config.lora_rank)
             if not m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
         else:

@@ -414,3 +414,16 @@ def test_results_of_several_runs_are_collected(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command("collect", "--runs", tmp_path / "run*", "--out", tmp_path / "missing/all.json")
     assert stop.value.code == 2 and "folder that exists" in capsys.readouterr().err
+
+
+def test_what_fits_is_counted_from_the_models(capsys):
+    """16 (in + out) parameters of 7 projections move in each of Emu3's 32 layers, 16 bytes each; all others have 2, or
+    4 in the picture tokenizer."""
+    _, rows = judge.bench_fits(None)
+    row, = (row for row in rows if (row["preset"], row["manner"]) == ("emu3-8b", "--lora-rank 16"))
+    assert row["moving"] == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    with torch.device("meta"):
+        m = model.MODELS["emu3"](model.PRESETS["emu3-8b"])
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in m.named_children()}
+    held = 16 * row["moving"] + 4 * parts.pop("vq") + 2 * sum(parts.values())
+    assert row["held_gb"] == pytest.approx(held / 1e9) and row["held_gb"] < row["peak_gb"][3000] < row["peak_gb"][8282]

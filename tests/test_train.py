@@ -417,7 +417,8 @@ def refused(capsys, *argv):
     (["--data", "none.jsonl"], "data set none.jsonl cannot be read"), (["--ratio", "0:0"], "--ratio '0:0'.*GEN:UND"),
     (["--aia-weight", "lots"], "--aia-weight 'lots'"), (["--aia-targets", "S4"], "32 layers, this model has"),
     (["--aia-targets", "none.json"], "cannot read none.json"), (["--device", "toaster"], "--device toaster"),
-    (["--keep", "0"], "--keep 0: give at least 1")])
+    (["--keep", "0"], "--keep 0: give at least 1"), (["--lora-rank", "8"], "--lora-rank 8 needs --init FOLDER"),
+    (["--lora-rank", "8", "--init", "x", "--pure-bf16"], "--pure-bf16: give --dtype bfloat16")])
 def test_bad_settings_are_refused_with_one_line(words, message, tmp_path, capsys):
     """The line names cause and remedy, and nothing has been written: the corrected command runs at once."""
     assert re.search(message, refused(capsys, "--pool", 8, "--out", tmp_path / "run", *words))
@@ -441,7 +442,7 @@ def test_the_folder_of_a_run_is_protected(whole, tmp_path, capsys):
     assert re.search("not empty.*--resume.*--out", refused(capsys, *flags, "--out", config.out))
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("not a run")
-    assert "is no run folder: correct --out" in refused(capsys, "--out", tmp_path / "letters", "--resume")
+    assert "is no run folder: choose another --out" in refused(capsys, "--out", tmp_path / "letters", "--resume")
     assert re.search("started with --lr 0.0, not 0.5", refused(capsys, *flags, "--out", config.out, "--resume",
                                                                "--lr", 0.5))
     other, = {*NAMES} - {config.preset}
@@ -631,11 +632,93 @@ def test_plain_training_measures_no_attention(name, texts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+def lora_run(config, folder, **changes):
+    """A run with LoRA that begins from the run of `whole`, with its arms."""
+    return train.train(settings(folder, config.preset, **{"init": config.out, "arms": config.arms, "lora_rank": 4,
+                                                          "lr": 1e-2} | changes))
+
+
+def test_lora_begins_as_its_base_and_moves_alone(whole, tmp_path, unscored, capsys):
+    """B is zero, so the first logits are the base's bit for bit; R (in + out) parameters of each projection move, all
+    of them, and nothing else."""
+    config, _ = whole
+    run, ids = lora_run(config, tmp_path, steps=3), torch.randint(model.TINY_TEXT, (2, 9))
+    base, before, after = model.load(config.out), model.load(tmp_path, part="before"), model.load(tmp_path)
+    assert torch.equal(before.logits(ids), base.logits(ids)) and not torch.equal(after.logits(ids), base.logits(ids))
+    start, end = before.state_dict(), after.state_dict()
+    moved = {name for name, x in end.items() if not torch.equal(x, start[name])}
+    assert moved == {name for name in end if "lora_" in name} == end.keys() - base.state_dict().keys()
+    c, layer = SMALL[config.preset], base.lm.layers[0]
+    projections = [p for p in layer.parameters() if p.ndim == 2]
+    count = c.layers * sum(4 * sum(p.shape) for p in projections)
+    assert len(projections) == 7 and sum(end[name].numel() for name in moved) == count
+    assert f" {count:,} of " in capsys.readouterr().out and len(run.stages) == (1 if config.arms == "aia" else 2)
+
+
+def test_a_merged_lora_run_is_a_plain_model(whole, tmp_path, unscored, capsys):
+    """W + (alpha / R) B A is one matrix: the saved folder opens here and in transformers with the logits of the trained
+    model. Such a folder can be a start again, the run itself cannot."""
+    hf, (config, _) = pytest.importorskip("transformers"), whole
+    lora_run(config, tmp_path / "run", steps=3)
+    trained, ids = model.load(tmp_path / "run"), torch.randint(5, 400, (2, 12))
+    model.save(trained, tmp_path / "out")
+    plain, theirs = model.load(tmp_path / "out"), hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert plain.config.lora_rank == 0 and plain.state_dict().keys() == model.load(config.out).state_dict().keys()
+    with torch.no_grad():
+        for logits in (plain.logits(ids), theirs(input_ids=ids).logits):
+            torch.testing.assert_close(logits, trained.logits(ids), rtol=0, atol=1e-5)
+        assert (plain.logits(ids) - model.load(config.out).logits(ids)).abs().max() > 0.01
+    again = lora_run(config, tmp_path / "again", init=str(tmp_path / "out"), steps=1, dtype="bfloat16").m
+    assert {p.dtype for name, p in again.lm.named_parameters() if "lora_" in name} == {torch.float32}
+    assert {p.dtype for name, p in again.lm.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+    words = ("--preset", config.preset, "--init", tmp_path / "run", "--out", tmp_path / "no", "--lora-rank")
+    for rank in (0, 4):
+        capsys.readouterr()
+        assert "was trained with LoRA: write it as a plain model" in refused(capsys, *words, rank)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lora_run_stops_and_goes_on_the_same(dtype, whole, tmp_path, unscored, monkeypatch):
+    """Its checkpoints hold base and additions, each in its type, so five steps and five more are ten."""
+    (config, _), report = whole, train.report
+    lora_run(config, tmp_path / "whole", dtype=dtype)
+
+    def pressed(run, stage, step, *rest):
+        if (stage, step) == (len(run.stages) - 1, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(run, stage, step, *rest)
+    with monkeypatch.context() as patch, pytest.raises(train.Stop):
+        patch.setattr(train, "report", pressed)
+        lora_run(config, tmp_path / "parts", dtype=dtype)
+    assert model.newest_checkpoint(tmp_path / "parts")[1]["step"] == 5
+    lora_run(config, tmp_path / "parts", dtype=dtype, resume=True)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@both_models
+def test_aia_reaches_both_factors_of_lora(name, texts):
+    """At first only B has a gradient, as A is multiplied by zero; once B moved, AIA turns the queries through A too."""
+    m = fresh(name, lora_rank=4)
+    batch = schedule(m, texts[name]).step(0)[0]
+    a, b = ([f"lm.layers.{i}.self_attn.q_proj.lora_{part}" for i in range(2)] for part in "ab")
+    found = aia_gradients(m, batch)[1]
+    assert all(found[key].abs().max() > 0 for key in b) and all((found[key] == 0).all() for key in a)
+    with torch.no_grad():
+        for key in b:
+            m.get_parameter(key).normal_()
+    found = aia_gradients(m, batch)[1]
+    assert all(found[key].abs().max() > 0 for key in a + b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------------
-# (processes, model, how they share the weights, processes that hold one copy); Janus-Pro has modules of one task
-LAYOUTS = [(4, "tiny-janus", "ddp", 0), (4, "tiny-janus", "fsdp", 0), (4, "tiny-janus", "hsdp", 2),
-           (2, "tiny-janus", "ddp", 0), (2, "tiny-janus", "fsdp", 0), (2, "tiny-emu3", "fsdp", 0)]
+# (processes, model, how they share the weights, processes that hold one copy, LoRA); Janus-Pro has modules of one task
+LAYOUTS = [(4, "tiny-janus", "ddp", 0, 0), (4, "tiny-janus", "fsdp", 0, 0), (4, "tiny-janus", "hsdp", 2, 0),
+           (2, "tiny-janus", "ddp", 0, 0), (2, "tiny-janus", "fsdp", 0, 0), (2, "tiny-emu3", "fsdp", 0, 0),
+           (2, "tiny-janus", "fsdp", 0, 4), (2, "tiny-emu3", "ddp", 0, 4)]
 
 
 def gathered(x):
@@ -645,7 +728,8 @@ def gathered(x):
 def shared_out(name, config):
     """A small model as one of several processes trains it: itself, what is called, its optimizer."""
     torch.manual_seed(0)
-    m = model.from_config(replace(SMALL[name], embed_std=0.1)).train()          # gradients of order 1
+    small = replace(SMALL[name], embed_std=0.1, lora_rank=config.lora_rank)     # gradients of order 1
+    m = model.from_config(small).train()
     m.lm.checkpoint_activations = config.checkpoint_activations
     frozen = ("vq", "vision") if config.dtype == "bfloat16" else ("vq",)
     net, stage = m, train.Stage("joint", 20, 7, 1e-4, 1, frozen)
@@ -678,13 +762,14 @@ def one_of_several(rank, world, files, folder):
     """A process of torchrun, for all layouts of `world` processes. Four leave a checkpoint, which two read."""
     torch.set_num_threads(1)
     train.dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
-    for n, name, parallel, shard in LAYOUTS:
+    for n, name, parallel, shard, lora in LAYOUTS:
         if n == world:
-            config = train.TrainConfig(parallel=parallel, shard=shard, checkpoint_activations=name == "tiny-emu3")
+            config = train.TrainConfig(parallel=parallel, shard=shard, lora_rank=lora,
+                                       checkpoint_activations=name == "tiny-emu3")
             m, net, optimizer = shared_out(name, config)
             found = twenty_steps(m, net, optimizer, data.Text(Path(files[name]), model.PRESETS[name].kind))
             if rank == 0:
-                torch.save(found, f"{folder}/{world}-{name}-{parallel}.pt")
+                torch.save(found, f"{folder}/{world}-{name}-{parallel}-{lora}.pt")
         if (n, world, parallel) == (4, 4, "fsdp"):
             train.save_checkpoint(train.tensors_of(m, optimizer), {"config": vars(m.config), "dtype": "float32"},
                                   Path(folder) / "four", group=train.dist.new_group(backend="gloo")).result()
@@ -726,19 +811,19 @@ def layouts(texts, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world, name, parallel, shard", LAYOUTS)
-def test_results_do_not_depend_on_the_layout(world, name, parallel, shard, layouts, texts):
+@pytest.mark.parametrize("world, name, parallel, shard, lora", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(world, name, parallel, shard, lora, layouts, texts):
     """One process, or two, or four, however they share the weights: 7 samples a step leave some of four processes
     without one, and a module of one task is used in half of the passes. Ranks that part company would give wrong
     gradients without any error."""
-    m, *rest = shared_out(name, train.TrainConfig())
-    start = m.lm.norm.weight.detach().clone()
+    m, *rest = shared_out(name, train.TrainConfig(lora_rank=lora))
+    moving, start = "lm.layers.0.self_attn.o_proj.lora_b" if lora else "lm.norm.weight", copy.deepcopy(m.state_dict())
     losses, first, last = twenty_steps(m, *rest, texts[name])
-    losses_here, first_here, last_here = torch.load(layouts / f"{world}-{name}-{parallel}.pt")
+    losses_here, first_here, last_here = torch.load(layouts / f"{world}-{name}-{parallel}-{lora}.pt")
     assert first.keys() == first_here.keys() and max(g.abs().max() for g in first.values()) > 1e-3
     torch.testing.assert_close(first_here, first, rtol=0, atol=1e-6)
     torch.testing.assert_close(losses_here, losses, rtol=0, atol=1e-5)
-    assert (start - last["lm.norm.weight"]).abs().max() > 1e-3 and (losses[10:, [0, 2]] == 0).any(0).all()
+    assert (start[moving] - last[moving]).abs().max() > 1e-3 and (losses[10:, [0, 2]] == 0).any(0).all()
     for key, weight in last.items():
         if key.endswith("qkv.bias"):                # the true gradient of key biases is zero: AdamW steps on rounding
             last_here[key][32:64] = weight[32:64]
@@ -747,7 +832,7 @@ def test_results_do_not_depend_on_the_layout(world, name, parallel, shard, layou
 
 def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(layouts):
     """Shards are cut anew on reading, moments of the optimizer too: not a bit changes."""
-    two, last = torch.load(layouts / "two.pth"), torch.load(layouts / "4-tiny-janus-fsdp.pt")[2]
+    two, last = torch.load(layouts / "two.pth"), torch.load(layouts / "4-tiny-janus-fsdp-0.pt")[2]
     assert {name.split(".")[1] for name in two if name.startswith("optimizer")} == {"exp_avg", "exp_avg_sq", "step"}
     assert two.keys() == model.tensor_names(layouts / "four")
     one = model.from_manifest(model.read_manifest(layouts / "four"), layouts / "four").state_dict()
@@ -771,7 +856,7 @@ def test_public_weights_are_read_by_several_processes_each_its_part(layouts, tex
 def test_sharded_bfloat16_keeps_float32_weights(layouts):
     """Layers compute in half precision; weights, the sums of gradients over processes and AdamW stay exact."""
     (losses, first, last), *_ = torch.load(layouts / "more.pth")
-    exact, _, last_exact = torch.load(layouts / "2-tiny-janus-fsdp.pt")
+    exact, _, last_exact = torch.load(layouts / "2-tiny-janus-fsdp-0.pt")
     assert all(x.dtype == torch.float32 for x in [*first.values(), *last.values()])
     assert not torch.equal(losses, exact)
     torch.testing.assert_close(losses, exact, rtol=0.02, atol=2e-3)
@@ -847,3 +932,26 @@ def test_processes_killed_at_any_moment_lose_nothing(kills, tmp_path):
             out = process.communicate(timeout=200)[0]
         assert process.returncode == 0 and result_of(out)["val_ntp_gen"] > 0, out
     same_run(folder, tmp_path / "whole")
+
+
+def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path, unscored):
+    """Their files know nothing of LoRA: each process makes the same additions and keeps its part. Sharding takes a
+    frozen base in bfloat16 beside additions in float32, and a checkpoint of two processes is continued by one."""
+    m = fresh("tiny-emu3")
+    m.tokenizer_file = shutil.copy(texts["tiny-emu3"].file, tmp_path / "tokenizer.json")
+    model.save(m, tmp_path / "public")
+    given = {"init": str(tmp_path / "public"), "lora_rank": 4, "dtype": "bfloat16", "lr": 1e-2}
+    flags = [str(word) for key, value in given.items() for word in ("--" + key.replace("_", "-"), value)]
+    with torchrun(*flags, "--parallel", "fsdp", "--out", str(tmp_path / "two")) as process:
+        out = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, out
+    one = train.train(settings(tmp_path / "one", steps=6, batch_size=8, **given))
+    starts = [model.load(tmp_path / name, part="before").state_dict() for name in ("one", "two")]
+    assert equal(*starts)
+    a, b = (model.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert {name for name in a if not torch.equal(a[name], starts[0][name])} == {name for name in a if "lora_" in name}
+    for name in a:                                  # sums in another order, rounded to bfloat16
+        assert a[name].dtype == b[name].dtype and (a[name] - b[name]).float().norm() <= 0.1 * a[name].float().norm()
+    again = shutil.copytree(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(again / "checkpoints/1-0000000")
+    assert train.train(settings(again, steps=6, batch_size=8, eval_n=1, resume=True, **given)).m.config == one.m.config
