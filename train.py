@@ -1020,8 +1020,7 @@ class Ledger(TorchDispatchMode):
         if function.namespace == "torch_nn":        # the loss in chunks, an operation made of others
             with self, torch.no_grad():
                 return OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
-        given = [type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if given and set(given) == {torch.Tensor}:
+        if {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} == {torch.Tensor}:
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         if name == "_local_scalar_dense":
@@ -1040,16 +1039,18 @@ class Ledger(TorchDispatchMode):
             self.sent[name] += sum(x.nbytes for x in args[0]) * 2 * (k - 1) // k
         elif name in COLLECTIVES:
             self.sent[name] += abs(args[0].nbytes - args[1].nbytes)
-        self.remember(storages(out))
+        self.remember(storages(out), look=torch.is_grad_enabled() or name != "add")
         if function.namespace in ("fsdp", "c10d"):
             self.gathered |= self.numbers((args, kwargs))
         return out
 
-    def remember(self, found):
-        """Number new storages. They go when they are freed; FSDP also empties some and fills them again."""
+    def remember(self, found, look):
+        """Number new storages. They go when they are freed; FSDP also empties some and fills them again. Sums of
+        gradients are not looked at: autograd makes them in place, but not where somebody writes down operations."""
         for key in found.keys() - self.live.keys():
             self.count += 1
             self.live[key] = self.count, weakref.ref(found[key], lambda _, key=key: self.live.pop(key))
+        if look and found:
             now = {number: storage().nbytes() for number, storage in list(self.live.values())}
             self.worst = max(self.worst, now, key=lambda sizes: sum(sizes.values()))
 
@@ -1083,8 +1084,8 @@ def rehearse(config, attention, recompute):
         kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
                  "frozen": [p for p in m.parameters() if not p.requires_grad] + list(m.buffers())}
         row = {kind: sum(x.nbytes() for x in storages(tensors).values()) for kind, tensors in kinds.items()}
-        row["activations"] = sum(size for number, size in ledger.worst.items() if
-                                 number not in ledger.gathered | ledger.numbers(kinds))
+        others = ledger.gathered | ledger.numbers(kinds)
+        row["activations"] = sum(size for number, size in ledger.worst.items() if number not in others)
         # The moments are always there: the first step makes them at its end, and fused AdamW makes nothing else.
         row["optimizer"] = 2 * row["parameters"]
         row["peak"] = sum(ledger.worst.values()) + row["optimizer"]
@@ -1097,7 +1098,6 @@ def rehearse(config, attention, recompute):
 
 def dry_run(config):
     """A step of --dry-run-world processes, four ways, and the days of the paper's training -> the result."""
-    import torch.testing._internal.distributed.fake_pg as pretended  # makes known the group that moves nothing
     check_numbers(config)
     c, n = model.PRESETS[config.preset], config.dry_run_world
     wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
@@ -1109,7 +1109,7 @@ def dry_run(config):
     least = 3 if c.kind == "emu3" else (c.image_size // c.vit_patch) ** 2 + 2
     if not least <= config.tokens <= c.context:
         raise InputError(f"--tokens {config.tokens}: {config.preset} takes {least} to {c.context}")
-    dist.init_process_group("fake", rank=0, world_size=n, store=pretended.FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=n)
     try:
         ways = [(attention, recompute) for attention in model.ATTENTION for recompute in (True, False)]
         rows = {way: rehearse(config, *way) for way in ways}
