@@ -9,6 +9,7 @@ combinations, curves and samples.
     python train.py --data train.jsonl --val val.jsonl
     python train.py --resume                          # go on where the same run stopped
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
+    python train.py --dry-run-world 64 --preset emu3-8b         # what a step on 64 GPUs would take, without any
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,12 +32,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import aia
@@ -79,6 +85,8 @@ class TrainConfig:
     parallel: str = opt("ddp", "what the processes of torchrun share out: ddp nothing, fsdp weights, gradients and "
                         "optimizer, hsdp the same within a node", ("ddp", "fsdp", "hsdp"))
     shard: int = opt(0, "with hsdp: processes that share one copy of the weights; 0: those of a node")
+    whole_gradients: bool = opt(False, "with fsdp, hsdp: sum gradients over processes once a task, not after every "
+                                "micro-batch: less traffic, but each process holds the gradients of the whole model")
     offload: bool = opt(False, "with fsdp, hsdp: weights and optimizer wait in CPU memory")
     pure_bf16: bool = opt(False, "weights, gradients and optimizer in bfloat16, as in the released code")
     compile: bool = opt(False, "torch.compile the layers: a slow first minute, then faster steps")
@@ -102,6 +110,11 @@ class TrainConfig:
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it",
                      ("auto", "float32", "bfloat16"))
+    dry_run_world: int = opt(0, "predict a step of this many GPUs without any, and stop; --out then names a JSON file; "
+                             "the defaults are fsdp, bfloat16, --checkpoint-activations and --micro-batch 1")
+    tokens: int = opt(0, "dry run: tokens of each sample; 0: 8282 for Emu3, 3000 for Janus-Pro, at most its context")
+    tflops: float = opt(989.0, "dry run: 1e12 FLOP/s of one GPU in bfloat16 (989: the data sheet of an H100)")
+    utilisation: float = opt(0.4, "dry run: share of --tflops that a step reaches, recomputation counted as work")
 
 
 @dataclass(frozen=True)
@@ -146,8 +159,8 @@ RECIPES = {
 
 
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
-         "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1,
-         "lora_rank": 0}
+         "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1, "lora_rank": 0,
+         "dry_run_world": 0, "tokens": 0}
 
 
 def parse_ratio(text):
@@ -166,7 +179,7 @@ def check_numbers(config):
     for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least {least}")
-    for name in ("rho", "clip"):
+    for name in ("rho", "clip", "tflops", "utilisation"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
     aia.fixed_weights(config.aia_weight)
@@ -288,15 +301,17 @@ def shard_model(m, config, frozen, device):
         fully_shard(layer, **how)
     # The root holds embeddings, heads and aligners. Its head is read directly (model.next_token_loss), which works
     # because the root stays whole from its forward to its backward pass.
+    m.whole_gradients = config.whole_gradients
     fully_shard(m, **how, ignored_params={p for name in frozen if hasattr(m, name) for p in
                                           getattr(m, name).parameters()})
 
 
 @contextlib.contextmanager
 def reducing(net, now):
-    """Whether the backward pass inside sums gradients over processes, or only adds to this one's."""
+    """Whether the backward pass inside sums gradients over processes, or only adds to this one's. The latter would keep
+    whole gradients where they are sharded, so that is asked for separately."""
     if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(now)
+        net.set_requires_gradient_sync(now or not net.whole_gradients)
     with net.no_sync() if isinstance(net, DistributedDataParallel) and not now else contextlib.nullcontext():
         yield
 
@@ -737,7 +752,8 @@ def check_settings(stored, config, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
     given = json.loads(json.dumps(asdict(config)))  # tuples become lists
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
-            "checkpoint_activations", "compile", "encoded", "parallel", "shard", "offload", "keep", "val_every"}
+            "checkpoint_activations", "compile", "encoded", "parallel", "shard", "whole_gradients", "offload", "keep",
+            "val_every"}
     for name in stored:
         if name not in free and stored[name] != given.get(name):
             flag = "--" + name.replace("_", "-")
@@ -1024,12 +1040,168 @@ def score(run, name, m):
     return understood | drawn
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A cluster that is not there: one step of a large model, predicted on a laptop
+# ---------------------------------------------------------------------------------------------------------------------
+DRY = {"parallel": "fsdp", "dtype": "bfloat16", "checkpoint_activations": True, "micro_batch": 1}
+SAMPLES, EPOCHS, GIB = 3_000_000, 4, 2**30          # the paper's data, and our reading of how often (RECIPES)
+# Kernels of attention: place of q among their arguments, of is_causal, products of size T x T x D.
+KERNELS = {"_scaled_dot_product_flash_attention_for_cpu": (0, 4, 2),
+           "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 7, 5)}
+# What a process of a ring of k sends: (k - 1) / k of a whole tensor; the sum of whole tensors takes two rounds.
+COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+
+
+def storages(x):
+    """{key: storage} of the tensors in x, of sharded ones this process's part."""
+    found = [t._local_tensor if isinstance(t, DTensor) else t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+    return {storage._cdata: storage for storage in (t.untyped_storage() for t in found)}
+
+
+class Ledger(TorchDispatchMode):
+    """Within `with ledger.fake, ledger:` nothing is computed, but every operation is written down: its FLOPs, the bytes
+    that it sends to other processes, and which storages live at the worst moment.
+
+    Weights are fake, shapes without memory. A batch made before is real, and so is what follows from it alone: masks
+    pick as many rows as they would in earnest. A number read from fake tensors, such as a loss for the log, is 1.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake, self.flop, self.sent = FakeTensorMode(allow_non_fake_inputs=True), 0, dict.fromkeys(COLLECTIVES, 0)
+        self.live, self.count, self.gathered, self.worst = {}, 0, set(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if function.namespace == "torch_nn":        # the loss in chunks, an operation made of others
+            with self, torch.no_grad():
+                return OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
+        if {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} == {torch.Tensor}:
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        if name == "_local_scalar_dense":
+            return 1
+        if name == "index" and args[1][0].dtype is torch.bool:
+            with unset_fake_temporarily():
+                args = (args[0], list(args[1][0].nonzero().unbind(1)))
+        out = function(*args, **kwargs)
+        if function.overloadpacket in flop_registry:
+            self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
+        elif name in KERNELS:
+            q, causal, products = KERNELS[name]
+            self.flop += 2 * products * args[q].numel() * args[q + 1].shape[2] // (2 if True in args[causal:] else 1)
+        elif name == "allreduce_":
+            k = dist.ProcessGroup.unbox(args[1]).size()
+            self.sent[name] += sum(x.nbytes for x in args[0]) * 2 * (k - 1) // k
+        elif name in COLLECTIVES:
+            self.sent[name] += abs(args[0].nbytes - args[1].nbytes)
+        self.remember(storages(out), look=torch.is_grad_enabled() or name != "add")
+        if function.namespace in ("fsdp", "c10d"):
+            self.gathered |= self.numbers((args, kwargs))
+        return out
+
+    def remember(self, found, look):
+        """Number new storages. They go when they are freed; FSDP also empties some and fills them again. Sums of
+        gradients are not looked at: autograd makes them in place, but not where somebody writes down operations."""
+        for key in found.keys() - self.live.keys():
+            self.count += 1
+            self.live[key] = self.count, weakref.ref(found[key], lambda _, key=key: self.live.pop(key))
+        if look and found:
+            now = {number: storage().nbytes() for number, storage in list(self.live.values())}
+            self.worst = max(self.worst, now, key=lambda sizes: sum(sizes.values()))
+
+    def numbers(self, x):
+        return {self.live[key][0] for key in storages(x) if key in self.live}
+
+
+def rehearse(config, attention, recompute):
+    """One step of the first process, on samples of the dearer task: a drawing of Emu3, or a picture and a long answer
+    of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
+    stage = RECIPES[config.recipe][0] if config.recipe else PLANS.get(config.preset, LARGE)[-1]
+    with torch.device("meta"):
+        m = model.build(config.preset, attention=attention).train()
+    m.lm.checkpoint_activations, c, n, ledger = recompute, m.config, config.micro_batch, Ledger()
+    for name, child in m.named_children():
+        child.to(torch.bfloat16 if config.pure_bf16 and name != "vq" else torch.float32)
+    freeze(m, stage)
+    shard_model(m, config, {"vq", *stage.frozen}, "cpu")
+    task, first = ("gen", config.tokens // 3) if c.kind == "emu3" else ("und", (c.image_size // c.vit_patch) ** 2)
+    condition = (torch.arange(config.tokens) < first).expand(n, -1)
+    labels, pixels = (0, None) if task == "gen" else (-100, torch.zeros(n, 3, c.image_size, c.image_size))
+    batch = data.Batch(task, condition * c.ids["placeholder"], condition * labels, condition, ~condition,
+                       torch.ones(n).bool(), pixels)
+    passes = max(1, config.batch_size // (n * world()))
+    targets = {task: aia.targets(c.layers, task)}
+    with ledger.fake, ledger:
+        m.to_empty(device="cpu")
+        optimizer = make_optimizer(m, stage)
+        accumulate(m, [batch] * passes, targets, {task: 1.0})
+        moving = [p for p in m.parameters() if p.requires_grad]
+        kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
+                 "frozen": [p for p in m.parameters() if not p.requires_grad] + list(m.buffers())}
+        row = {kind: sum(x.nbytes() for x in storages(tensors).values()) for kind, tensors in kinds.items()}
+        others = ledger.gathered | ledger.numbers(kinds)
+        row["activations"] = sum(size for number, size in ledger.worst.items() if number not in others)
+        # The moments are always there: the first step makes them at its end, and fused AdamW makes nothing else.
+        row["optimizer"] = 2 * row["parameters"]
+        row["peak"] = sum(ledger.worst.values()) + row["optimizer"]
+        torch.nn.utils.clip_grad_norm_([p for p in moving if p.grad is not None], config.clip)
+        optimizer.step()
+    return row | {"sent": {COLLECTIVES[name]: x for name, x in ledger.sent.items()}, "flop": ledger.flop,
+                  "samples": n * world() * passes, "all": sum(p.numel() for p in m.parameters()),
+                  "moving": sum(p.numel() for p in moving)}
+
+
+def dry_run(config):
+    """A step of --dry-run-world processes, four ways, and the days of the paper's training -> the result."""
+    check_numbers(config)
+    c, n = model.PRESETS[config.preset], config.dry_run_world
+    wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
+             getattr(config, name)] + ["parallel ddp"] * (config.parallel == "ddp")
+    if wrong:
+        raise InputError(f"--dry-run-world reads no data and needs weights shared over GPUs: leave out --{wrong[0]}")
+    config = replace(config, tokens=config.tokens or min({"emu3": 8282, "janus": 3000}[c.kind], c.context),
+                     shard=config.shard or min(8, n))
+    if config.parallel == "hsdp" and n % config.shard:
+        raise InputError(f"--shard {config.shard} does not divide {n} processes: choose a divisor")
+    least = 3 if c.kind == "emu3" else (c.image_size // c.vit_patch) ** 2 + 2
+    if not least <= config.tokens <= c.context:
+        raise InputError(f"--tokens {config.tokens}: {config.preset} takes {least} to {c.context}")
+    dist.init_process_group("fake", rank=0, world_size=n)
+    try:
+        ways = [(attention, recompute) for attention in model.ATTENTION for recompute in (True, False)]
+        rows = {way: rehearse(config, *way) for way in ways}
+    finally:
+        dist.destroy_process_group()
+    kept = {True: "recomputed", False: "kept"}
+    row, explicit = (rows[name, config.checkpoint_activations] for name in ("fused", "explicit"))
+    print(f"predicted from shapes, nothing measured: {config.preset}, {n} processes ({config.parallel}), a step of "
+          f"{row['samples']} samples of {config.tokens:,} tokens; {row['all']:,} parameters, {row['moving']:,} train\n"
+          "GiB of a process: " + ", ".join(f"{kind} {row[kind] / GIB:.2f}" for kind in (
+              "parameters", "gradients", "optimizer", "frozen")))
+    for (name, recompute), way in rows.items():
+        print(f"  {name:8s} attention, layers {kept[recompute]:10s} | peak {way['peak'] / GIB:7.2f}, of which "
+              f"activations {way['activations'] / GIB:7.2f} | {way['flop'] * n / 1e15:.2f} PFLOP a step")
+    seconds = row["flop"] / (config.tflops * 1e12 * config.utilisation)
+    days = SAMPLES * EPOCHS / row["samples"] * seconds / 86_400
+    print("GiB that a process sends: " + ", ".join(f"{kind} {x / GIB:.2f}" for kind, x in row["sent"].items()) +
+          f"\n{SAMPLES:,} samples x {EPOCHS} epochs, layers {kept[config.checkpoint_activations]}, at "
+          f"{config.tflops:g} TFLOP/s x {config.utilisation:g}: {seconds:.2f} s a step, {days:.1f} days")
+    result = {"parameters": row["all"], "peak_gib": row["peak"] / GIB, "peak_gib_explicit": explicit["peak"] / GIB,
+              "comm_gib": sum(row["sent"].values()) / GIB, "pflop": row["flop"] * n / 1e15, "days": days}
+    if config.out:
+        judge.write_json({"result": result, "settings": asdict(config), "rows": [
+            {"attention": name, "recompute": recompute} | way for (name, recompute), way in rows.items()]}, config.out)
+    return result
+
+
 def main(argv=None):
     config = data.parse(TrainConfig, argv, "train.py")
-    if config.recipe:
-        config = data.parse(TrainConfig, argv, "train.py", RECIPES[config.recipe][1])
+    if config.recipe or config.dry_run_world:
+        config = data.parse(TrainConfig, argv, "train.py", (DRY if config.dry_run_world else {}) | (
+            RECIPES[config.recipe][1] if config.recipe else {}))
     try:
-        result = train(config)
+        result = (dry_run if config.dry_run_world else train)(config)
     except Stop as stop:
         print("stopped and saved; go on with the same command and --resume")
         sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
