@@ -184,7 +184,8 @@ def check_numbers(config):
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
     aia.fixed_weights(config.aia_weight)
     parse_ratio(config.ratio)
-    plan(config)
+    if not config.dry_run_world:
+        plan(config)
     if config.lora_rank and not config.init:
         raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
     if config.lora_rank and config.pure_bf16:

@@ -1004,6 +1004,13 @@ def test_a_dry_run_counts_every_parameter(predicted):
         assert row["peak"] > row["activations"] + row["parameters"] + row["optimizer"] + row["frozen"]
 
 
+def test_a_dry_run_needs_no_weights():
+    """It is for models that nobody has downloaded yet."""
+    train.check_numbers(train.TrainConfig(preset="emu3-8b", dry_run_world=64))
+    with pytest.raises(InputError, match="needs --init"):
+        train.check_numbers(train.TrainConfig(preset="emu3-8b"))
+
+
 def test_more_processes_hold_less_each(predicted, monkeypatch):
     """Sixteen hold a quarter of what four hold, but need as much for activations."""
     monkeypatch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
