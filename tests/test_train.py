@@ -316,7 +316,17 @@ def test_a_killed_job_leaves_a_log_that_is_trimmed(tmp_path):
     assert (tmp_path / "log").read_text().splitlines() == lines[:5]
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, unscored, monkeypatch):
+@pytest.fixture(scope="module")
+def at_once(texts, tmp_path_factory):
+    """The folder of a small run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "at once"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "finish", lambda run: run)
+        train.train(settings(folder))
+    return folder
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(at_once, tmp_path, unscored, monkeypatch):
     """A checkpoint is written under a second name and then renamed; a failed one is told, and the run goes on later."""
     def full(writer, plan, planner):
         if "0000006" in str(writer.place):
@@ -329,12 +339,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, unscored, monkeypa
         train.train(config)
     assert model.newest_checkpoint(tmp_path)[1]["step"] == 3
     train.train(replace(config, resume=True))
-    train.train(settings(tmp_path / "at once"))
-    same_run(tmp_path, tmp_path / "at once")
+    same_run(tmp_path, at_once)
 
 
-@pytest.mark.parametrize("spoil", ["changed", "missing", "cut"])
-def test_a_damaged_checkpoint_is_put_aside(spoil, tmp_path, unscored, monkeypatch, capsys):
+@pytest.mark.parametrize("spoil", ["changed", "missing", pytest.param("cut", marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_is_put_aside(spoil, at_once, tmp_path, unscored, monkeypatch, capsys):
     """Every file has a checksum: the run goes back to the checkpoint before it, to the same end."""
     config = settings(tmp_path, save_every=3, arms="aia")
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
@@ -350,8 +359,7 @@ def test_a_damaged_checkpoint_is_put_aside(spoil, tmp_path, unscored, monkeypatc
     train.train(replace(config, resume=True))
     assert re.search("1-0000006 is damaged .*safetensors is missing or not what.*earlier", capsys.readouterr().err)
     assert Path(f"{place}.damaged").exists()
-    train.train(settings(tmp_path / "at once"))
-    same_run(tmp_path, tmp_path / "at once")
+    same_run(tmp_path, at_once)
 
 
 def killed_at(stage, step):
@@ -934,6 +942,7 @@ def test_processes_killed_at_any_moment_lose_nothing(kills, tmp_path):
     same_run(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path, unscored):
     """Their files know nothing of LoRA: each process makes the same additions and keeps its part. Sharding takes a
     frozen base in bfloat16 beside additions in float32, and a checkpoint of two processes is continued by one."""
