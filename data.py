@@ -1475,7 +1475,8 @@ class Schedule:
 
     def steps(self, first, end):
         """The batches of each step; the next ones are prepared while these train."""
-        with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        # One thread of its own: with more, it would take the cores of a CPU from the training and slow it by half.
+        with concurrent.futures.ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
             coming = worker.submit(self.step, first)
             for step in range(first, end):
                 batches = coming.result()
