@@ -72,6 +72,19 @@ def parse(cls, argv=None, prog=None, defaults=()):
     return cls(**vars(cli.parse_args(argv)))
 
 
+def chosen(commands, prog, doc, argv=None):
+    """The first word of a command line names one of commands {name: (settings class, function)} -> function, settings.
+    Without it, or with --help, the doc is printed: (None, None)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(doc)
+        return None, None
+    if argv[0] not in commands:
+        raise InputError(f"{prog} knows no command {argv[0]!r}: use one of {', '.join(commands)}")
+    cls, command = commands[argv[0]]
+    return command, parse(cls, argv[1:], f"{prog} {argv[0]}")
+
+
 def run(command):
     """Run a command line: bad input is one clear line on stderr and exit status 2, never a traceback."""
     try:
@@ -1185,6 +1198,7 @@ class Encoded:
                     raise InputError(f"{file} was encoded with another tower or another resizing ({name} {made_with}, "
                                      f"here {self.fingerprints.get(name)}): encode again, into another folder")
             self.parts |= dict.fromkeys(names, part)
+        self.kinds = {key.split("/")[0] for key in self.parts}                  # of "codes", "features"
 
     @functools.cached_property
     def fingerprints(self):
@@ -1207,8 +1221,8 @@ class Encoded:
         return found
 
     def get(self, name, file):
-        """Codes or features of a picture file, or None."""
-        key = f"{name}/{picture_key(file)}"
+        """Codes or features of a picture file, or None; the file is not read for what is stored of no picture."""
+        key = f"{name}/{picture_key(file)}" if name in self.kinds else ""
         return self.parts[key].get_tensor(key) if key in self.parts else None
 
     def add(self, tensors, place):
@@ -1627,14 +1641,9 @@ COMMANDS = {"export": (Export, export), "index": (Index, index), "encode": (Enco
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(__doc__)
-        return
-    if argv[0] not in COMMANDS:
-        raise InputError(f"data.py knows no command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
-    cls, command = COMMANDS[argv[0]]
-    command(parse(cls, argv[1:], f"data.py {argv[0]}"))
+    command, settings = chosen(COMMANDS, "data.py", __doc__, argv)
+    if command:
+        command(settings)
 
 
 if __name__ == "__main__":

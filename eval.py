@@ -675,7 +675,7 @@ def collect(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory against transformers, both sides in one run on the same weights."""
+    """Measure speed and memory; rivals in one run, in turn."""
 
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
@@ -1222,17 +1222,11 @@ COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(__doc__)
-        return
-    if argv[0] not in COMMANDS:
-        raise InputError(f"eval.py knows no command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
-    cls, command = COMMANDS[argv[0]]
-    settings = data.parse(cls, argv[1:], f"eval.py {argv[0]}")
-    if "checkpoint" in vars(settings) and not settings.checkpoint:
-        raise InputError(f"eval.py {argv[0]} needs --checkpoint, the folder of a run")
-    print("result " + json.dumps(command(settings)))
+    command, settings = data.chosen(COMMANDS, "eval.py", __doc__, argv)
+    if command:
+        if not vars(settings).get("checkpoint", "none needed"):
+            raise InputError("this command needs --checkpoint, the folder of a run")
+        print("result " + json.dumps(command(settings)))
 
 
 if __name__ == "__main__":

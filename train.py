@@ -97,8 +97,8 @@ class TrainConfig:
     encoded: str = opt("", "folder of `data.py encode`: pictures whose codes (and features) need not be made again")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
     init: str = opt("", "run folder, or folder or hub id of public weights, to start from; skips stages 1 and 2")
-    lora_rank: int = opt(0, "train additions of this rank to the decoder's projections (LoRA) and nothing else, on one "
-                         "GPU; needs --init, wants a larger --lr. 0: train the weights")
+    lora_rank: int = opt(0, "train additions of this rank to the decoder's projections (LoRA) and nothing else; "
+                         "needs --init, wants a larger --lr. 0: train the weights")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
     resume: bool = opt(False, "go on from the newest checkpoint in the run folder; begin where there is none yet")
@@ -247,7 +247,7 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -260,16 +260,16 @@ def start_processes(config):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
-    if config.offload and (world() == 1 or config.parallel == "ddp"):
+    if config.offload and (processes() == 1 or config.parallel == "ddp"):
         raise InputError("--offload moves shares of a model: it needs torchrun, and --parallel fsdp or hsdp")
-    if config.shard and (config.parallel != "hsdp" or world() % config.shard):
-        raise InputError(f"--shard {config.shard}: give a divisor of the {world()} processes, with --parallel hsdp")
+    if config.shard and (config.parallel != "hsdp" or processes() % config.shard):
+        raise InputError(f"--shard {config.shard}: give a divisor of the {processes()} processes, with --parallel hsdp")
     return device
 
 
 def over_processes(values):
     """Sum of a CPU tensor over all processes, in place."""
-    if world() > 1:
+    if processes() > 1:
         dist.all_reduce(values)
     return values
 
@@ -282,7 +282,7 @@ def first_decides(work):
             found[0] = work()
         except InputError as error:
             found[1] = str(error)
-    if world() > 1:
+    if processes() > 1:
         dist.broadcast_object_list(found)
     if found[1]:
         raise InputError(found[1])
@@ -292,8 +292,10 @@ def first_decides(work):
 def shard_model(m, config, frozen, device):
     """Share the weights out over the processes (fsdp, hsdp): each holds a part of every layer, and the whole of it only
     while it computes. Frozen towers stay whole on every process."""
-    kind, n = torch.device(device).type, config.shard or int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    shape, names = ((world() // n, n), ("copy", "part")) if config.parallel == "hsdp" else ((world(),), ("part",))
+    kind, n = torch.device(device).type, config.shard or int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    shape, names = (processes(),), ("part",)
+    if config.parallel == "hsdp":
+        shape, names = (processes() // n, n), ("copy", "part")
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if uses_bf16(config, device) and not \
         config.pure_bf16 else MixedPrecisionPolicy()
     how = {"mesh": init_device_mesh(kind, shape, mesh_dim_names=names), "mp_policy": precision,
@@ -339,22 +341,22 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
     """
     total, sums, device = counts(batches), {}, device or next(net.parameters()).device
     for i, batch in enumerate(batches):
-        tokens, valid = (max(n, 1) for n in total[batch.task])
+        batch, (tokens, valid) = batch.to(device), (max(n, 1) for n in total[batch.task])
         # Gradients are summed over processes once a task. Once a step would do in float32; in half precision, those of
         # the last pass are bfloat16 and those kept from earlier ones float32, which fully_shard cannot sum together.
         last = i + 1 == len(batches) or batches[i + 1].task != batch.task
         with reducing(net, last), torch.set_grad_enabled(scale):
             with autocast():
-                out = net(batch.to(device), intensity=weights is not None)
+                out = net(batch, intensity=weights is not None)
             loss, row = out.ntp / tokens, [out.ntp.detach()[None] / tokens]
             if weights is not None:
-                aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid.to(device), reduction="sum")
+                aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid, reduction="sum")
                 # L = L_NTP + lambda L_AIA (Eq. 3)
                 loss = loss + weights.get(batch.task, 0.0) * aia_sum / valid
-                measured = out.intensity.detach()[batch.aia_valid.to(device)].sum(0)                # (L,)
+                measured = out.intensity.detach()[batch.aia_valid].sum(0)                           # (L,)
                 row += [aia_sum.detach()[None] / valid, measured / valid]
             if scale:
-                (loss * world()).backward()                                     # reducing takes the mean
+                (loss * processes()).backward()                                     # reducing takes the mean
         sums[batch.task] = sums.get(batch.task, 0.0) + torch.cat(row).cpu()                         # (2 + L,)
     metrics = {}
     for task, row in sums.items():
@@ -541,7 +543,7 @@ def save_checkpoint(tensors, manifest, place, keep=0, group=None):
         return None
     first_decides(lambda: shutil.rmtree(f"{place}.part", ignore_errors=True))
     return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
-                          no_dist=world() == 1)
+                          no_dist=processes() == 1)
 
 
 def memory_gb():
@@ -590,20 +592,21 @@ class Run:
     def __init__(self, config):
         self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), 0, 0.0, []
         self.folder, self.saving = Path(config.out or f"runs/{config.preset}-seed{config.seed}"), None
+        self.held = None                            # batches of --val, made when they are first needed
         self.device = start_processes(config)
-        self.group = dist.new_group(backend="gloo") if world() > 1 else None            # of saving in the background
+        self.group = dist.new_group(backend="gloo") if processes() > 1 else None        # of saving in the background
         self.state = first_decides(lambda: resumed_from(self.folder, config))
         bf16 = uses_bf16(config, self.device)
         # Sharded weights have a precision of their own.
         self.autocast = (lambda: torch.autocast(torch.device(self.device).type, torch.bfloat16)) if bf16 and not (
             config.pure_bf16 or self.sharded()) else contextlib.nullcontext
         print(f"device {self.device}, {'bfloat16' if bf16 else 'float32'} activations, {torch.get_num_threads()} "
-              f"threads, {world()} processes, torch {torch.__version__}, Python {platform.python_version()}")
+              f"threads, {processes()} processes, torch {torch.__version__}, Python {platform.python_version()}")
         torch.manual_seed(config.seed)
         self.prepare()
 
     def sharded(self):
-        return world() > 1 and self.config.parallel != "ddp"
+        return processes() > 1 and self.config.parallel != "ddp"
 
     def prepare(self):
         """Data, text tokenizer and model; nothing is written before all of them are good."""
@@ -781,6 +784,30 @@ def train(config):
     return finish(run)
 
 
+def equip(run, stage, state):
+    """What a stage needs: its optimizer, the schedule of its batches (None for the picture tokenizer), lambda of each
+    task, and the model as several processes call it. state: of the checkpoint within the stage that it goes on from."""
+    config, optimizer, schedule = run.config, make_optimizer(run.m, stage), None
+    weights, net = dict.fromkeys(aia.TASKS, 0.0), run.m
+    if stage.name != "tokenizer":
+        order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
+        schedule, both = (data.Schedule(run.source, run.preparer, order, stage.batch_size,
+                                        parse_ratio(stage.ratio or config.ratio), config.micro_batch,
+                                        on_bad_record=config.on_bad_record, rank=rank(), world=processes(), mix=mix)
+                          for mix in (config.mix, "both"))
+        if processes() > 1 and not run.sharded():   # modules of one task get no gradient from the other
+            net = DistributedDataParallel(run.m, find_unused_parameters=run.m.config.kind == "janus",
+                                          broadcast_buffers=False)
+    if state:
+        place, weights = run.state[0], state["weights"]
+        model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
+    elif stage.aia:
+        weights = calibrate(net, both, run.targets, config, run.autocast, run.device)
+        print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
+              f"({'calibrated for rho ' + str(config.rho) if config.aia_weight == 'rho' else config.aia_weight})")
+    return optimizer, schedule, weights, net
+
+
 def run_stage(run, index, state):
     """One stage from its first step, or from a checkpoint's."""
     stage, config, first = run.stages[index], run.config, state["step"] if state else 0
@@ -795,24 +822,7 @@ def run_stage(run, index, state):
             model.read_tensors(tensors_of(run.m), run.folder / "before")
         else:
             run.write("before")
-    optimizer = make_optimizer(run.m, stage)
-    schedule, weights, net = None, dict.fromkeys(aia.TASKS, 0.0), run.m
-    if stage.name != "tokenizer":
-        order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
-        schedule, both = (data.Schedule(run.source, run.preparer, order, stage.batch_size,
-                                        parse_ratio(stage.ratio or config.ratio), config.micro_batch,
-                                        on_bad_record=config.on_bad_record, rank=rank(), world=world(), mix=mix)
-                          for mix in (config.mix, "both"))
-        if world() > 1 and not run.sharded():       # modules of one task get no gradient from the other
-            net = DistributedDataParallel(run.m, find_unused_parameters=run.m.config.kind == "janus",
-                                          broadcast_buffers=False)
-    if resumed:
-        place, weights = run.state[0], state["weights"]
-        model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
-    elif stage.aia:
-        weights = calibrate(net, both, run.targets, config, run.autocast, run.device)
-        print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
-              f"({'calibrated for rho ' + str(config.rho) if config.aia_weight == 'rho' else config.aia_weight})")
+    optimizer, schedule, weights, net = equip(run, stage, state if resumed else None)
     print(f"{stage.name}, part {index + 1} of {len(run.stages)}: {stage.steps} steps of {stage.batch_size}, "
           f"{sum(p.numel() for p in run.m.parameters() if p.requires_grad):,} of "
           f"{sum(p.numel() for p in run.m.parameters()):,} parameters move")
@@ -882,8 +892,8 @@ def check_finite(norm, metrics, stage, step, batches, run):
     if math.isfinite(norm) and all(map(math.isfinite, losses)):
         return
     places = [place for batch in batches for place in batch.places]
-    if world() > 1:
-        found = [None] * world()
+    if processes() > 1:
+        found = [None] * processes()
         dist.all_gather_object(found, places)
         places = sum(found, [])
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
@@ -901,9 +911,11 @@ def ignorance(m, task):
 
 def held_out(run, net, index, step, bar):
     """Losses on up to 64 records of --val, always the same; in the log under "val"."""
-    config, ratio = run.config, [min(run.val.count(task), 32) for task in aia.TASKS]
-    plan = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, config.micro_batch, 0.0, "skip", rank(), world())
-    metrics = accumulate(net, plan.step(0), run.targets, {}, False, run.autocast, run.device)
+    if not run.held:
+        ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
+        run.held = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, run.config.micro_batch, 0.0, "skip",
+                                 rank(), processes()).step(0)
+    metrics = accumulate(net, run.held, run.targets, {}, False, run.autocast, run.device)
     rows = {task: {key: row[key] for key in ("ntp", "aia")} for task, row in metrics.items()}
     run.log({"stage": index, "name": run.stages[index].name, "step": step + 1, "val": rows})
     bar.write(f"held out, step {step + 1} | " + " | ".join(f"{task} {row['ntp']:.3f} aia {row['aia']:.4f}"
@@ -964,7 +976,7 @@ def interruptible(run):
     (but not under torchrun, which repeats it)."""
     def stop(number, frame):
         run.stopping = number
-        if number == signal.SIGINT and world() == 1:
+        if number == signal.SIGINT and processes() == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]        # Windows has no USR1
     before = {name: signal.signal(getattr(signal, name), stop) for name in names}
@@ -981,15 +993,14 @@ def interruptible(run):
 def finish(run):
     """Scores, curves and samples of the final weights, in the run folder -> the result. Only the first process does it,
     the others end."""
-    if world() > 1:
-        found = [None] * world()
+    if processes() > 1:
+        found = [None] * processes()
         dist.all_gather_object(found, run.bad)
         run.bad = list(dict.fromkeys(sum(found, [])))
         if rank():
             return None
-    m, run.m, run.preparer = run.m, None, None
+    m, run.m, run.preparer = None if run.sharded() else run.m, None, None
     if run.sharded():                               # the whole of it, in the type of activations, in place of a part
-        del m
         dtype = torch.bfloat16 if uses_bf16(run.config, run.device) else None
         m = model.load(run.folder, dtype, run.device, rope_bf16=run.config.rope_bf16)
     skipped = run.bad if run.config.on_bad_record == "skip" else None
@@ -1022,11 +1033,13 @@ def finish(run):
 def arms(run, m):
     """(name, m) for the weights before stage 3, those without AIA, and the final ones, in turn in the same model: two
     may not fit where one was trained."""
-    places = {name: run.folder / name for name in ("before", "control") if (run.folder / name).exists()}
-    for name, place in (places | {"after": model.newest_checkpoint(run.folder)[0]}).items():
-        model.read_manifest(place)                  # refuses damaged files
-        model.read_tensors(tensors_of(m), place)
-        yield name, m
+    for name in ("before", "control"):
+        if (run.folder / name).exists():
+            model.read_manifest(run.folder / name)  # refuses damaged files
+            model.read_tensors(tensors_of(m), run.folder / name)
+            yield name, m
+    model.read_tensors(tensors_of(m), model.newest_checkpoint(run.folder)[0])
+    yield "after", m
 
 
 def score(run, name, m):
@@ -1131,7 +1144,7 @@ def rehearse(config, attention, recompute):
     labels, pixels = (0, None) if task == "gen" else (-100, torch.zeros(n, 3, c.image_size, c.image_size))
     batch = data.Batch(task, condition * c.ids["placeholder"], condition * labels, condition, ~condition,
                        torch.ones(n).bool(), pixels)
-    passes = max(1, config.batch_size // (n * world()))
+    passes = max(1, config.batch_size // (n * processes()))
     targets = {task: aia.targets(c.layers, task)}
     with ledger.fake, ledger:
         m.to_empty(device="cpu")
@@ -1149,7 +1162,7 @@ def rehearse(config, attention, recompute):
         torch.nn.utils.clip_grad_norm_([p for p in moving if p.grad is not None], config.clip)
         optimizer.step()
     return row | {"sent": {COLLECTIVES[name]: x for name, x in ledger.sent.items()}, "flop": ledger.flop,
-                  "samples": n * world() * passes, "all": sum(p.numel() for p in m.parameters()),
+                  "samples": n * processes() * passes, "all": sum(p.numel() for p in m.parameters()),
                   "moving": sum(p.numel() for p in moving)}
 
 

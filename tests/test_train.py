@@ -742,9 +742,9 @@ def shared_out(name, config):
     frozen = ("vq", "vision") if config.dtype == "bfloat16" else ("vq",)
     net, stage = m, train.Stage("joint", 20, 7, 1e-4, 1, frozen)
     train.freeze(m, stage)
-    if train.world() > 1 and config.parallel != "ddp":
+    if train.processes() > 1 and config.parallel != "ddp":
         train.shard_model(m, config, stage.frozen, "cpu")
-    elif train.world() > 1:
+    elif train.processes() > 1:
         net = train.DistributedDataParallel(m, find_unused_parameters="janus" in name, broadcast_buffers=False)
     return m, net, train.make_optimizer(m, stage)
 
@@ -754,7 +754,7 @@ def twenty_steps(m, net, optimizer, text):
     at the end; all whole."""
     def plan(mix):
         return data.Schedule(data.WorldSource(data.World(0), 16, 0), data.Preparer(m, text), 0, 7, (1, 1), 2, 0.3,
-                             rank=train.rank(), world=train.world(), mix=mix)
+                             rank=train.rank(), world=train.processes(), mix=mix)
     both, drawn, losses, first = plan("both"), plan("drawn"), [], None
     targets = {task: aia.targets(2, task) for task in aia.TASKS}
     for step in range(20):
