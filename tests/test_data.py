@@ -1050,6 +1050,18 @@ def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tm
         data.Encoded(tmp_path / "no", larger, new=True).fingerprints
 
 
+def test_pictures_are_read_once_where_nothing_is_stored_of_them(saved, album, texts, tmp_path, monkeypatch):
+    """A store of codes knows no features, so the pictures of questions are not read a second time to look for some."""
+    (m, init), file = saved("janus"), album(*ALBUM)
+    encode(tmp_path / "codes", file, init)
+    preparer = data.Preparer(m, texts["janus"], encoded=data.Encoded(tmp_path / "codes", m))
+    hashed, key = [], data.picture_key
+    monkeypatch.setattr(data, "picture_key", lambda picture: hashed.append(picture) or key(picture))
+    for records in data.FileSource(file, "janus").records.values():
+        preparer.batch(records)
+    assert hashed == [tmp_path / "a.png"]
+
+
 def test_a_changed_picture_is_encoded_anew(saved, album, texts, tmp_path):
     """Pictures are known by their content: a new file under an old name is not taken for the old one."""
     (m, init), file = saved("emu3"), album(*ALBUM)
