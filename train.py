@@ -601,7 +601,7 @@ class Run:
         self.autocast = (lambda: torch.autocast(torch.device(self.device).type, torch.bfloat16)) if bf16 and not (
             config.pure_bf16 or self.sharded()) else contextlib.nullcontext
         print(f"device {self.device}, {'bfloat16' if bf16 else 'float32'} activations, {torch.get_num_threads()} "
-              f"threads, {processes()} processes, torch {torch.__version__}, Python {platform.python_version()}")
+              f"threads, process 1 of {processes()}, torch {torch.__version__}, Python {platform.python_version()}")
         torch.manual_seed(config.seed)
         self.prepare()
 
