@@ -1085,39 +1085,41 @@ def head_cost(tokens, chunked):
 # Speed of several processes, and what the loop waits for
 # ---------------------------------------------------------------------------------------------------------------------
 def timed_process(rank, world, parallel, repeats, folder):
-    """One of `world` processes with a thread each: seconds of steps on 4 x 512 tokens, with and without the sum of
-    gradients over processes."""
+    """One of `world` processes with a thread each: seconds of steps on 4 x 512 tokens, as --parallel takes them, and
+    with a model of its own, so that nothing but two sums of a few numbers is sent."""
     import train
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/meet-{parallel}", rank=rank, world_size=world)
-    step = Step("aia", 512)
-    m, net = step.m, step.m
-    if parallel == "ddp":
-        net = train.DistributedDataParallel(m, broadcast_buffers=False)
-    elif parallel == "fsdp":
-        train.freeze(m, train.LARGE[0])
-        train.shard_model(m, train.TrainConfig(parallel="fsdp"), ("vq",), "cpu")
-    optimizer, batches, reducing = train.make_optimizer(m, train.LARGE[0]), [step.batch] * (4 // world), train.reducing
 
-    def work(how):
-        train.reducing = how
-        train.accumulate(net, batches, step.targets, {"gen": 5.0})
-        torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    works = {"sum": functools.partial(work, reducing), "alone": functools.partial(work, lambda net, now: reducing(
-        net, False))}
-    for how in works.values():
-        how()
+    def worker(parallel):
+        step = Step("aia", 512)
+        net, batches = step.m, [step.batch] * (4 // world)
+        if parallel == "ddp":
+            net = train.DistributedDataParallel(step.m, forward_sync_buffers=False)
+        elif parallel == "fsdp":
+            train.freeze(step.m, train.LARGE[0])
+            train.shard_model(step.m, train.TrainConfig(parallel="fsdp"), ("vq",), "cpu")
+        optimizer = train.make_optimizer(step.m, train.LARGE[0])
+
+        def work():
+            train.accumulate(net, batches, step.targets, {"gen": 5.0})
+            torch.nn.utils.clip_grad_norm_([p for p in step.m.parameters() if p.grad is not None], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return work
+    works = {"together": worker(parallel), "apart": worker("")}
+    for work in works.values():
+        work()
     seconds = interleaved(works, repeats)
     if rank == 0:
-        write_json({"tokens_per_second": 4 * 512 / seconds["sum"],
-                    "sum_share": 1 - seconds["alone"] / seconds["sum"]}, f"{folder}/{parallel}-{world}.json")
+        write_json({"tokens_per_second": 4 * 512 / seconds["together"],
+                    "communication": 1 - seconds["apart"] / seconds["together"]}, f"{folder}/{parallel}-{world}.json")
 
 
 def bench_processes(settings):
-    """Tokens per second of one process and of two, and the share of a step in which the loop waits for its data."""
+    """Tokens per second of one process and of two, the share of a step that goes into working together, and that in
+    which the loop waits for its data."""
     rows, result = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for world, parallel in ((1, "one"), (2, "ddp"), (2, "fsdp")):
@@ -1126,7 +1128,7 @@ def bench_processes(settings):
             rows.append({"processes": world, "parallel": parallel, **row})
             result[parallel] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
             print(f"{world} process{'es' * (world > 1):2s} {parallel:5s} {row['tokens_per_second']:6.0f} tokens/s, "
-                  f"{result[parallel]:.2f} of one; {row['sum_share']:.2f} of a step sums gradients over processes")
+                  f"{result[parallel]:.2f} of one; {row['communication']:.2f} of a step is communication")
         for what, share in waiting(Path(folder)).items():
             rows.append({"data": what, "waiting": share})
             result[f"waiting_{what}"] = share

@@ -797,7 +797,7 @@ def equip(run, stage, state):
                           for mix in (config.mix, "both"))
         if processes() > 1 and not run.sharded():   # modules of one task get no gradient from the other
             net = DistributedDataParallel(run.m, find_unused_parameters=run.m.config.kind == "janus",
-                                          broadcast_buffers=False)
+                                          forward_sync_buffers=False)
     if state:
         place, weights = run.state[0], state["weights"]
         model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
