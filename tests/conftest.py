@@ -1,6 +1,9 @@
-"""Put the repository root on the path, so that a bare `pytest` finds the five files."""
+"""Put the repository root on the path, so that a bare `pytest` finds the five files; tests that wait for --slow."""
 
+import json
+import platform
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,20 @@ torch.set_num_threads(1)          # small tensors: a second thread waits more th
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
+    parser.addoption("--slow", action="store_true",
+                     help="run the tests that take minutes too, and write how they went to assets/slow-tests.json")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"            # pytest -n 2 keeps together what shares a dear fixture
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        for fixture in {"layouts", "predicted"} & {*item.fixturenames}:
+            item.add_marker(pytest.mark.xdist_group(fixture))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))
 
@@ -23,3 +35,13 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes, run with --slow")
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")     # one process is no mistake
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--slow"):
+        rows = [{"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+                for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)
+                if report.when == "call" and "slow" in report.keywords]
+        file = Path(__file__).parent.parent / "assets/slow-tests.json"
+        file.write_text(json.dumps({"torch": torch.__version__, "python": platform.python_version(),
+                                    "date": time.strftime("%Y-%m-%d"), "tests": rows}, indent=1) + "\n")

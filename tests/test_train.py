@@ -745,7 +745,7 @@ def shared_out(name, config):
     if train.processes() > 1 and config.parallel != "ddp":
         train.shard_model(m, config, stage.frozen, "cpu")
     elif train.processes() > 1:
-        net = train.DistributedDataParallel(m, find_unused_parameters="janus" in name, broadcast_buffers=False)
+        net = train.DistributedDataParallel(m, find_unused_parameters="janus" in name, forward_sync_buffers=False)
     return m, net, train.make_optimizer(m, stage)
 
 
