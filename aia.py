@@ -77,7 +77,10 @@ REFERENCES = {                                                                # 
     "flux": ("fig4", "flux", "T2I"),
 }
 RAW = {"gen": REFERENCES["hunyuan-image-3"], "und": ("fig1", "qwen3_vl_8b", "I2T")}
-RULE_STAGES = (0, 10, 25)       # first layers (of 32) of the three stages in which a generation reference is averaged
+RULE_STAGES = {                 # first layers (of 32) and deltas of the stages in which a reference curve is averaged
+    "gen": ((0, 0.20), (10, 0.10), (25, 0.05)),
+    "und": tuple((first, delta) for first, delta, _ in STAGES["und"]),
+}
 VARIANTS = ("full", "raw", "no-huber")                                        # Table 3: what happens without a part
 
 
@@ -148,13 +151,16 @@ def _per_layer(stages, n_layers):
         yield target, delta
 
 
-def stages_from_curve(curve):
-    """Generation stages of a reference curve: mean of its layers in each of three stages, rounded to 0.05."""
-    bounds = [first / 32 for first in RULE_STAGES] + [1.0]
-    rows = []
-    for first, end, delta in zip(bounds, bounds[1:], (0.20, 0.10, 0.05), strict=False):
-        inside = [value for i, value in enumerate(curve) if first <= (i + 0.5) / len(curve) < end]
-        rows.append((first, delta, round(sum(inside) / len(inside) / 0.05) * 0.05))
+def stages_from_curve(curve, task="gen"):
+    """Rows of a reference curve for `targets`: mean of its layers in each stage of RULE_STAGES, rounded to 0.05.
+
+    A stage that holds no layer of a short model is left out: the stage before it goes on.
+    """
+    rows, ends = [], [first / 32 for first, _ in RULE_STAGES[task][1:]] + [1.0]
+    for (first, delta), end in zip(RULE_STAGES[task], ends, strict=True):
+        inside = [value for i, value in enumerate(curve) if first / 32 <= (i + 0.5) / len(curve) < end]
+        if inside:
+            rows.append((first / 32 if rows else 0.0, delta, round(sum(inside) / len(inside) / 0.05) / 20))
     return rows
 
 

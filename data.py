@@ -596,12 +596,17 @@ class JanusTemplate:
     def __init__(self, config, text, training=True):
         self.config, self.text, self.ids = config, text, text.ids
         self.system = "" if training else config.system         # the authors train without it, and answer with it
+        self.user, self.assistant = [text.ids["user"]], [text.ids["assistant"]]
+
+    def plain(self):
+        """Words for roles, and no system text: as VLMEvalKit asks, and as the AIA authors had pictures drawn."""
+        self.system, self.user, self.assistant = "", self.text.encode("User"), self.text.encode("Assistant")
 
     def prompt(self, prompt, size=None, dropped=False):
         """Generation, up to begin-of-image. Dropped: every token between BOS and begin-of-image becomes a pad."""
         said = JANUS_USER + prompt.strip() + JANUS_TURN if prompt.strip() else JANUS_ASSISTANT  # a role without words
-        ids = [self.ids["bos"], self.ids["user"], *self.text.encode(said),
-               self.ids["assistant"], *self.text.encode(JANUS_ASSISTANT)]
+        ids = [self.ids["bos"], *self.user, *self.text.encode(said), *self.assistant,
+               *self.text.encode(JANUS_ASSISTANT)]
         ids = [ids[0], *[self.ids["pad"]] * (len(ids) - 1)] if dropped else ids
         return [(ids, TEXT), ([self.ids["boi"]], CONTROL)]
 
@@ -615,7 +620,7 @@ class JanusTemplate:
         system = self.text.encode(self.system + JANUS_TURN) if self.system else []
         pieces = [([self.ids["bos"], *system], TEXT)]
         for asked, answer in turns:
-            pieces.append(([self.ids["user"]], TEXT))
+            pieces.append((self.user, TEXT))
             before = JANUS_USER                      # text in front of a picture, and the line break after it, belong
             for i, part in enumerate(asked):         # to one piece, as the tokenizer would cut the whole string
                 if isinstance(part, str):
@@ -623,7 +628,7 @@ class JanusTemplate:
                 else:
                     pieces += [(self.text.encode(before), TEXT), *picture]
                     before = "\n" if i + 1 < len(asked) else ""
-            pieces += [(self.text.encode(before + JANUS_TURN), TEXT), ([self.ids["assistant"]], TEXT),
+            pieces += [(self.text.encode(before + JANUS_TURN), TEXT), (self.assistant, TEXT),
                        (self.text.encode(JANUS_ASSISTANT), TEXT)]
             if answer is not None:                   # a non-empty message follows ": " in this template
                 pieces.append(([*self.text.encode(" " + answer), self.ids["eos"]], ANSWER))

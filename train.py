@@ -1222,6 +1222,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, if one was saved")
         sys.exit(130)
+    finally:
+        if dist.is_initialized():                   # its threads, left alone, may abort a process that ends
+            dist.destroy_process_group()
     if result:
         print("result " + json.dumps(result))
 

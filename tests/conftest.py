@@ -18,16 +18,8 @@ def pytest_addoption(parser):
                      help="run the tests that take minutes too, and write how they went to assets/slow-tests.json")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"            # pytest -n 2 keeps together what shares a dear fixture
-
-
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for fixture in {"layouts", "predicted"} & {*item.fixturenames}:
-            item.add_marker(pytest.mark.xdist_group(fixture))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))
 

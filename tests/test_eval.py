@@ -1,4 +1,4 @@
-"""Claims about judging: scores, curves, and the commands that draw and answer (eval.py)."""
+"""Claims about judging: scores, curves, figures, and the commands that draw and answer (eval.py)."""
 
 import json
 import re
@@ -427,3 +427,175 @@ def test_what_fits_is_counted_from_the_models(capsys):
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in m.named_children()}
     held = 16 * row["moving"] + 4 * parts.pop("vq") + 2 * sum(parts.values())
     assert row["held_gb"] == pytest.approx(held / 1e9) and row["held_gb"] < row["peak_gb"][3000] < row["peak_gb"][8282]
+
+
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
+    """It is the first column of the attention map, written out here, averaged as Eq. 1 averages."""
+    m, text = opened(runs[name])
+    batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 3)
+    found, masses = judge.measure(m, [batch], *aia.targets(2, task))["sink"], []
+
+    def look(q, k, v, visible=None, condition=None):
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
+        masses.append(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -1e9).softmax(-1)[..., 0])
+        return model.attend_explicit(q, k, v, visible, condition)
+    for layer in m.lm.layers:
+        layer.self_attn.attend = look
+    with torch.inference_mode():
+        m(batch)
+    assert found == pytest.approx([aia.intensity(mass, batch.queries).mean().item() for mass in masses], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alignment of text and picture, figures of the paper, the page
+# ---------------------------------------------------------------------------------------------------------------------
+def test_alike_spaces_have_all_neighbours_in_common():
+    """Turning or scaling a space moves no neighbour; independent spaces share k of n - 1 by chance; a loop agrees."""
+    a, b = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for k in (5, 20):
+        assert judge.mutual_neighbours(a, 3 * a @ torch.linalg.qr(b[:16])[0], k).min() == 1
+        assert judge.mutual_neighbours(a, b, k).mean().item() == pytest.approx(k / 299, rel=0.25)
+    a, b = a[:12], a[:12] + b[:12]
+    near = [[set(sorted((j for j in range(12) if j != i), key=lambda j: -torch.cosine_similarity(x[i], x[j], 0))[:4])
+             for i in range(12)] for x in (a, b)]
+    expected = [len(one & other) / 4 for one, other in zip(*near, strict=True)]
+    assert judge.mutual_neighbours(a, b, 4).tolist() == pytest.approx(expected) and 0 < np.mean(expected) < 1
+
+
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_only_the_captions_words_and_the_picture_are_pooled(name, task, runs):
+    """Decoded, the chosen tokens are the caption and nothing else; the others are codes, or what stands for them. Their
+    states are averaged over those tokens, and the modality that comes first knows nothing of the other."""
+    m, text = opened(runs[name])
+    captions, preparer = ["a red", "0", "0 is not x", "x", "00", "red.", "a\n\nb:", "漢 dog"], data.Preparer(m, text)
+    pairs = [*zip(data.draw([(replace(RED, place=i % 4),) for i in range(8)]), captions, strict=True)]
+    batch, *masks = judge.pair_batch(preparer, pairs, task)
+    for b, (words, image) in enumerate(zip(*masks, strict=True)):
+        said = text.core.decode(batch.tokens[b, words].tolist(), skip_special_tokens=False)
+        assert said.strip() == captions[b] and len(said) - len(captions[b]) <= (name == "tiny-janus")
+        codes = preparer.codes([pairs[b][0]])[0].flatten() + m.ids.get("visual", 0)
+        shown = codes.tolist() if name == "tiny-emu3" else [m.ids["placeholder"]] * (16 if task == "gen" else 4)
+        assert batch.tokens[b, image].tolist() == shown
+        assert (words.nonzero().min() > image.nonzero().max()) == (task == "und")
+    with torch.inference_mode():
+        states = m(batch, intensity=False, hidden=True).hidden
+    sides = judge.pooled(m, preparer, pairs, task)
+    other = judge.pooled(m, preparer, list(zip([pairs[1][0]] * 8, captions, strict=True)) if task == "gen" else
+                         [(picture, "a dog") for picture, _ in pairs], task)
+    for side, mask in zip(sides, masks, strict=True):
+        torch.testing.assert_close(side[:, 3], torch.stack([x[3, mask[3]].mean(0) for x in states]))
+    first = int(task == "und")
+    torch.testing.assert_close(sides[first], other[first])
+    assert not torch.allclose(sides[1 - first], other[1 - first], atol=1e-3)
+
+
+def test_alignment_is_written_with_its_controls(runs, tmp_path):
+    """A score for the embedding and each layer with 95 % bars of a mean over pairs; the same seed gives the same."""
+    for name in ("one.png", "two.png"):
+        command("alignment", "--checkpoint", runs["tiny-emu3"], "--n", 40, "--out", tmp_path / name)
+    first, again = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert first == again and Image.open(tmp_path / "one.png").size[0] > 1000
+    m, text = opened(runs["tiny-emu3"])
+    pairs = judge.different_pairs(judge.Alignment(n=40), "emu3", {"seed": 0})
+    assert len({picture.tobytes() for picture, _ in pairs}) == len({caption for _, caption in pairs}) == 40
+    for task in aia.TASKS:
+        words, image = judge.pooled(m, data.Preparer(m, text), pairs, task)
+        for k in (5, 10, 20):
+            rows = {name: row[str(k)] for name, row in first[task].items()}
+            each = torch.stack([judge.mutual_neighbours(a, b, k) for a, b in zip(words, image, strict=True)])
+            assert rows["score"] == pytest.approx(each.mean(1).tolist()) and len(each) == 3
+            assert rows["shuffled"] == pytest.approx([k / 39] * 3, abs=0.12) and first["chance"][str(k)] == k / 39
+            assert np.mean(rows["shuffled"]) < np.mean(rows["score"])
+            low, high = np.array(rows["low"]), np.array(rows["high"])
+            assert high - low == pytest.approx((2 * 1.96 * each.std(1) / 40 ** 0.5).numpy(), rel=0.2)
+            assert (low + high) / 2 == pytest.approx(rows["score"], abs=0.02)
+
+
+def made_up(folder, preset="tiny-emu3", **arms):
+    """A run folder of three layers, as training leaves it, without weights."""
+    folder.mkdir(parents=True)
+    row = {"std": [0.1, 0.2, 0.3], "uniform": 0.25, "samples": 7}
+    curves = {"gen": {"target": [0.4, 0.4, 0.2], "before": row | {"intensity": [0.1, 0.2, 0.6]}} | arms,
+              "und": {"target": [0.1, 0.2, 0.3], "before": row | {"intensity": [0.6, 0.2, 0.1], "std": [0, 0, 0.3]}}}
+    lines = [{"name": "tune", "step": step, "gen": {"ntp": 1 / step, "aia": 0.1}} for step in (1, 2, 4)]
+    for name, content in (("curves", curves), ("settings", {"preset": preset, "out": "<b>&amp;"}),
+                          ("scores", {"und_by_kind": {"count": 0.75, "<i>": 1.0}}), ("result", {"und": 0.875})):
+        judge.write_json(content, folder / f"{name}.json")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "tu')
+    return folder
+
+
+def test_figures_hold_the_numbers_of_the_runs_and_of_the_paper(tmp_path, monkeypatch):
+    """By hand: deviations (-2, -1, 3) and (3, -1, -2) correlate by -11/14, distances are means of three; runs of one
+    name get the folder above, and what is not known (a task's samples, the kind of the model) is left out."""
+    paper = json.loads(aia.CURVES.read_text())
+    paper["fig1"]["janus_pro"]["I2T"] = mark = [0.123, 0.456, 0.789]
+    judge.write_json(paper, tmp_path / "paper.json")
+    monkeypatch.setattr(aia, "CURVES", tmp_path / "paper.json")
+    judge.write_json({"gen": {"intensity": [0.1, 0.1, 0.1]}, "stages": {}}, tmp_path / "flux.json")
+    own = {"target": [0, 0], "public": {"intensity": [0.2, 0.3], "std": [0.1, 0.1], "sink": [0.4, 0.5]}}
+    judge.write_json({"gen": own | {"public": None}, "und": own}, tmp_path / "own.json")
+    drawn, inner = {}, judge.finish
+
+    def look(figure, panels, file, *how, **more):
+        drawn[file.stem] = {(i, line.get_label()): list(line.get_ydata()) for i, panel in enumerate(panels)
+                            for line in panel.get_lines()}
+        inner(figure, panels, file, *how, **more)
+    monkeypatch.setattr(judge, "finish", look)
+    command("figures", made_up(tmp_path / "a/run"), made_up(tmp_path / "b/run", "tiny-janus") / "curves.json",
+            tmp_path / "own.json", "--references", tmp_path / "flux.json", "--out", tmp_path / "new")
+    found = json.loads((tmp_path / "new/figures.json").read_text())
+    assert all(Image.open(tmp_path / f"new/fig{i}.png").size[0] > 1000 for i in (1, 3, 4, 5))
+    first, _, last = found["fig1"].values()
+    row = first["tasks"]["gen"]["before"]
+    assert row["distance_to_target"] == pytest.approx(0.3) and (row["uniform"], row["sink"]) == (0.25, None)
+    theirs = np.abs(np.subtract([0.1, 0.2, 0.6], aia.resample(paper["fig4"]["flux"]["T2I"], 3))).mean()
+    assert [row["distance_to_references"][x] for x in ("flux (here)", "flux")] == pytest.approx([0.2, theirs])
+    assert (first["correlation"], last["correlation"]) == (pytest.approx(-11 / 14), None)
+    assert last["tasks"]["und"]["public"]["sink"] == [0.4, 0.5]
+    table = [found["table1"]["b/run"][x] for x in ("gen", "und", "mean", "paper")]
+    assert table == pytest.approx([0.2, 0.1, 0.15, 0.02])
+    assert found["fig3"]["a/run"] == {"gen": {"step": [1, 2, 4], "ntp": [1, 0.5, 0.25]}} and len(found["fig3"]) == 2
+    assert found["fig5"]["a/run"]["und"] == {"before": [0.6, 0.2, 0.1], "target": [0.1, 0.2, 0.3]}
+    assert drawn["fig1"][1, "understanding, Janus-Pro (paper)"] == mark
+    assert [label for i, label in drawn["fig1"] if i == 2] == ["understanding"]
+    assert drawn["fig4"][1, "qwen3-32b"] == paper["fig4"]["qwen3_32b"]["I2T"]
+    assert drawn["fig5"][0, "Emu3 with AIA (paper)"] == paper["fig5"]["emu3_with_aia"]["T2I"]
+    assert drawn["fig3"][0, "Emu3 (paper), 1:1 to 50:1"] == [loss for _, loss in paper["fig3"]["emu3"]["joint_1:1"]]
+
+
+@pytest.mark.parametrize("words, message", [
+    ("figures", "needs run folders"), ("figures EMPTY", "curves.json is missing: give the folder of a finished"),
+    ("figures BAD", "is damaged.*make it again"), ("figures HF.json", "no curves of a run.*--references"),
+    ("figures RUN --references BAD", "no reference curve"), ("figures RUN --out HF.json", "no folder that can be made"),
+    ("report EMPTY", "no settings.json"), ("report RUN --out none/page.html", "page.html cannot be written"),
+    ("alignment --checkpoint TINY --n 20", "20 different pairs .*are too few.*give more"),
+    ("alignment --checkpoint TINY --out none/a.png", "a.png cannot be written")])
+def test_figures_and_pages_name_what_they_miss(words, message, runs, tmp_path, capsys, monkeypatch):
+    """One line with cause and remedy, exit status 2."""
+    monkeypatch.chdir(tmp_path)
+    made_up(tmp_path / "EMPTY/RUN").replace("RUN")
+    made_up(tmp_path / "BAD", after={"intensity": [0.1]})
+    judge.write_json({"gen": {"intensity": [0.1, 0.2, 0.3]}}, "HF.json")
+    with pytest.raises(SystemExit) as stop:
+        command(*(str(runs["tiny-emu3"]) if word == "TINY" else word for word in words.split()))
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and re.search(message, line)
+
+
+def test_the_page_needs_nothing_else_and_shows_the_run(tmp_path):
+    """Pictures are inside it, no address is, text of the run is no markup; a run without results is a page too."""
+    for place in ("a/run", "b/run"):
+        Image.fromarray(data.draw([(RED,)])[0]).save(made_up(tmp_path / place) / "samples.png")
+    for name in ("curves.json", "scores.json", "result.json", "metrics.jsonl"):
+        (tmp_path / "b/run" / name).unlink()
+    command("report", tmp_path / "a/run", tmp_path / "b/run", "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search("http|<script|<link|@import", re.sub('base64,[^"]*', "", page))
+    assert "&lt;b&gt;&amp;amp;" in page and "&lt;i&gt;" in page and "<b>" not in page and "<i>" not in page
+    assert all(f"<td>{cell}</td>" in page for cell in (0.875, 0.75, 0.3)) and "b/run</h2><p>This run has no res" in page

@@ -811,11 +811,22 @@ def public(texts):
 
 @pytest.fixture(scope="module")
 def layouts(texts, tmp_path_factory):
-    """The folder in which several processes have left what 20 steps give."""
-    folder, files = tmp_path_factory.mktemp("layouts"), {name: str(texts[name].file) for name in NAMES}
+    """The folder in which several processes have left what 20 steps give; both workers of pytest -n 2 share one."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+    try:
+        folder.mkdir()
+    except FileExistsError:                         # the other worker is at it
+        for _ in range(3000):
+            time.sleep(0.1)
+            if (folder / "done").exists():
+                return folder
+        raise
+    files = {name: str(text.file) for name, text in texts.items()}
     model.save(public(texts), folder / "public")
     for world in (4, 2):
         torch.multiprocessing.spawn(one_of_several, (world, files, str(folder)), nprocs=world)
+    (folder / "done").touch()
     return folder
 
 
