@@ -3058,7 +3058,8 @@ class Bench:
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
                      "and two of them, and waiting for data; data: a million records; fits: memory of training large "
-                     "models on one GPU, computed", ("generate", "train", "processes", "data", "fits"))
+                     "models on one GPU, computed; score: scoring benchmarks of full size",
+                     ("generate", "train", "processes", "data", "fits", "score"))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")
@@ -3141,7 +3142,7 @@ def bench(settings):
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
     tables = {"generate": bench_generate, "train": bench_train, "processes": bench_processes, "data": bench_data,
-              "fits": bench_fits}
+              "fits": bench_fits, "score": bench_score}
     result, rows = tables[settings.table](settings)
     write_json({"result": result, "rows": rows, "settings": vars(settings),
                 "machine": machine() | {"transformers": transformers.__version__}},
@@ -3594,6 +3595,32 @@ def bench_data(settings):
             print(f"{name}: {records} records indexed in {row['index_seconds']:.0f} s, opened in {opened:.3f} s, "
                   f"{rate:.0f} records/s at random, memory {before:.2f} -> {after:.2f} GB")
     return result, rows
+
+
+def bench_score(settings):
+    """Seconds of reading and scoring made-up answers to as many questions as the benchmarks of questions have."""
+    rng, letters = random.Random(0), "ABCD"
+    said = ("A", "The answer is B.", "(C)", "I think it shows a dog", "yes", "No, there is none.", "it is 1,000 cm")
+    options = {letter: f"option {i}" for i, letter in enumerate(letters)}
+    ids = [f"validation_{subject}_{i}" for subject in MMMU_SUBJECTS for i in range(1, 31)]
+    key = {name: {"question_type": "multiple-choice" if i % 17 else "short-answer",
+                  "ground_truth": rng.choice(letters) if i % 17 else "1000"} for i, name in enumerate(ids)}
+    turned = [options | {"index": i + turn * MMBENCH_STEP, "question": "what?", "answer": letters[(i + turn) % 4],
+                         "prediction": rng.choice(said), "category": f"kind {i % 20}", "l2-category": f"group {i % 6}"}
+              for i in range(1164) for turn in range(4)]
+    files = {task: "".join(f"{i // 2}.jpg\tquestion\t{('Yes', 'No')[i % 2]}\t{rng.choice(said)}\n"
+                           for i in range(lines)) for task, (_, lines) in MME_TASKS.items()}
+    texts, labels = [rng.choice(said) for _ in range(9000)], [rng.choice(("yes", "no")) for _ in range(9000)]
+    works = {"mmmu": (900, lambda: mmmu_score({name: mmmu_parse_choice(rng.choice(said), letters, options, rng)
+                                               for name in ids}, key)),
+             "mmbench": (len(turned), lambda: [mmbench_score(turned, circular) for circular in (True, False)]),
+             "pope": (9000, lambda: pope_metrics(texts, labels)),
+             "mme": (sum(lines for _, lines in MME_TASKS.values()), lambda: mme_score(files))}
+    seconds = interleaved({name: work for name, (_, work) in works.items()}, settings.repeats)
+    rows = [{"benchmark": name, "answers": works[name][0], "seconds": value} for name, value in seconds.items()]
+    for row in rows:
+        print(f"{row['benchmark']:8s} {row['answers']:5d} answers scored in {row['seconds']:.2f} s")
+    return {"seconds": sum(seconds.values())}, rows
 
 
 COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (Chat, chat),
