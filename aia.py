@@ -94,7 +94,8 @@ def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
              "S4", "S5", "released": layer indices as printed, an error for a model of another depth
              "hunyuan-image-3", "simplear", "qwen-image", "flux": generation stages made from that reference by one
              rule (mean of each stage, rounded to 0.05); understanding stays as in "depth"
-             a path: JSON {task: [[first_depth, delta, target], ...]}, first_depth from 0 to below 1
+             a path: JSON {task: [[first_depth, delta, target], ...]}, first_depth from 0 to below 1, or what
+             `eval.py curves --hf` writes, which has the same under "stages"
     variant  "full"; "raw": the reference curve itself, layer by layer, instead of stages (delta as in `table`);
              "no-huber": delta is infinite, so that every term is e^2/2
     curves   JSON file of reference curves, laid out as assets/paper_curves.json
@@ -130,8 +131,9 @@ def _own_stages(path, task):
     names = ", ".join(["depth", *FIRST_LAYERS, *REFERENCES])
     table = _read_json(path, f"targets (known by name: {names})")
     try:
-        rows = [(float(first), float(delta), float(target)) for first, delta, target in table[task]]
-    except (KeyError, TypeError, ValueError) as error:
+        stages = table.get("stages", table)[task]
+        rows = [(float(first), float(delta), float(target)) for first, delta, target in stages]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         layout = '{"gen": [[first_depth, delta, target], ...], "und": ...}'
         raise InputError(f"targets {path}: no usable rows for task {task!r}, expected {layout}") from error
     depths = [first for first, _, _ in rows]

@@ -427,7 +427,7 @@ def hf_measure(m, samples, n):
 
 
 def hf_curves(settings):
-    """Write the curves of a transformers model, and a table for --aia-targets: the paper's, but for measured tasks."""
+    """Write the curves of a transformers model, and stages for --aia-targets: the paper's, but for measured tasks."""
     first, colon, last = settings.image_ids.partition(":")
     if not settings.data or settings.image_ids and not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
         raise InputError("curves --hf: give --data FILE and, if it holds token ids, --image-ids FIRST:LAST")
@@ -446,9 +446,8 @@ def hf_curves(settings):
     stages = {task: aia.stages_from_curve(row["intensity"], task) for task, row in result.items()}
     kept = {task: [(first / 32, *rest) for first, *rest in rows] for task, rows in aia.STAGES.items()}
     out = Path(settings.out or "curves.json").with_suffix(".json")
-    write_json(result | {"stages": stages}, out)
-    write_json(kept | stages, out.with_name(out.stem + "-targets.json"))
-    return {"out": str(out), "targets": str(out.with_name(out.stem + "-targets.json")), "stages": stages}
+    write_json(result | {"stages": kept | stages}, out)
+    return {"out": str(out), "stages": stages}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,14 +532,21 @@ def machine():
             "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
-def write_json(content, file):
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = Path(f"{file}.part")
+@contextlib.contextmanager
+def aside(file):
+    """A second name to write a file under; it is renamed at the end, so that no one ever sees half of it."""
+    part = Path(f"{file}.part")
     try:
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, file)
+        yield part
+        os.replace(part, file)
     except OSError as error:
-        raise InputError(f"{file} cannot be written ({error.strerror}): give a file in a folder that exists") from error
+        raise InputError(f"{file} cannot be written ({error.strerror or error}): give a file in a folder that exists, "
+                         "with room") from error
+
+
+def write_json(content, file):
+    with aside(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1547,20 +1553,9 @@ def table(file, *needed, delimiter=",", missing=()):
     return placed
 
 
-@contextlib.contextmanager
-def aside(file):
-    """A second name to write a file under; it is renamed at the end, so that no one ever sees half of it."""
-    part = Path(f"{file}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, file)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error.strerror or error}): is there room, and may you write "
-                         "there?") from error
-
-
 def lines_to(file, lines):
+    """Write text lines, making the folder where it is missing."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     with aside(file) as part:
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -2079,8 +2074,7 @@ def judge_mme(settings, items, texts, judge):
         row, said = item.row, text.replace("\n", "").replace("\r", "")
         files[row["task"]] += f"{row['image']}\t{item.prompt}\t{row['gold']}\t{said}\n"
     for name, text in files.items():
-        with aside(Path(settings.out) / f"mme/{name}.txt") as part:
-            part.write_text(text, encoding="utf-8")
+        lines_to(Path(settings.out) / f"mme/{name}.txt", text.split("\n")[:-1])
     result = mme_score(files)
     return {"score": result["perception"], **result}
 
@@ -2104,6 +2098,7 @@ def draw_all(settings, prompts, files):
             if len(pictures) > len(files[name]):
                 pictures = [np.concatenate([np.concatenate(pictures[i:i + 2], 1) for i in (0, 2)])]
             for picture, file in zip(pictures, files[name], strict=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
                 with aside(file) as part:
                     Image.fromarray(picture).save(part, format="PNG")
     all_done()
@@ -2951,13 +2946,8 @@ def report(settings):
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
             f"<h1>Attention Interaction Alignment</h1><p>{title}; {time.strftime('%Y-%m-%d')}</p>"
             f"{''.join(parts)}</html>")
-    aside = Path(f"{settings.out}.part")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, settings.out)
-    except OSError as error:
-        raise InputError(f"--out {settings.out} cannot be written ({error.strerror}): give a file in a folder that "
-                         "exists") from error
+    with aside(settings.out) as part:
+        part.write_text(page, encoding="utf-8")
     print(f"{settings.out}: {len(page) / 1e6:.1f} MB")
     return {"out": settings.out, "runs": len(parts)}
 
