@@ -79,6 +79,7 @@ class Config:
     embed_std: float = 0.02              # ... and from embeddings that the first layers do not drown
     attention: str = "fused"             # "fused" or "explicit"
     lora_rank: int = 0                   # of what is trained beside the decoder's frozen projections; 0: nothing
+    fork_layer: int = 0                  # UniFork: from this layer on each task has layers of its own; 0: all shared
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
 
     @property
@@ -202,8 +203,9 @@ TINY_JANUS = replace(
     vit_width=96, vit_layers=2, vit_heads=4, vit_ffn=192, vit_patch=8,
     ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["janus"])},
 )
-PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "emu3-8b": EMU3_8B, "janus-pro-1b": JANUS_PRO_1B,
-           "janus-pro-7b": JANUS_PRO_7B}
+TINY_UNIFORK = replace(TINY_EMU3, fork_layer=2)      # half of the layers are shared, as in the authors' code
+PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TINY_UNIFORK, "emu3-8b": EMU3_8B,
+           "janus-pro-1b": JANUS_PRO_1B, "janus-pro-7b": JANUS_PRO_7B}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +374,11 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, L layers, final norm. Dropout (0.1 in Emu3's configuration file) is left out on purpose."""
+    """Token embedding, L layers, final norm. Dropout (0.1 in Emu3's configuration file) is left out on purpose.
+
+    With fork_layer (UniFork, arXiv 2506.17202) generation has upper layers and a final norm of its own; a whole sample
+    takes the branch of its task.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -380,6 +386,19 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
+        if config.fork_layer:
+            self.gen_layers = nn.ModuleList(Layer(config, i) for i in range(config.fork_layer, config.layers))
+            self.gen_norm = RMSNorm(config.width, config.norm_eps)
+
+    def path(self, task):
+        """The L layers and the final norm that samples of a task run through."""
+        if task == "gen" and self.config.fork_layer:
+            return [*self.layers[:self.config.fork_layer], *self.gen_layers], self.gen_norm
+        return [*self.layers], self.norm
+
+    def all_layers(self):
+        """The layers of both tasks."""
+        return [*self.layers, *(self.gen_layers if self.config.fork_layer else ())]
 
     def rotations(self, positions):
         """Cosine and signed sine of RoPE for positions (B, T), in the type of the weights: two tensors (B, 1, T, D).
@@ -396,8 +415,8 @@ class Decoder(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)        # (B, 1, T, D) each
 
-    def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False):
-        """Run embeddings x (B, T, C) through all layers.
+    def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False, task="und"):
+        """Run embeddings x (B, T, C) through all layers of a task.
 
         mask (B, T) bool: True = real token; None: no padding, or padding on the right. A cache brings its own
         condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1)
@@ -412,7 +431,8 @@ class Decoder(nn.Module):
             rope = self.rotations(positions(mask) if mask is not None else torch.arange(new, device=x.device)[None])
         visible = visibility(mask, past, x)
         x, intensities, states = x.flatten(0, 1), [], [x]                       # (B T, C)
-        for layer in self.layers:
+        layers, norm = self.path(task)
+        for layer in layers:
             # Recomputed in the backward pass, mass included, instead of kept.
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpoint_activations else layer
             x, mass = run(x, batch, rope, visible, condition, cache)            # (B T, C), (B, H, T)
@@ -422,7 +442,7 @@ class Decoder(nn.Module):
                 states.append(x.unflatten(0, (batch, new)))
         if cache:
             cache.used += new
-        x = self.norm(x).unflatten(0, (batch, new))                             # (B, T, C)
+        x = norm(x).unflatten(0, (batch, new))                                  # (B, T, C)
         return x, torch.stack(intensities, 1) if intensities else None, states if hidden else None
 
 
@@ -798,7 +818,7 @@ class Unified(nn.Module):
         """Loss and intensities of one data.Batch: padding on the right, one task."""
         x = self.embed(batch)                                                   # (B, T, C)
         condition = batch.condition if intensity else None
-        x, intensities, states = self.lm(x, None, condition, batch.queries, hidden=hidden)
+        x, intensities, states = self.lm(x, None, condition, batch.queries, hidden=hidden, task=batch.task)
         # Position t predicts the label at t + 1; positions without a label never meet the head.
         target = batch.labels[:, 1:]                                            # (B, T - 1)
         labelled = target != -100
@@ -841,7 +861,7 @@ class Unified(nn.Module):
         rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
         x, cache, codes = self.embed_text(rows), Cache(self.lm, mask, h * (w + 1)), []
         for i in range(h * w):
-            logits = self.code_logits(self.lm(x, cache=cache)[0][:, -1]).float()                   # (rows, K)
+            logits = self.code_logits(self.lm(x, cache=cache, task="gen")[0][:, -1]).float()       # (rows, K)
             if guided:
                 # Rows alternate: conditional, unconditional. s = u + g (c - u)
                 given, free = logits[0::2], logits[1::2]
@@ -913,7 +933,7 @@ class Emu3(Unified):
         tokens = self.block(codes)                                              # (B, h, w + 1)
         visual = (tokens != self.ids["eol"]).flatten(1)[0]                      # (h (w + 1),)
         x = self.lm.embed_tokens(torch.cat([ids, tokens.flatten(1)[:, :-1]], 1))
-        x = self.lm(x)[0][:, ids.shape[1] - 1:]                                 # (B, h (w + 1), C)
+        x = self.lm(x, task="gen")[0][:, ids.shape[1] - 1:]                     # (B, h (w + 1), C)
         return self.code_logits(x[:, visual])
 
     def guided_rows(self, ids, mask, negative):
@@ -986,7 +1006,7 @@ class Janus(Unified):
     def image_logits(self, ids, codes):
         """Teacher-forced: prompts ids (B, T) that end with begin-of-image and codes (B, N) -> (B, N, K)."""
         x = torch.cat([self.lm.embed_tokens(ids), self.embed_codes(codes[:, :-1])], 1)
-        return self.code_logits(self.lm(x)[0][:, ids.shape[1] - 1:])
+        return self.code_logits(self.lm(x, task="gen")[0][:, ids.shape[1] - 1:])
 
     def guided_rows(self, ids, mask, negative):
         """Prompts in turn with the same prompts blanked: pads between BOS and begin-of-image, which *are* attended."""
@@ -1053,7 +1073,17 @@ def from_config(config):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
     m.load_state_dict(fresh_lora(m), strict=False)
+    fork(m)
     return m.eval()
+
+
+@torch.no_grad()
+def fork(m):
+    """Begin UniFork's generation branch as a copy of the understanding branch; nothing without fork_layer."""
+    layers, norm = m.lm.path("gen")
+    for copy, source in zip([*layers, norm], [*m.lm.layers, m.lm.norm], strict=True):
+        for mine, theirs in zip(copy.parameters(), source.parameters(), strict=True):
+            mine.copy_(theirs)
 
 
 def fresh_lora(m, device="cpu"):
@@ -1141,13 +1171,14 @@ def read_tensors(tensors, place):
 
 
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused", part="",
-         shard=None, lora_rank=None):
+         shard=None, lora_rank=None, fork_layer=0):
     """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
 
     dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
     beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do. part: "before" or
     "control" of a run. shard(m), called while the model is empty, may make its parameters DTensors.
-    lora_rank: begin LoRA on a model without; None: LoRA where the run folder has it.
+    lora_rank: begin LoRA on a model without; None: LoRA where the run folder has it. fork_layer: begin UniFork's two
+    branches on a model without; 0: a fork where the run folder has it.
     """
     folder = find_folder(folder)
     if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
@@ -1155,18 +1186,23 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
         if lora_rank is not None and manifest["config"].get("lora_rank"):
             raise InputError(f"{folder} was trained with LoRA: write it as a plain model with model.save(model.load("
                              f"{str(folder)!r}), 'FOLDER'), and start from that FOLDER")
-        m = from_manifest(manifest, place, device, attention, shard, dtype, lora_rank)
+        if fork_layer and manifest["config"].get("fork_layer"):
+            raise InputError(f"{folder} is forked already: leave out --fork-layer")
+        m = from_manifest(manifest, place, device, attention, shard, dtype, lora_rank, fork_layer)
         m.tokenizer_file = find_tokenizer(folder)
     else:
-        m = load_public(folder, dtype, device, vision_tokenizer, attention, shard, lora_rank or 0)
+        added = {"lora_rank": lora_rank or 0, "fork_layer": fork_layer}
+        m = load_public(folder, dtype, device, vision_tokenizer, {"attention": attention} | added, shard)
     m.lm.rope_bf16 = rope_bf16
     return m.eval()
 
 
-def from_manifest(manifest, place, device="cpu", attention="fused", shard=None, dtype=None, lora_rank=None):
+def from_manifest(manifest, place, device="cpu", attention="fused", shard=None, dtype=None, lora_rank=None,
+                  fork_layer=0):
     """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
-    dtype None: as stored. lora_rank: fresh LoRA, of which the checkpoint knows nothing."""
-    changed = {"attention": attention} | ({"lora_rank": lora_rank} if lora_rank else {})
+    dtype None: as stored. lora_rank, fork_layer: fresh LoRA or fork, of which the checkpoint knows nothing."""
+    changed = {"attention": attention} | ({"lora_rank": lora_rank} if lora_rank else {}) | (
+        {"fork_layer": fork_layer} if fork_layer else {})
     with torch.device("meta"):
         m = MODELS[manifest["config"]["kind"]](configured(manifest["config"] | changed))
     for name, parameter in m.named_parameters():
@@ -1175,7 +1211,10 @@ def from_manifest(manifest, place, device="cpu", attention="fused", shard=None, 
         shard(m)
     m.to_empty(device=device)
     fresh = fresh_lora(m, device) if lora_rank else {}
-    read_tensors({f"model.{name}": value for name, value in m.state_dict().items() if name not in fresh}, place)
+    read_tensors({f"model.{name}": value for name, value in m.state_dict().items()
+                  if name not in fresh and not (fork_layer and ".gen_" in name)}, place)
+    if fork_layer:
+        fork(m)
     m.load_state_dict(fresh, strict=False)
     return m
 
@@ -1411,14 +1450,14 @@ def stored_tensors(place):
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
-def load_public(place, dtype, device, vision_tokenizer, attention, shard=None, lora_rank=0):
+def load_public(place, dtype, device, vision_tokenizer, changed, shard=None):
     """A model from public weights: built without memory, then filled tensor by tensor."""
     folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
     if place.is_file() and not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json: copy the json files of the model that {place.name} was "
                          "trained from into it")
     try:
-        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, attention, lora_rank)
+        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changed)
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -1433,7 +1472,7 @@ def load_public(place, dtype, device, vision_tokenizer, attention, shard=None, l
     for name, like in m.state_dict().items():
         if name in state:
             continue
-        public = public_names(name, m.config, layout)
+        public = public_names(unforked(name, m.config), m.config, layout)
         used.update(public)
         missing = [part for part in public if part not in known]
         problems += [f"{part} is missing" for part in missing]
@@ -1454,7 +1493,13 @@ def load_public(place, dtype, device, vision_tokenizer, attention, shard=None, l
     return m
 
 
-def empty_model(folder, known, vision_tokenizer, attention, lora_rank=0):
+def unforked(name, config):
+    """The weight that a weight of UniFork's generation branch begins as."""
+    name = re.sub(r"^lm\.gen_layers\.(\d+)", lambda found: f"lm.layers.{int(found[1]) + config.fork_layer}", name)
+    return name.replace("lm.gen_norm", "lm.norm")
+
+
+def empty_model(folder, known, vision_tokenizer, changed):
     """What the json files of a folder describe -> a model on the meta device, its layout, whether its embeddings are
     tied, and the stored tensors by the names of that layout."""
     layout, values, content = read_config(folder, known)
@@ -1468,7 +1513,7 @@ def empty_model(folder, known, vision_tokenizer, attention, lora_rank=0):
         known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
     ids, tokenizer_file = read_ids(folder, content, values)
     with torch.device("meta"):
-        m = MODELS[kind](configured(values | {"ids": ids, "attention": attention, "lora_rank": lora_rank}))
+        m = MODELS[kind](configured(values | {"ids": ids} | changed))
     m.tokenizer_file = tokenizer_file
     # transformers assumes it of Janus-Pro where config.json is silent, which the public weights contradict
     tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
@@ -1494,6 +1539,8 @@ def save(m, folder):
     """Write the layout of transformers, which AutoModelForImageTextToText reads: json files of the configuration,
     safetensors, and the tokenizer's files where they are known. A folder that holds anything is refused."""
     folder, config, described = Path(folder), m.config, public_files(m)
+    if config.fork_layer:
+        raise InputError("a forked model has no layout in transformers: keep its run folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another folder to save to")
     aside = folder.with_name(folder.name + ".part")

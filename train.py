@@ -99,6 +99,7 @@ class TrainConfig:
     init: str = opt("", "run folder, or folder or hub id of public weights, to start from; skips stages 1 and 2")
     lora_rank: int = opt(0, "train additions of this rank to the decoder's projections (LoRA) and nothing else; "
                          "needs --init, wants a larger --lr. 0: train the weights")
+    fork_layer: int = opt(0, "UniFork: give each task its own layers from this one on, as copies of those of --init")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
     resume: bool = opt(False, "go on from the newest checkpoint in the run folder; begin where there is none yet")
@@ -142,7 +143,14 @@ TOKENIZER = Stage("tokenizer", 1000, 8, 8e-3, 30, betas=(0.9, 0.99), weight_deca
 READ = Stage("read", 1000, 24, 3e-3, 50, ("vq",), ratio="0:1")
 JOINT = Stage("joint", 1300, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
 TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
+# UniFork's last stage: each branch alone, first drawing, then answering; trunk, embedding and head stand still. (Its
+# first one, of projector and image head alone, has no counterpart where pictures are words like any other.)
+TRUNK = ("vq", "lm_head", *(f"lm.{part}" for part in ("embed_tokens", "layers.0", "layers.1")))
+OWN = {"gen": (*TRUNK, "lm.layers", "lm.norm"), "und": (*TRUNK, "lm.gen_layers", "lm.gen_norm")}
 PLANS = {"tiny-emu3": (TOKENIZER, READ, JOINT, TUNE),
+         "tiny-unifork": (TOKENIZER, READ, JOINT, *(
+             Stage(f"branch-{task}", 200, 32, 1e-3, 30, OWN[task], weight_decay=0.3, ratio=ratio)
+             for task, ratio in (("gen", "1:0"), ("und", "0:1")))),
          "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and kind of
@@ -160,7 +168,7 @@ RECIPES = {
 
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
          "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1, "lora_rank": 0,
-         "dry_run_world": 0, "tokens": 0}
+         "dry_run_world": 0, "tokens": 0, "fork_layer": 0}
 
 
 def parse_ratio(text):
@@ -188,6 +196,11 @@ def check_numbers(config):
         plan(config)
     if config.lora_rank and not config.init:
         raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
+    if config.fork_layer and not (config.init and config.fork_layer < model.PRESETS[config.preset].layers):
+        raise InputError(f"--fork-layer {config.fork_layer}: give a layer of the model of --init FOLDER; it copies "
+                         "weights that have learned")
+    if config.arms == "both" and config.preset == "tiny-unifork":
+        raise InputError("--arms both compares with and without AIA: tiny-unifork is trained without it")
     if config.lora_rank and config.pure_bf16:
         raise InputError(f"--lora-rank {config.lora_rank} with --pure-bf16: give --dtype bfloat16 --no-pure-bf16 "
                          "instead, which holds in bfloat16 all that stands still")
@@ -197,7 +210,7 @@ def plan(config):
     """The stages of a run, flags applied."""
     stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
     if config.init:
-        stages = stages[-1:]
+        stages = tuple(stage for stage in stages if stage.name not in ("tokenizer", "read", "joint"))
     elif config.recipe or config.preset not in PLANS:
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
     if config.data or not parse_ratio(config.ratio)[1]:       # a user's records may hold no questions
@@ -226,9 +239,10 @@ def learning_rate(step, stage):
 
 def freeze(m, stage):
     """Only the parts that move in a stage need gradients."""
-    own = ("vq",) if stage.name == "tokenizer" else [name for name, _ in m.named_children() if name not in stage.frozen]
     for name, parameter in m.named_parameters():
-        parameter.requires_grad_("lora_" in name if m.config.lora_rank else name.split(".")[0] in own)
+        moves = name.startswith("vq.") if stage.name == "tokenizer" else not any(
+            name.startswith(f"{part}.") for part in stage.frozen)
+        parameter.requires_grad_("lora_" in name if m.config.lora_rank else moves)
 
 
 def make_optimizer(m, stage):
@@ -300,13 +314,13 @@ def shard_model(m, config, frozen, device):
         config.pure_bf16 else MixedPrecisionPolicy()
     how = {"mesh": init_device_mesh(kind, shape, mesh_dim_names=names), "mp_policy": precision,
            "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if config.offload else OffloadPolicy()}
-    for layer in m.lm.layers:
+    for layer in m.lm.all_layers():
         fully_shard(layer, **how)
     # The root holds embeddings, heads and aligners. Its head is read directly (model.next_token_loss), which works
     # because the root stays whole from its forward to its backward pass.
     m.whole_gradients = config.whole_gradients
-    fully_shard(m, **how, ignored_params={p for name in frozen if hasattr(m, name) for p in
-                                          getattr(m, name).parameters()})
+    fully_shard(m, **how, ignored_params={p for name, part in m.named_children() if name in frozen
+                                          for p in part.parameters()})
 
 
 @contextlib.contextmanager
@@ -655,7 +669,7 @@ class Run:
             m = model.from_manifest(saved[1], saved[0], place, config.attention, shard, dtype)
         elif config.init:
             m = model.load(config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard,
-                           lora_rank=config.lora_rank)
+                           lora_rank=config.lora_rank, fork_layer=config.fork_layer)
             if not m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
         else:
@@ -668,7 +682,7 @@ class Run:
             getattr(m, name).to(self.device)
         m.lm.rope_bf16, m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
         if config.compile:
-            for layer in m.lm.layers:
+            for layer in m.lm.all_layers():
                 layer.compile()
         return m
 
@@ -788,6 +802,8 @@ def equip(run, stage, state):
     """What a stage needs: its optimizer, the schedule of its batches (None for the picture tokenizer), lambda of each
     task, and the model as several processes call it. state: of the checkpoint within the stage that it goes on from."""
     config, optimizer, schedule = run.config, make_optimizer(run.m, stage), None
+    if stage.name == "joint" and not state:         # drawing begins: its branch is a copy of what has learned to read
+        model.fork(run.m)
     weights, net = dict.fromkeys(aia.TASKS, 0.0), run.m
     if stage.name != "tokenizer":
         order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
@@ -796,8 +812,8 @@ def equip(run, stage, state):
                                         on_bad_record=config.on_bad_record, rank=rank(), world=processes(), mix=mix)
                           for mix in (config.mix, "both"))
         if processes() > 1 and not run.sharded():   # modules of one task get no gradient from the other
-            net = DistributedDataParallel(run.m, find_unused_parameters=run.m.config.kind == "janus",
-                                          forward_sync_buffers=False)
+            alone = run.m.config.kind == "janus" or run.m.config.fork_layer > 0
+            net = DistributedDataParallel(run.m, find_unused_parameters=alone, forward_sync_buffers=False)
     if state:
         place, weights = run.state[0], state["weights"]
         model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)

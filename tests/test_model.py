@@ -269,6 +269,78 @@ def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how):
         close(results[1][key], expected)
 
 
+@pytest.fixture(params=TINY)
+def forked(request):
+    """A model, and the same with UniFork's two branches from its second layer on."""
+    m, f = tiny(request.param, **SMALL), model.build(request.param, **SMALL, fork_layer=1)
+    f.load_state_dict(m.state_dict(), strict=False)
+    model.fork(f)
+    return m.requires_grad_(False), f
+
+
+def test_equal_branches_are_the_shared_model(forked):
+    """Bit for bit, loss and intensities and what is drawn and said: a fork changes nothing until it is trained."""
+    m, f = forked
+    for task in aia.TASKS:
+        batch = batch_of(m.config, task)
+        one, two = m(batch), f(batch)
+        assert torch.equal(one.ntp, two.ntp) and torch.equal(one.intensity, two.intensity)
+    ids = torch.randint(5, 90, (2, 6))
+    drawn = [x.generate_images(ids, guidance=1, temperature=0) for x in (m, f)]
+    said = [x.generate_text(ids, max_new_tokens=4) for x in (m, f)]
+    assert torch.equal(*drawn) and torch.equal(*said)
+
+
+def test_each_task_trains_its_own_branch(forked):
+    """Routing is by sample: the loss of one task has no gradient in the branch of the other."""
+    _, f = forked
+    for task in aia.TASKS:
+        f.zero_grad()
+        out = f(batch_of(f.config, task))
+        (out.ntp + out.intensity.sum()).backward()
+        moved = {name for name, p in f.lm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        branches = [{name for name, _ in f.lm.named_parameters() if name.startswith(parts)}
+                    for parts in (("gen_layers", "gen_norm"), ("layers.1", "norm"))]
+        own, other = branches if task == "gen" else branches[::-1]
+        assert own <= moved and not other & moved and "layers.0.mlp.up_proj.weight" in moved
+
+
+def test_a_branch_of_its_own_is_drawn_with(forked):
+    """Generation takes the generation branch, cached or not; answers take the other."""
+    m, f = forked
+    with torch.no_grad():
+        for p in f.lm.gen_layers.parameters():
+            p.normal_()
+    ids = torch.randint(5, 90, (2, 6))
+    codes = f.generate_images(ids, guidance=1, temperature=0)
+    if m.config.kind == "janus":                    # the code of the highest logit at each place of a full pass
+        assert torch.equal(f.image_logits(ids, codes.clone()).argmax(-1), codes)
+    assert not torch.equal(codes, m.generate_images(ids, guidance=1, temperature=0))
+    assert torch.equal(f.generate_text(ids, max_new_tokens=4), m.generate_text(ids, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("fork_layer", [1, 2, 3])
+def test_a_fork_adds_the_layers_above_it(fork_layer):
+    """Of L layers L - k, and a norm."""
+    shared, forked = (model.build("tiny-emu3", fork_layer=k) for k in (0, fork_layer))
+    layer = sum(p.numel() for p in shared.lm.layers[0].parameters())
+    more = sum(p.numel() for p in forked.parameters()) - sum(p.numel() for p in shared.parameters())
+    assert more == (4 - fork_layer) * layer + 96
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_fork_begins_from_public_weights(name, tmp_path):
+    """Both branches read the same tensors; a forked model has no place in transformers' layout."""
+    m = tiny(name, **SMALL)
+    model.save(m, tmp_path / "public")
+    f = model.load(tmp_path / "public", fork_layer=1)
+    theirs, mine = m.lm.layers[1].state_dict(), f.lm.gen_layers[0].state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert torch.equal(f.lm.gen_norm.weight, m.lm.norm.weight)
+    with pytest.raises(InputError, match="run folder"):
+        model.save(f, tmp_path / "forked")
+
+
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
 def test_intensity_in_half_precision_is_right_to_a_thousandth(sharpness):
     """Of the same bfloat16 queries and keys: a token's mass carries bfloat16 rounding, its float32 average hardly."""

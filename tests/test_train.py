@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = ("tiny-emu3", "tiny-janus")
 SMALL = {name: replace(model.PRESETS[name], layers=2, width=64, ffn=64, heads=2, kv_heads=1, vit_width=32, vit_ffn=32,
                        vit_layers=1) for name in NAMES}
+SMALL["tiny-unifork"] = replace(SMALL["tiny-emu3"], layers=4, fork_layer=2)
 both_models = pytest.mark.parametrize("name", NAMES)
 
 
@@ -250,6 +251,39 @@ def test_frozen_parts_do_not_move(whole):
         still = {*stage.frozen} | (drawing if stage.name == "read" else set())
         assert parts == ({"vq"} if stage.name == "tokenizer" else everything - still), stage.name
     assert "vq" in stage.frozen and ("vision" in stage.frozen or config.preset == "tiny-emu3")
+
+
+def test_unifork_trains_each_branch_alone_at_the_end(tmp_path, unscored, monkeypatch):
+    """Generation's branch begins as a copy of what has learned to read; its last stages move a branch each, and
+    nothing else. Five steps and five more are ten."""
+    moved, forked, run_stage, fork = {}, [], train.run_stage, model.fork
+
+    def watched(run, index, state):
+        before = copy.deepcopy(run.m.state_dict())
+        run_stage(run, index, state)
+        moved[run.stages[index].name] = {name for name, x in run.m.state_dict().items()
+                                         if not torch.equal(x, before[name])}
+
+    def pressed(run, stage, step, *rest):
+        if (stage, step) == (3, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(run, stage, step, *rest)
+    monkeypatch.setattr(model, "fork", lambda m: forked.append(m) or fork(m))
+    monkeypatch.setattr(train, "run_stage", watched)
+    report, given = train.report, {"name": "tiny-unifork", "steps": 6}
+    train.train(settings(tmp_path / "whole", **given))
+    branches = {"gen": ("lm.gen_layers.", "lm.gen_norm."), "und": ("lm.layers.2.", "lm.layers.3.", "lm.norm.")}
+    names = model.build("tiny-unifork").state_dict()
+    for task, parts in branches.items():
+        assert moved[f"branch-{task}"] == {name for name in names if name.startswith(parts)}
+    assert moved["joint"] == {name for name in names if not name.startswith("vq.")}
+    assert not any("gen_" in name for name in moved["read"]) and len(forked) == 3       # built, at joint, and above
+    with monkeypatch.context() as patch, pytest.raises(train.Stop):
+        patch.setattr(train, "report", pressed)
+        train.train(settings(tmp_path / "parts", **given))
+    train.train(settings(tmp_path / "parts", **given, resume=True))
+    one, two = (stored(model.newest_checkpoint(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert equal(one, two)
 
 
 def stored(place):
@@ -726,7 +760,7 @@ def test_aia_reaches_both_factors_of_lora(name, texts):
 # (processes, model, how they share the weights, processes that hold one copy, LoRA); Janus-Pro has modules of one task
 LAYOUTS = [(4, "tiny-janus", "ddp", 0, 0), (4, "tiny-janus", "fsdp", 0, 0), (4, "tiny-janus", "hsdp", 2, 0),
            (2, "tiny-janus", "ddp", 0, 0), (2, "tiny-janus", "fsdp", 0, 0), (2, "tiny-emu3", "fsdp", 0, 0),
-           (2, "tiny-janus", "fsdp", 0, 4), (2, "tiny-emu3", "ddp", 0, 4)]
+           (2, "tiny-janus", "fsdp", 0, 4), (2, "tiny-emu3", "ddp", 0, 4), (2, "tiny-unifork", "fsdp", 0, 0)]
 
 
 def gathered(x):
@@ -756,7 +790,7 @@ def twenty_steps(m, net, optimizer, text):
         return data.Schedule(data.WorldSource(data.World(0), 16, 0), data.Preparer(m, text), 0, 7, (1, 1), 2, 0.3,
                              rank=train.rank(), world=train.processes(), mix=mix)
     both, drawn, losses, first = plan("both"), plan("drawn"), [], None
-    targets = {task: aia.targets(2, task) for task in aia.TASKS}
+    targets = {task: aia.targets(m.config.layers, task) for task in aia.TASKS}
     for step in range(20):
         metrics = train.accumulate(net, (both if step < 10 else drawn).step(step), targets, {"gen": 20.0, "und": 30.0})
         losses.append([metrics.get(task, {}).get(key, 0.0) for task in aia.TASKS for key in ("ntp", "aia")])
