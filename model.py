@@ -204,8 +204,12 @@ TINY_JANUS = replace(
     ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["janus"])},
 )
 TINY_UNIFORK = replace(TINY_EMU3, fork_layer=2)      # half of the layers are shared, as in the authors' code
-PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TINY_UNIFORK, "emu3-8b": EMU3_8B,
-           "janus-pro-1b": JANUS_PRO_1B, "janus-pro-7b": JANUS_PRO_7B}
+# For comparisons: as many parameters as tiny-unifork, all shared; half and double width.
+TINY_WIDE, TINY_HALF, TINY_DOUBLE = (replace(TINY_EMU3, **sizes) for sizes in (
+    {"ffn": 448}, {"width": 48, "ffn": 128, "head_dim": 16}, {"width": 192, "ffn": 512, "heads": 6, "kv_heads": 6}))
+PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TINY_UNIFORK, "tiny-wide": TINY_WIDE,
+           "tiny-half": TINY_HALF, "tiny-double": TINY_DOUBLE, "emu3-8b": EMU3_8B, "janus-pro-1b": JANUS_PRO_1B,
+           "janus-pro-7b": JANUS_PRO_7B}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1176,12 +1180,15 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
 
     dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
     beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do. part: "before" or
-    "control" of a run. shard(m), called while the model is empty, may make its parameters DTensors.
+    "control" of a run; RUN/before may also be given itself. shard(m), called while the model is empty, may make its
+    parameters DTensors.
     lora_rank: begin LoRA on a model without; None: LoRA where the run folder has it. fork_layer: begin UniFork's two
     branches on a model without; 0: a fork where the run folder has it.
     """
-    folder = find_folder(folder)
+    home = folder = find_folder(folder)
     if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
+        if (folder / "manifest.json").exists():     # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
+            part, home = ".", next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
         place, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
         if lora_rank is not None and manifest["config"].get("lora_rank"):
             raise InputError(f"{folder} was trained with LoRA: write it as a plain model with model.save(model.load("
@@ -1189,7 +1196,7 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
         if fork_layer and manifest["config"].get("fork_layer"):
             raise InputError(f"{folder} is forked already: leave out --fork-layer")
         m = from_manifest(manifest, place, device, attention, shard, dtype, lora_rank, fork_layer)
-        m.tokenizer_file = find_tokenizer(folder)
+        m.tokenizer_file = find_tokenizer(home)
     else:
         added = {"lora_rank": lora_rank or 0, "fork_layer": fork_layer}
         m = load_public(folder, dtype, device, vision_tokenizer, {"attention": attention} | added, shard)

@@ -147,7 +147,7 @@ TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
 # first one, of projector and image head alone, has no counterpart where pictures are words like any other.)
 TRUNK = ("vq", "lm_head", *(f"lm.{part}" for part in ("embed_tokens", "layers.0", "layers.1")))
 OWN = {"gen": (*TRUNK, "lm.layers", "lm.norm"), "und": (*TRUNK, "lm.gen_layers", "lm.gen_norm")}
-PLANS = {"tiny-emu3": (TOKENIZER, READ, JOINT, TUNE),
+PLANS = {**dict.fromkeys(("tiny-emu3", "tiny-wide", "tiny-half", "tiny-double"), (TOKENIZER, READ, JOINT, TUNE)),
          "tiny-unifork": (TOKENIZER, READ, JOINT, *(
              Stage(f"branch-{task}", 200, 32, 1e-3, 30, OWN[task], weight_decay=0.3, ratio=ratio)
              for task, ratio in (("gen", "1:0"), ("und", "0:1")))),
@@ -217,6 +217,8 @@ def plan(config):
         stages = tuple(stage for stage in stages if stage.name != "read")
     if config.arms == "both":
         stages = (*stages[:-1], replace(stages[-1], name="control", aia=False), stages[-1])
+    if 0 in parse_ratio(config.ratio):              # an expert meets as many samples of its task as a model of both
+        stages = tuple(stage if stage.ratio else replace(stage, batch_size=stage.batch_size // 2) for stage in stages)
     changed = []
     for stage in stages:
         language = stage.name != "tokenizer"
@@ -1225,7 +1227,209 @@ def dry_run(config):
     return result
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The papers in miniature: each row of a table from the same weights, several seeds, an interval for every claim
+# ---------------------------------------------------------------------------------------------------------------------
+# Row: its group, and flags. "aia" is a whole run, and so are experts and other presets; all other rows begin where its
+# last stage did, from the same weights, and meet the same samples.
+OFF, BOTH = {"aia_weight": "off"}, (("", {"aia_weight": "off"}), ("+aia", {}))
+ROWS = {
+    "aia": (1, {}), "unified": (1, OFF), "expert-gen": (1, {"ratio": "1:0"} | OFF),
+    "expert-und": (1, {"ratio": "0:1"} | OFF), "unifork-1": (1, {"fork_layer": 1} | OFF),
+    "unifork-2": (1, {"fork_layer": 2} | OFF), "wide": (1, {"preset": "tiny-wide"} | OFF),
+    "raw": (2, {"aia_variant": "raw"}), "no-huber": (2, {"aia_variant": "no-huber"}),
+    **{f"rho-{rho}": (2, {"rho": float(rho)}) for rho in (1, 10, 100)},
+    **{name: (2, {"aia_weight": name}) for name in ("paper", "released")},
+    **{name: (2, {"aia_targets": name}) for name in aia.REFERENCES},
+    "experts-curves": (2, {"aia_targets": "experts"}),
+    **{ratio + arm: (3, {"ratio": ratio} | flags) for ratio in ("2:1", "4:1", "1:2") for arm, flags in BOTH},
+    **{f"janus{arm}": (4, {"preset": "tiny-janus"} | flags) for arm, flags in BOTH},
+    **{f"long{arm}": (5, {"steps": 3 * TUNE.steps} | flags) for arm, flags in BOTH},
+    **{size + arm: (5, {"preset": f"tiny-{size}"} | flags) for size in ("half", "double") for arm, flags in BOTH}}
+QUICK = ("aia", "unified", "unifork-2", "expert-gen", "expert-und")
+# 97.5 % point of Student's t for 1, 2, ... degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run the rows of the study that are not there yet, and write what all say. It may be stopped at any time."""
+
+    rows: tuple = opt(("1", "2"), "groups 1 to 5, or names of rows")
+    seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
+    quick: bool = opt(False, "five rows of one seed, about 20 minutes: to show how it goes, not what is true")
+    runs: str = opt("runs/study", "folder of the runs")
+    out: str = opt("assets/study.json", "JSON file to write")
+
+
+def study(settings):
+    """All rows and seeds, one after the other -> {claim: verdict}."""
+    names = QUICK if settings.quick else [name for name, (group, _) in ROWS.items()
+                                          if {name, str(group)} & {*settings.rows}]
+    unknown = {*settings.rows} - {*ROWS} - {str(group) for group, _ in ROWS.values()}
+    seeds = settings.seeds[:1] if settings.quick else settings.seeds
+    if unknown or not all(seed.isdigit() for seed in seeds):
+        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 5, or some of {', '.join(ROWS)}; "
+                         "--seeds are whole numbers")
+    todo = [(int(seed), name) for seed in seeds for name in ["aia", *(name for name in names if name != "aia")]]
+    found = []
+    for number, (seed, name) in enumerate(todo, 1):
+        print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
+        found.append(study_row(name, seed, Path(settings.runs)))
+        content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": judge.machine()}
+        judge.write_json(content, settings.out)
+    print_study(content)
+    return {claim["claim"]: claim["verdict"] for claim in content["claims"]}
+
+
+def study_row(name, seed, runs):
+    """One row of one seed, run or gone on with unless it is there -> what it gave."""
+    flags, folder = dict(ROWS[name][1]), runs / f"{name}-seed{seed}"
+    base = runs / f"{'janus' if flags.get('preset') == 'tiny-janus' else 'aia'}-seed{seed}"
+    whole = name == "aia" or "preset" in flags or name.startswith("expert-")
+    if flags.get("aia_targets") == "experts":
+        flags["aia_targets"] = str(experts_targets(runs, seed))
+    if not (folder / "result.json").exists():
+        init = "" if whole else str(base / "before")
+        train(TrainConfig(**{"seed": seed, "out": str(folder), "init": init, "resume": folder.exists()} | flags))
+    result, curves = (model.read_json(folder / f"{file}.json") for file in ("result", "curves"))
+    row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
+    for task in aia.TASKS:
+        tuned, before = curves[task]["after"], curves[task]["before"]
+        if tuned:
+            row[task + "_curve"] = tuned["intensity"]
+            row |= {f"{key}_{task}": tuned[key] for key in ("ntp", "aia")} | {
+                f"aia_before_{task}": before["aia"], f"distance_{task}": judge.distance(curves[task], "after"),
+                f"std_{task}": float(np.mean(tuned["std"]))}
+    if ROWS[name][0] == 1:
+        stored = folder / "alignment.json"
+        if not stored.exists():
+            judge.alignment(judge.Alignment(checkpoint=str(folder), n=512))
+        row["alignment"] = {task: model.read_json(stored)[task]["score"]["10"] for task in aia.TASKS}
+    return row
+
+
+def experts_targets(runs, seed):
+    """Targets made of the curves of this seed's experts."""
+    file, table = runs / f"experts-seed{seed}.json", {}
+    for task in aia.TASKS:
+        curve = model.read_json(runs / f"expert-{task}-seed{seed}/curves.json")[task]["after"]["intensity"]
+        table[task] = aia.stages_from_curve(curve, task)
+    judge.write_json(table, file)
+    return file
+
+
+def interval(values):
+    """Mean and half of its 95 % interval (Student's t); None without at least two seeds."""
+    mean = float(np.mean(values))
+    if not 2 <= len(values) <= len(STUDENT) + 1:
+        return mean, None
+    return mean, float(STUDENT[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def summary_of(rows):
+    """{row: mean, interval and difference to "unified" (paired by seed) of both scores}; "experts" joins the two."""
+    table = by_row(rows)
+    result = {}
+    for name, seeds in table.items():
+        result[name] = {"seeds": sorted(seeds)}
+        for task in aia.TASKS:
+            score = {seed: row[task] for seed, row in seeds.items()}
+            plain = {seed: row[task] for seed, row in table.get("unified", {}).items()}
+            shared = sorted({*score} & {*plain})
+            result[name][task] = dict(zip(("mean", "interval"), interval([*score.values()]), strict=True))
+            if shared and name != "unified":
+                result[name][task] |= dict(zip(("difference", "difference_interval"), interval(
+                    [score[seed] - plain[seed] for seed in shared]), strict=True))
+    return result
+
+
+def by_row(rows):
+    """{row: {seed: row}}; "experts" has understanding of the one and generation of the other."""
+    table = {}
+    for row in rows:
+        table.setdefault(row["row"], {})[row["seed"]] = row
+    for seed in {*table.get("expert-gen", {})} & {*table.get("expert-und", {})}:
+        parts = {task: table[f"expert-{task}"][seed] for task in aia.TASKS}
+        joint = {key: value for task, row in parts.items() for key, value in row.items() if task in key}
+        table.setdefault("experts", {})[seed] = joint | {"alignment": {task: parts[task]["alignment"][task]
+                                                                       for task in aia.TASKS}}
+    return table
+
+
+def gap(row, other):
+    """Mean distance of the curves of two rows, both tasks."""
+    return float(np.mean([np.abs(np.array(row[f"{task}_curve"]) - other[f"{task}_curve"]) for task in aia.TASKS]))
+
+
+def mean_score(row):
+    return (row["und"] + row["gen"]) / 2
+
+
+# Claim, rows that it needs, and a number for each seed that is above zero where the claim holds.
+CLAIMS = (
+    ("the two tasks' curves correlate negatively", ("unified",),
+     lambda plain: -(judge.correlation(plain["gen_curve"], plain["und_curve"]) or 0.0)),
+    ("patterns are stable over inputs (deviation below the paper's 0.13 of Emu3)", ("unified",),
+     lambda plain: 0.13 - (plain["std_gen"] + plain["std_und"]) / 2),
+    ("more decoupling moves curves towards the experts", ("unified", "unifork-1", "experts"),
+     lambda plain, forked, experts: gap(plain, experts) - gap(forked, experts)),
+    ("AIA moves curves towards the targets", ("unified", "aia"),
+     lambda plain, tuned: sum(plain[f"distance_{task}"] - tuned[f"distance_{task}"] for task in aia.TASKS) / 2),
+    ("AIA improves understanding", ("unified", "aia"), lambda plain, tuned: tuned["und"] - plain["und"]),
+    ("AIA improves generation", ("unified", "aia"), lambda plain, tuned: tuned["gen"] - plain["gen"]),
+    ("Huber matters", ("aia", "no-huber"), lambda full, less: mean_score(full) - mean_score(less)),
+    ("stages matter", ("aia", "raw"), lambda full, less: mean_score(full) - mean_score(less)),
+    ("rho has a middle optimum: 50 beats 1 and 100", ("aia", "rho-1", "rho-100"),
+     lambda full, low, high: mean_score(full) - max(mean_score(low), mean_score(high))),
+    ("1:1 is the best ratio with AIA", ("aia", "2:1+aia", "4:1+aia", "1:2+aia"),
+     lambda full, *others: mean_score(full) - max(map(mean_score, others))),
+    ("unified training is worse than the experts (a conflict)", ("experts", "unified"),
+     lambda experts, plain: mean_score(experts) - mean_score(plain)),
+    ("alignment rises in understanding", ("experts",),
+     lambda experts: experts["alignment"]["und"][-1] - experts["alignment"]["und"][0]),
+    ("alignment rises and falls in generation", ("experts",),
+     lambda experts: max(experts["alignment"]["gen"][1:-1]) - max(experts["alignment"]["gen"][i] for i in (0, -1))),
+    ("forked beats shared", ("unified", "unifork-2"), lambda plain, forked: mean_score(forked) - mean_score(plain)),
+    ("forked beats shared of the same size", ("wide", "unifork-2"),
+     lambda wide, forked: mean_score(forked) - mean_score(wide)),
+)
+
+
+def claims_of(rows):
+    """Verdict of each claim: "holds" or "does not hold" where the 95 % interval leaves out zero."""
+    table, found = by_row(rows), []
+    for claim, names, number in CLAIMS:
+        seeds = sorted(set.intersection(*({*table.get(name, {})} for name in names)))
+        values = [number(*(table[name][seed] for name in names)) for seed in seeds]
+        mean, half = interval(values) if values else (None, None)
+        decided = half is not None and abs(mean) > half
+        verdict = ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
+        found.append({"claim": claim, "verdict": verdict, "figure": mean, "interval": half, "seeds": len(seeds)})
+    return found
+
+
+def print_study(content):
+    """Rows and claims as two tables in Markdown."""
+    def shown(mean, half):
+        return f"{mean:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
+    print("\n| row | seeds | understanding | generation | difference to unified: und | gen |\n" + "|---" * 6 + "|")
+    for name, row in content["summary"].items():
+        cells = [shown(row[task]["mean"], row[task]["interval"]).lstrip("+") for task in ("und", "gen")]
+        cells += [shown(row[task]["difference"], row[task]["difference_interval"]) if "difference" in row[task] else "-"
+                  for task in ("und", "gen")]
+        print(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    print("\n| claim | verdict | figure (above 0 where it holds) | seeds |\n|---|---|---|---|")
+    for claim in content["claims"]:
+        figure = shown(claim["figure"], claim["interval"]) if claim["seeds"] else "-"
+        print(f"| {claim['claim']} | {claim['verdict']} | {figure} | {claim['seeds']} |")
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["study"]:
+        print("result " + json.dumps(study(data.parse(Study, argv[1:], "train.py study"))))
+        return
     config = data.parse(TrainConfig, argv, "train.py")
     if config.recipe or config.dry_run_world:
         config = data.parse(TrainConfig, argv, "train.py", (DRY if config.dry_run_world else {}) | (
