@@ -1285,12 +1285,11 @@ def study(settings):
 def study_row(name, seed, runs):
     """One row of one seed, run or gone on with unless it is there -> what it gave."""
     flags, folder = dict(ROWS[name][1]), runs / f"{name}-seed{seed}"
-    base = runs / f"{'janus' if flags.get('preset') == 'tiny-janus' else 'aia'}-seed{seed}"
     whole = name == "aia" or "preset" in flags or name.startswith("expert-")
     if flags.get("aia_targets") == "experts":
         flags["aia_targets"] = str(experts_targets(runs, seed))
     if not (folder / "result.json").exists():
-        init = "" if whole else str(base / "before")
+        init = "" if whole else str(runs / f"aia-seed{seed}/before")
         train(TrainConfig(**{"seed": seed, "out": str(folder), "init": init, "resume": folder.exists()} | flags))
     result, curves = (model.read_json(folder / f"{file}.json") for file in ("result", "curves"))
     row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -1171,3 +1172,80 @@ def test_a_dry_run_of_janus_pro_on_two_nodes():
     sent = [way["sent"]["reduce-scatter"] for way in (once, row, whole)]
     assert sent[1] == 2 * sent[0] == 2 * sent[2]
     assert whole["peak"] > row["peak"] >= once["peak"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study
+# ---------------------------------------------------------------------------------------------------------------------
+def made_up_row(name, seed, und, gen, lift=0.0):
+    """A row of a study with given scores; lift moves its curves."""
+    row = {"row": name, "seed": seed, "und": und, "gen": gen,
+           "alignment": {"und": [0.1, 0.2, 0.3], "gen": [0.1, 0.3, 0.2]}}
+    for task, curve in (("gen", [0.1, 0.2, 0.3]), ("und", [0.3, 0.2, 0.1])):
+        row |= {f"{task}_curve": [x + lift for x in curve], f"distance_{task}": 0.2 - lift, f"std_{task}": 0.05}
+    return row
+
+
+def test_the_study_pairs_rows_by_seed():
+    """Seeds differ more than rows do, so a row is compared with the plain one of the same seed."""
+    plain = [made_up_row("unified", seed, 0.5 + 0.1 * seed, 0.4) for seed in range(4)]
+    tuned = [made_up_row("aia", seed, 0.52 + 0.1 * seed + 0.001 * (seed % 2), 0.4) for seed in range(4)]
+    summary = train.summary_of(plain + tuned)
+    row = summary["aia"]["und"]
+    assert row["difference"] == pytest.approx(0.0205) and row["difference_interval"] < 0.001 < row["interval"]
+    differences = [0.02, 0.021, 0.02, 0.021]
+    half = 3.182 * statistics.stdev(differences) / 2                            # t of three degrees of freedom
+    assert row["difference_interval"] == pytest.approx(half) and "difference" not in summary["unified"]["und"]
+
+
+def test_experts_are_one_row_of_two_runs():
+    """Each is judged by its own task only."""
+    rows = [made_up_row("expert-gen", 0, 0.0, 0.9), made_up_row("expert-und", 0, 0.8, 0.0, 0.1)]
+    joint = train.by_row(rows)["experts"][0]
+    assert (joint["und"], joint["gen"]) == (0.8, 0.9)
+    assert joint["und_curve"] == rows[1]["und_curve"] and joint["gen_curve"] == rows[0]["gen_curve"]
+
+
+@pytest.mark.parametrize("gains, verdict", [
+    ([0.1, 0.11, 0.12], "holds"), ([-0.1, -0.11, -0.12], "does not hold"), ([0.1, -0.1, 0.05], "not decided here"),
+    ([0.1], "not decided here"), ([], "not decided here")])
+def test_a_verdict_needs_an_interval_without_zero(gains, verdict):
+    """One seed decides nothing, however large its figure."""
+    rows = [made_up_row("unified", seed, 0.5, 0.5) for seed in range(3)]
+    rows += [made_up_row("aia", seed, 0.5 + gain, 0.5) for seed, gain in enumerate(gains)]
+    claim = next(claim for claim in train.claims_of(rows) if claim["claim"] == "AIA improves understanding")
+    assert claim["verdict"] == verdict and claim["seeds"] == len(gains)
+    stable = next(claim for claim in train.claims_of(rows) if claim["claim"].startswith("patterns"))
+    assert stable["figure"] == pytest.approx(0.08)
+
+
+def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """Rows that are there are not run again; each row but the whole runs begins at the weights before AIA."""
+    configs = []
+
+    def pretend(config):
+        configs.append(config)
+        folder = Path(config.out)
+        folder.mkdir(parents=True)
+        rows = {"target": [0.2] * 3, "delta": [0.1] * 3, **{name: {"intensity": [0.1, 0.2, 0.3], "std": [0.1] * 3,
+                "ntp": 1.0, "aia": 0.1} for name in ("before", "after")}}
+        judge.write_json({"gen": rows, "und": rows}, folder / "curves.json")
+        judge.write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0}, folder / "result.json")
+        part = {"score": {"10": [0.1, 0.2, 0.3]}}
+        judge.write_json({"gen": part, "und": part}, folder / "alignment.json")
+    monkeypatch.setattr(train, "train", pretend)
+    flags = ["study", "--rows", "unified", "unifork-2", "expert-gen", "expert-und", "experts-curves", "--runs",
+             tmp_path / "runs", "--out", tmp_path / "study.json"]
+    train.main([*map(str, flags), "--seeds", "3"])
+    train.main([*map(str, flags), "--seeds", "3", "4"])
+    names = [Path(config.out).name for config in configs]
+    assert len(names) == len(set(names)) == 12 and names[:2] == ["aia-seed3", "unified-seed3"]
+    for config in configs:
+        base = tmp_path / f"runs/aia-seed{config.seed}/before"
+        assert config.init == ("" if re.match("aia|expert-", Path(config.out).name) else str(base))
+    own = json.loads(Path(configs[5].aia_targets).read_text())
+    assert configs[5].out.endswith("experts-curves-seed3") and own["gen"][0] == [0.0, 0.2, 0.1]
+    stored = json.loads((tmp_path / "study.json").read_text())
+    assert stored["summary"]["experts"]["seeds"] == [3, 4] and "| claim | verdict |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--rows seventh"):
+        train.main(["study", "--rows", "seventh"])
