@@ -2487,12 +2487,13 @@ class Figures:
     POSITIONAL = ("runs",)
     runs: tuple = opt((), "run folders, or JSON files of eval.py curves")
     references: tuple = opt((), "further reference curves for Fig. 4: JSON files of eval.py curves --hf")
+    study: str = opt("", "JSON file of train.py study: draws study.png as well, or alone")
     out: str = opt("figures", "folder to write")
 
 
 def figures(settings):
-    """Write fig1.png, fig3.png, fig4.png, fig5.png and figures.json."""
-    if not settings.runs:
+    """Write fig1.png, fig3.png, fig4.png, fig5.png and figures.json, and study.png of a study."""
+    if not (settings.runs or settings.study):
         raise InputError("figures needs run folders: python eval.py figures runs/tiny-emu3-seed0")
     paper, out = model.read_json(aia.CURVES), Path(settings.out)
     runs = {name: load_result(path) for name, path in named(settings.runs).items()}
@@ -2501,6 +2502,10 @@ def figures(settings):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} is no folder that can be made ({error.strerror}): give another") from error
+    if settings.study:
+        figure_study(model.read_json(Path(settings.study)), out / "study.png")
+    if not settings.runs:
+        return {"out": str(out / "study.png")}
     numbers = {"fig1": figure_1(runs, paper, references, out / "fig1.png"), "table1": table_1(runs),
                "fig3": figure_3(runs, paper, out / "fig3.png"), "fig4": figure_4(references, out / "fig4.png"),
                "fig5": figure_5(runs, paper, out / "fig5.png")}
@@ -2753,6 +2758,23 @@ def figure_5(runs, paper, file):
             "target": rows["target"]}
     finish(figure, panels, file)
     return numbers
+
+
+def figure_study(content, file):
+    """Both scores of each row, less those of "unified" with the same seed: mean and 95 % interval, none of one seed."""
+    rows = {name: row for name, row in content["summary"].items()
+            if "difference" in row["und"] and not name.startswith("expert-")}
+    figure, panels = canvas([TASK_NAME[task] for task in ("und", "gen")], "", "difference to unified without AIA", None)
+    figure.set_figheight(1.4 + 0.3 * len(rows))
+    for panel, task in zip(panels, ("und", "gen"), strict=True):
+        for i, row in enumerate(rows.values()):
+            panel.errorbar(row[task]["difference"], -i, xerr=row[task]["difference_interval"], fmt="o", capsize=3,
+                           color=TASK_COLOUR[task], markersize=5)
+        panel.axvline(0, color="black", linewidth=0.8)
+    panels[0].set_yticks([-i for i in range(len(rows))], [f"{name} ({len(row['seeds'])})" for name, row in
+                                                          rows.items()])
+    finish(figure, panels, file, None)
+    print(f"{file}: rows and their seeds, of {content['machine']['date']}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
