@@ -10,6 +10,7 @@ combinations, curves and samples.
     python train.py --resume                          # go on where the same run stopped
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
     python train.py --dry-run-world 64 --preset emu3-8b         # what a step on 64 GPUs would take, without any
+    python train.py study --quick                     # the paper's claims in miniature, with UniFork beside it
 """
 
 import contextlib
@@ -1271,7 +1272,8 @@ def study(settings):
     if unknown or not all(seed.isdigit() for seed in seeds):
         raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 5, or some of {', '.join(ROWS)}; "
                          "--seeds are whole numbers")
-    todo = [(int(seed), name) for seed in seeds for name in ["aia", *(name for name in names if name != "aia")]]
+    needed = ["aia", *(("expert-gen", "expert-und") if "experts-curves" in names else ())]
+    todo = [(int(seed), name) for seed in seeds for name in dict.fromkeys([*needed, *names])]
     found = []
     for number, (seed, name) in enumerate(todo, 1):
         print(f"== {name}, seed {seed}: row {number} of {len(todo)}")

@@ -1234,12 +1234,12 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         part = {"score": {"10": [0.1, 0.2, 0.3]}}
         judge.write_json({"gen": part, "und": part}, folder / "alignment.json")
     monkeypatch.setattr(train, "train", pretend)
-    flags = ["study", "--rows", "unified", "unifork-2", "expert-gen", "expert-und", "experts-curves", "--runs",
+    flags = ["study", "--rows", "unified", "unifork-2", "experts-curves", "--runs",
              tmp_path / "runs", "--out", tmp_path / "study.json"]
     train.main([*map(str, flags), "--seeds", "3"])
     train.main([*map(str, flags), "--seeds", "3", "4"])
     names = [Path(config.out).name for config in configs]
-    assert len(names) == len(set(names)) == 12 and names[:2] == ["aia-seed3", "unified-seed3"]
+    assert len(names) == len(set(names)) == 12 and names[:2] == ["aia-seed3", "expert-gen-seed3"]
     for config in configs:
         base = tmp_path / f"runs/aia-seed{config.seed}/before"
         assert config.init == ("" if re.match("aia|expert-", Path(config.out).name) else str(base))
