@@ -2771,6 +2771,7 @@ def figure_study(content, file):
             panel.errorbar(row[task]["difference"], -i, xerr=row[task]["difference_interval"], fmt="o", capsize=3,
                            color=TASK_COLOUR[task], markersize=5)
         panel.axvline(0, color="black", linewidth=0.8)
+        panel.locator_params(axis="x", nbins=5)
     panels[0].set_yticks([-i for i in range(len(rows))], [f"{name} ({len(row['seeds'])})" for name, row in
                                                           rows.items()])
     finish(figure, panels, file, None)
