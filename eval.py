@@ -11,7 +11,8 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py alignment --checkpoint runs/tiny-emu3-seed0
     python eval.py report   runs/tiny-emu3-seed0
     python eval.py collect  --runs "runs/tiny-*"
-    python eval.py bench generate            # or train, processes, data, fits
+    python eval.py score pope --data POPE --preds answers.jsonl --out scores/pope
+    python eval.py bench generate            # or train, processes, data, fits, score
 """
 
 import ast
@@ -272,10 +273,10 @@ class FreeDecoding(data.Preparer):
                             codes, tuple(record.place for record in records))
 
 
-def uniform_share(batch):
+def uniform_share(condition, queries):
     """The intensity of a model that spreads its attention evenly: share of the condition among visible keys (B,)."""
-    keys = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
-    return aia.intensity((batch.condition.cumsum(1) / keys)[:, None], batch.queries)
+    keys = torch.arange(1, condition.shape[1] + 1, device=condition.device)
+    return aia.intensity((condition.cumsum(1) / keys)[:, None], queries)
 
 
 @torch.inference_mode()
@@ -294,7 +295,7 @@ def measure(m, batches, target, delta):
         found.append(out.intensity[batch.aia_valid].cpu())
         sink.append(on_first[batch.aia_valid].cpu())
         sinkless.append((out.intensity - on_first * batch.condition[:, :1])[batch.aia_valid].cpu())
-        uniform.append(uniform_share(batch)[batch.aia_valid].cpu())
+        uniform.append(uniform_share(batch.condition, batch.queries)[batch.aia_valid].cpu())
     if not tokens:
         return None
     found = torch.cat(found)                                                    # (n, L)
@@ -305,9 +306,9 @@ def measure(m, batches, target, delta):
             "ntp": ntp / tokens, "aia": aia.loss(found, target, delta, valid).item(), "samples": len(found)}
 
 
-def curves(models, preparer, samples, targets, n=100, decode=False):
+def curves(models, preparer, samples, targets, n=100, decode=False, run=None):
     """Both tasks of several models (name, m), one after the other and with one picture tokenizer, and their targets ->
-    one JSON-ready dict. decode: on what each model says and draws by itself."""
+    one JSON-ready dict. decode: on what each model says and draws by itself. run: settings of the run they are of."""
     batches = {task: [] if decode else [*samples.batches(preparer, task, n)] for task in aia.TASKS}
     # JSON has no infinity: without Huber, delta is null.
     result = {task: {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
@@ -316,6 +317,8 @@ def curves(models, preparer, samples, targets, n=100, decode=False):
         for task in aia.TASKS:
             own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches[task]
             result[task][name] = measure(m, own, *targets[task])
+            if result[task][name] and name == "after" and run and not has_aia(run):
+                result[task][name]["label"] = WITHOUT
     return result
 
 
@@ -390,8 +393,7 @@ def hf_question(config, processor, record):
 
 def hf_ids(file, codes, vocab):
     """Samples that are token ids already, lines of JSON; codes: range of the ids that are parts of a picture."""
-    lines = data.data_files(file)[1][0].read_text(encoding="utf-8", errors="replace").split("\n")
-    for place, line in ((f"{file}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()):
+    for place, line in text_lines(file):
         try:
             entry = json.loads(line)
             ids, task, start = entry["ids"], entry["task"], entry.get("answer")
@@ -416,8 +418,7 @@ def hf_measure(m, samples, n):
         if not (condition.any() and queries.any()):
             raise InputError(f"{place}: nothing to measure: give a picture, and text before (gen) or after it (und)")
         if len(found.get(task, ())) < n:
-            share = condition.cumsum(1) / torch.arange(1, roles.shape[1] + 1)   # of the keys that a token sees (1, T)
-            both = hf_intensity(m, inputs, condition, queries), aia.intensity(share[:, None], queries)
+            both = hf_intensity(m, inputs, condition, queries), uniform_share(condition, queries)
             found[task] = [*found.get(task, ()), both]
     for task, rows in found.items():
         each, even = (torch.stack(part) for part in zip(*rows, strict=True))    # (n, L, 2), (n, 1)
@@ -457,6 +458,20 @@ COLOUR = {"before": "#999999", "control": "#56B4E9", "after": "#D55E00", "target
           "public": "#D55E00"}                      # Okabe and Ito
 LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": "with AIA", "target": "target",
          "public": "the model"}
+WITHOUT = "at the end, without AIA"
+
+
+def has_aia(run):
+    """Did the settings of a run give AIA any weight?"""
+    weights = aia.fixed_weights(run.get("aia_weight", "rho"))
+    return run.get("preset") != "tiny-unifork" and (weights is None or any(weights.values()))
+
+
+def label_of(name, row):
+    """How a model is called beside its curve."""
+    return row.get("label", LABEL[name])
+
+
 PANEL = {"gen": "generation: image to text", "und": "understanding: text to image"}
 
 
@@ -473,7 +488,7 @@ def plot_curves(result, file):
         for name in ("before", "control", "after", "public"):
             if rows.get(name):
                 mean, std = np.array(rows[name]["intensity"]), np.array(rows[name]["std"])
-                panel.plot(layers, mean, color=COLOUR[name], marker="o", markersize=4, label=LABEL[name])
+                panel.plot(layers, mean, color=COLOUR[name], marker="o", markersize=4, label=label_of(name, rows[name]))
                 panel.fill_between(layers, mean - std, mean + std, color=COLOUR[name], alpha=0.15, linewidth=0)
         last = rows.get("after") or rows.get("public")
         if last:
@@ -730,7 +745,7 @@ class Curves(Loaded):
 
 
 def curve_command(settings):
-    """Write curves.png and curves.json; of a transformers model, curves.json and a table of targets."""
+    """Write curves.png and curves.json; of a transformers model, curves.json alone."""
     if settings.hf:
         return hf_curves(settings)
     m, text, run = load_run(settings)
@@ -747,7 +762,7 @@ def curve_command(settings):
         samples = HeldOut(data.World(run["seed"]), settings.seed)
     chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
     wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
-    result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode)
+    result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode, run)
     out = Path(settings.out or (folder / "curves.png" if run else "curves.png"))
     plot_curves(result, out)
     write_json(result | {"kind": m.config.kind}, out.with_suffix(".json"))
@@ -762,7 +777,7 @@ def print_curves(result):
     for task in aia.TASKS:
         for name, row in result[task].items():
             if isinstance(row, dict):
-                print(f"{task} {LABEL[name]:26s} L_AIA {row['aia']:.4f}   mean |I - T| "
+                print(f"{task} {label_of(name, row):26s} L_AIA {row['aia']:.4f}   mean |I - T| "
                       f"{distance(result[task], name):.3f}   share of keys {row['uniform']:.3f}   ntp {row['ntp']:.3f}")
 
 
@@ -1513,7 +1528,7 @@ def text_lines(file):
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({model.first_line(error)}): is it the right file, and complete?"
+        raise InputError(f"{file} cannot be read ({model.first_line(error)}): give the right file, complete"
                          ) from error
     return [(f"{file} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -1673,7 +1688,7 @@ def pope_labels(folder, name):
     return file, [row for _, row in json_lines(file, "image", "label")]
 
 
-MME_SUFFIX = " Answer the question using a single word or phrase."
+MME_SUFFIX = " " + SHORT_ANSWER
 
 
 def read_mme(folder, settings):
@@ -2640,8 +2655,8 @@ def dotted(panel, curve, colour, label):
 
 def figure_1(runs, paper, references, file):
     """Intensity of both tasks per layer, before AIA: where one is high the other is low (Fig. 1)."""
-    first = {name: next(iter(next(iter(run["curves"].values()))["arms"])) for name, run in runs.items()}
-    figure, panels = canvas([f"{name}, {LABEL[first[name]]}" for name in runs], "attention on the other modality")
+    first = {name: next(iter(next(iter(run["curves"].values()))["arms"].items())) for name, run in runs.items()}
+    figure, panels = canvas([f"{name}, {label_of(*first[name])}" for name in runs], "attention on the other modality")
     numbers = {}
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
         curves = {}
@@ -2654,7 +2669,7 @@ def figure_1(runs, paper, references, file):
             if run["kind"]:
                 key, title, _ = PAPER_MODEL[run["kind"]]
                 dotted(panel, paper["fig1"][key][DIRECTION[task]], colour, f"{TASK_NAME[task]}, {title} (paper)")
-        numbers[name] = {"model": first[name],
+        numbers[name] = {"model": first[name][0],
                          "correlation": correlation(*curves.values()) if len(curves) == 2 else None,
                          "tasks": {task: described(rows, references[task]) for task, rows in run["curves"].items()}}
     finish(figure, panels, file)
@@ -2746,7 +2761,7 @@ def figure_5(runs, paper, file):
                    label=LABEL["target"])
         for which, row in rows["arms"].items():
             panel.plot(depths(len(row["intensity"])), row["intensity"], color=COLOUR[which], marker="o", markersize=4,
-                       label=LABEL[which])
+                       label=label_of(which, row))
         even = row.get("uniform")                    # of the last arm
         if even is not None:
             panel.axhline(even, color="black", linewidth=0.8, linestyle="--", alpha=0.5, label="share of the keys")
@@ -2991,7 +3006,7 @@ def section(name, folder):
             text.append(html_picture(title, (folder / f"{part}.png").read_bytes()))
         if part == "curves" and (folder / "curves.json").exists():
             rows = load_result(folder)["curves"]
-            distances = {f"{TASK_NAME[task]}, {LABEL[arm]}": distance(row | row["arms"], arm)
+            distances = {f"{TASK_NAME[task]}, {label_of(arm, row['arms'][arm])}": distance(row | row["arms"], arm)
                          for task, row in rows.items() for arm in row["arms"]}
             text += ["<p>Mean distance to the target:</p>", html_table(distances)]
     if any(task in row for row in log for task in aia.TASKS):
@@ -3003,7 +3018,8 @@ def section(name, folder):
         if key in scores:
             columns = [scores[arm].get(key, {}) for arm in arms] + [scores[key]]
             rows = {kind: [column.get(kind) for column in columns] for kind in scores[key]}
-            text += [f"<h3>{title}</h3>", html_table(rows, "", *(LABEL[arm] for arm in (*arms, "after")))]
+            text += [f"<h3>{title}</h3>", html_table(
+                rows, "", *(LABEL[arm] for arm in arms), LABEL["after"] if has_aia(read["settings"]) else WITHOUT)]
     for file in sorted(folder.glob("*/scores.json")):                           # benchmarks scored into the run folder
         text += [f"<h3>{html.escape(file.parent.name)}</h3>", html_table(model.read_json(file))]
     for title, rows in (("Machine", result.get("machine")), ("Settings", read["settings"])):
@@ -3643,8 +3659,9 @@ COMMANDS = {"score": (Score, score), "generate": (Generate, generate), "chat": (
 
 def main(argv=None):
     command, settings = data.chosen(COMMANDS, "eval.py", __doc__, argv)
-    if command:
-        print("result " + json.dumps(command(settings)))
+    result = command and command(settings)
+    if result:                                       # other processes of torchrun have none
+        print("result " + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1219,7 +1219,7 @@ def from_manifest(manifest, place, device="cpu", attention="fused", shard=None, 
     m.to_empty(device=device)
     fresh = fresh_lora(m, device) if lora_rank else {}
     read_tensors({f"model.{name}": value for name, value in m.state_dict().items()
-                  if name not in fresh and not (fork_layer and ".gen_" in name)}, place)
+                  if name not in fresh and not (fork_layer and unforked(name, m.config) != name)}, place)
     if fork_layer:
         fork(m)
     m.load_state_dict(fresh, strict=False)

@@ -218,8 +218,6 @@ def plan(config):
         stages = tuple(stage for stage in stages if stage.name != "read")
     if config.arms == "both":
         stages = (*stages[:-1], replace(stages[-1], name="control", aia=False), stages[-1])
-    if 0 in parse_ratio(config.ratio):              # an expert meets as many samples of its task as a model of both
-        stages = tuple(stage if stage.ratio else replace(stage, batch_size=stage.batch_size // 2) for stage in stages)
     changed = []
     for stage in stages:
         language = stage.name != "tokenizer"
@@ -606,7 +604,8 @@ class Stop(Exception):
 class Run:
     """A training run in its folder."""
 
-    def __init__(self, config):
+    def __init__(self, config, stages):
+        self.stages = stages
         self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), 0, 0.0, []
         self.folder, self.saving = Path(config.out or f"runs/{config.preset}-seed{config.seed}"), None
         self.held = None                            # batches of --val, made when they are first needed
@@ -636,13 +635,16 @@ class Run:
         if self.state and self.state[1]["records"] != self.records():
             raise InputError(f"{self.folder} was started with {self.state[1]['records']} records, now there are "
                              f"{self.records()}: resume with the same data, or choose another --out")
-        self.stages = plan(config)
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
         self.m = self.open(min(self.state[1]["stage"], len(self.stages) - 1) if self.state else 0, self.state)
         if self.m.config.kind != kind:
             raise InputError(f"--init {config.init} is a model of kind {self.m.config.kind}, but --preset "
                              f"{config.preset} of kind {kind}: choose the preset that fits")
+        branch = model.PRESETS[config.preset].fork_layer
+        if branch and self.m.config.fork_layer != branch:
+            raise InputError(f"--preset {config.preset} has branches from layer {branch} on, --init from layer "
+                             f"{self.m.config.fork_layer} (0: none): add --fork-layer {branch}, or use another --init")
         dtype = torch.bfloat16 if uses_bf16(config, self.device) else torch.float32
         print(f"attention: {attention_kernel(self.m.config, self.device, dtype)}")
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
@@ -785,10 +787,11 @@ def check_settings(stored, config, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
-def train(config):
-    """All stages, then the evaluation -> the result that is printed as the last line; None but on the first process."""
+def train(config, stages=None):
+    """All stages, those of the plan unless given, then the evaluation -> the result that is printed as the last line;
+    None but on the first process."""
     check_numbers(config)
-    run = Run(config)
+    run = Run(config, stages or plan(config))
     begin, state = (run.state[1]["stage"], run.state[1]) if run.state else (0, None)
     if state:
         run.seconds = state["seconds"]
@@ -1025,7 +1028,7 @@ def finish(run):
     skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
-    curves = judge.curves(arms(run, m), data.Preparer(m, run.text), samples, cpu_targets)
+    curves = judge.curves(arms(run, m), data.Preparer(m, run.text), samples, cpu_targets, run=asdict(run.config))
     judge.plot_curves(curves, run.folder / "curves.png")
     judge.write_json(curves, run.folder / "curves.json")
     judge.print_curves(curves)
@@ -1066,7 +1069,7 @@ def score(run, name, m):
     config = run.config
     understood = judge.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
     drawn, samples = judge.score_generation(m, run.text, run.world, config.eval_n, config.seed)
-    print(f"-- {judge.LABEL[name]}")
+    print("-- " + (judge.LABEL[name] if name != "after" or judge.has_aia(asdict(config)) else judge.WITHOUT))
     judge.print_scores(understood | drawn)
     if name == "after":
         judge.plot_samples(samples, run.folder / "samples.png")
@@ -1249,7 +1252,7 @@ ROWS = {
     **{size + arm: (5, {"preset": f"tiny-{size}"} | flags) for size in ("half", "double") for arm, flags in BOTH}}
 QUICK = ("aia", "unified", "unifork-2", "expert-gen", "expert-und")
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
 
 
 @dataclass(frozen=True)
@@ -1258,7 +1261,7 @@ class Study:
 
     rows: tuple = opt(("1", "2"), "groups 1 to 5, or names of rows")
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
-    quick: bool = opt(False, "five rows of one seed, about 20 minutes: to show how it goes, not what is true")
+    quick: bool = opt(False, "five rows of one seed, half an hour or less: to show how it goes, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
     out: str = opt("assets/study.json", "JSON file to write")
 
@@ -1269,9 +1272,10 @@ def study(settings):
                                           if {name, str(group)} & {*settings.rows}]
     unknown = {*settings.rows} - {*ROWS} - {str(group) for group, _ in ROWS.values()}
     seeds = settings.seeds[:1] if settings.quick else settings.seeds
-    if unknown or not all(seed.isdigit() for seed in seeds):
-        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 5, or some of {', '.join(ROWS)}; "
-                         "--seeds are whole numbers")
+    if unknown or not names:
+        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 5, or some of {', '.join(ROWS)}")
+    if not (seeds and all(seed.isdigit() for seed in seeds)):
+        raise InputError(f"--seeds {' '.join(seeds)}: give whole numbers")
     needed = ["aia", *(("expert-gen", "expert-und") if "experts-curves" in names else ())]
     todo = [(int(seed), name) for seed in seeds for name in dict.fromkeys([*needed, *names])]
     found = []
@@ -1292,7 +1296,12 @@ def study_row(name, seed, runs):
         flags["aia_targets"] = str(experts_targets(runs, seed))
     if not (folder / "result.json").exists():
         init = "" if whole else str(runs / f"aia-seed{seed}/before")
-        train(TrainConfig(**{"seed": seed, "out": str(folder), "init": init, "resume": folder.exists()} | flags))
+        config = TrainConfig(**{"seed": seed, "out": str(folder), "init": init, "resume": folder.exists()} | flags)
+        stages = plan(config)
+        if name.startswith("expert-"):              # as many samples of its task a step as a model of both meets
+            stages = [replace(stage, batch_size=stage.batch_size // 2) if stage.name in ("joint", "tune") else stage
+                      for stage in stages]
+        train(config, stages)
     result, curves = (model.read_json(folder / f"{file}.json") for file in ("result", "curves"))
     row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
     for task in aia.TASKS:
@@ -1323,9 +1332,9 @@ def experts_targets(runs, seed):
 def interval(values):
     """Mean and half of its 95 % interval (Student's t); None without at least two seeds."""
     mean = float(np.mean(values))
-    if not 2 <= len(values) <= len(STUDENT) + 1:
+    if len(values) < 2:
         return mean, None
-    return mean, float(STUDENT[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def summary_of(rows):
@@ -1427,21 +1436,22 @@ def print_study(content):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    argv, again = sys.argv[1:] if argv is None else argv, "go on with the same command and --resume"
     if argv[:1] == ["study"]:
-        print("result " + json.dumps(study(data.parse(Study, argv[1:], "train.py study"))))
-        return
-    config = data.parse(TrainConfig, argv, "train.py")
-    if config.recipe or config.dry_run_world:
-        config = data.parse(TrainConfig, argv, "train.py", (DRY if config.dry_run_world else {}) | (
-            RECIPES[config.recipe][1] if config.recipe else {}))
+        command, config, again = study, data.parse(Study, argv[1:], "train.py study"), "go on with the same command"
+    else:
+        config = data.parse(TrainConfig, argv, "train.py")
+        command = dry_run if config.dry_run_world else train
+        if config.recipe or config.dry_run_world:
+            config = data.parse(TrainConfig, argv, "train.py", (DRY if config.dry_run_world else {}) | (
+                RECIPES[config.recipe][1] if config.recipe else {}))
     try:
-        result = (dry_run if config.dry_run_world else train)(config)
+        result = command(config)
     except Stop as stop:
-        print("stopped and saved; go on with the same command and --resume")
+        print(f"stopped and saved; {again}")
         sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
     except KeyboardInterrupt:
-        print("stopped at once; --resume goes on from the last checkpoint, if one was saved")
+        print(f"stopped at once; {again}, from the last checkpoint if one was saved")
         sys.exit(130)
     finally:
         if dist.is_initialized():                   # its threads, left alone, may abort a process that ends

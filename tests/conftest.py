@@ -35,5 +35,6 @@ def pytest_terminal_summary(terminalreporter, config):
                 for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)
                 if report.when == "call" and "slow" in report.keywords]
         file = Path(__file__).parent.parent / "assets/slow-tests.json"
-        file.write_text(json.dumps({"torch": torch.__version__, "python": platform.python_version(),
-                                    "date": time.strftime("%Y-%m-%d"), "tests": rows}, indent=1) + "\n")
+        if rows:
+            file.write_text(json.dumps({"torch": torch.__version__, "python": platform.python_version(),
+                                        "date": time.strftime("%Y-%m-%d"), "tests": rows}, indent=1) + "\n")

@@ -132,7 +132,8 @@ def test_the_uniform_share_is_the_intensity_of_even_attention(name, task, runs):
     batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 5)
     with torch.inference_mode():
         found = m(batch).intensity
-    torch.testing.assert_close(found, judge.uniform_share(batch)[:, None].expand(-1, 2), rtol=0, atol=1e-6)
+    even = judge.uniform_share(batch.condition, batch.queries)[:, None].expand(-1, 2)
+    torch.testing.assert_close(found, even, rtol=0, atol=1e-6)
 
 
 @both_models

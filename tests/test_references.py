@@ -148,7 +148,7 @@ def test_a_bad_line_is_named(ids, rest, why, tmp_path):
     """File and line stand in front, and the remedy behind."""
     good = {"ids": [1, 40, 41], "task": "gen"}
     (tmp_path / "ids.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {"ids": ids} | rest))
-    with pytest.raises(aia.InputError, match=f"ids.jsonl:2: .*{why}"):
+    with pytest.raises(aia.InputError, match=f"ids.jsonl line 2: .*{why}"):
         judge.hf_measure(tiny("Llama")[0], judge.hf_ids(tmp_path / "ids.jsonl", range(40, 48), 64), 9)
 
 

@@ -1221,10 +1221,11 @@ def test_a_verdict_needs_an_interval_without_zero(gains, verdict):
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     """Rows that are there are not run again; each row but the whole runs begins at the weights before AIA."""
-    configs = []
+    configs, sizes = [], []
 
-    def pretend(config):
+    def pretend(config, stages):
         configs.append(config)
+        sizes.append({stage.name: stage.batch_size for stage in stages})
         folder = Path(config.out)
         folder.mkdir(parents=True)
         rows = {"target": [0.2] * 3, "delta": [0.1] * 3, **{name: {"intensity": [0.1, 0.2, 0.3], "std": [0.1] * 3,
@@ -1243,6 +1244,9 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     for config in configs:
         base = tmp_path / f"runs/aia-seed{config.seed}/before"
         assert config.init == ("" if re.match("aia|expert-", Path(config.out).name) else str(base))
+    whole, drawer, reader = sizes[:3]               # an expert differs by the other task alone
+    assert whole == {"tokenizer": 8, "read": 24, "joint": 32, "tune": 32} and sizes[3] == {"tune": 32}
+    assert drawer == {"tokenizer": 8, "joint": 16, "tune": 16} and reader == whole | drawer
     own = json.loads(Path(configs[5].aia_targets).read_text())
     assert configs[5].out.endswith("experts-curves-seed3") and own["gen"][0] == [0.0, 0.2, 0.1]
     stored = json.loads((tmp_path / "study.json").read_text())
