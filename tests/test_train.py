@@ -1253,3 +1253,24 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert stored["summary"]["experts"]["seeds"] == [3, 4] and "| claim | verdict |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--rows seventh"):
         train.main(["study", "--rows", "seventh"])
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_study_that_is_stopped_says_how_to_go_on(number, status, tmp_path, monkeypatch, capsys):
+    """As a run does: one line, and the status that a scheduler or a shell expects."""
+    def stopped(config, stages):
+        raise train.Stop(number)
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["study", "--seeds", "0", "--runs", str(tmp_path), "--out", str(tmp_path / "study.json")])
+    assert stop.value.code == status and "go on with the same command\n" in capsys.readouterr().out
+
+
+def test_branches_need_a_fork_where_they_begin(texts, tmp_path):
+    """UniFork's last stages on a model that shares its layers would move nothing."""
+    m = fresh("tiny-emu3", layers=4)
+    m.tokenizer_file = texts["tiny-emu3"].file
+    model.save(m, tmp_path / "public")
+    shutil.copy(m.tokenizer_file, tmp_path / "public/tokenizer.json")
+    with pytest.raises(InputError, match="--fork-layer 2"):
+        train.train(settings(tmp_path / "run", "tiny-unifork", init=str(tmp_path / "public")))
