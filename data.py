@@ -15,6 +15,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import os
@@ -23,7 +24,7 @@ import struct
 import sys
 import tarfile
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,8 +115,10 @@ def device_of(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # The world: scenes, drawing, reading
 # ---------------------------------------------------------------------------------------------------------------------
-SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50)}
+# A world has the first few of these words: see World.
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "wedge", "bar", "corner")
+COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
+           "black": (25, 25, 25), "pink": (225, 55, 175), "brown": (120, 70, 30), "cyan": (30, 200, 215)}
 BACKGROUND = (245, 245, 245)
 CELL, GRID = 8, 2                               # pixels per cell, cells per side of a picture
 CELLS, WORLD_SIZE = GRID * GRID, GRID * CELL
@@ -146,6 +149,10 @@ def sprites():
         "square": (abs(x) < 0.95 * r) & (abs(y) < 0.95 * r),
         "triangle": (y < 0.9 * r) & (y > -r) & (abs(x) < 0.62 * (y + r)),
         "cross": ((abs(x) < 0.34 * r) | (abs(y) < 0.34 * r)) & (abs(x) < r) & (abs(y) < r),
+        "ring": (x * x + y * y < r * r) & (x * x + y * y > (0.55 * r) ** 2),
+        "wedge": (y > -0.9 * r) & (y < r) & (abs(x) < 0.62 * (r - y)),
+        "bar": (abs(x) < 0.4 * r) & (abs(y) < r),
+        "corner": (abs(x) < r) & (abs(y) < r) & ((x < -0.3 * r) | (y > 0.3 * r)),
     }
     names, cells = [None], [np.broadcast_to(np.float32(BACKGROUND), (CELL, CELL, 3))]
     for shape in SHAPES:
@@ -170,20 +177,21 @@ def draw(scenes):
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, WORLD_SIZE, WORLD_SIZE, 3).round().astype(np.uint8)
 
 
-def read(pictures):
+def read(pictures, world):
     """Find the things in pictures (n, S, S, 3) uint8: list of scenes, and clear (n,) bool.
 
-    Each cell is compared with every sprite. A cell like none of them holds no thing and makes its picture unclear.
+    Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its picture
+    unclear.
     """
-    n = len(pictures)
+    n, names = len(pictures), [None, *((shape, colour) for shape in world.shapes for colour in world.colours)]
     tiles = pictures.reshape(n, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
     tiles = tiles.reshape(n * CELLS, -1)
-    known = SPRITES.reshape(len(SPRITES), -1) / 255
+    known = SPRITES[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
     square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (n CELLS, sprites)
     best = square.argmin(1)
     good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
     best = np.where(good, best, 0).reshape(n, CELLS)
-    scenes = [tuple(Thing(*SPRITE_NAMES[i], place) for place, i in enumerate(row) if i) for row in best]
+    scenes = [tuple(Thing(*names[i], place) for place, i in enumerate(row) if i) for row in best]
     return scenes, good.reshape(n, CELLS).all(1)
 
 
@@ -191,11 +199,13 @@ def read(pictures):
 # The world: combinations, wordings, held-out split
 # ---------------------------------------------------------------------------------------------------------------------
 # A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
-# skill is held out: no training picture shows one of them.
+# skill is held out: no training picture shows one of them. Worlds of larger scenes have a skill more for each size.
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
+CROWDS = {3: "three objects", 4: "four objects"}
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
 SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
+SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in CROWDS.items()}}       # things of a scene; "group": 2 or 3
 ASKED = 4                                       # questions of a training conversation; half end in a description
 DESCRIBE = "what is there?"
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
@@ -217,26 +227,35 @@ def combinations(scene):
         return {("one object", objects[0][1], scene[0].place), ("colours", *objects[0], scene[0].place)}
     if len(set(objects)) == 1:
         return {("counting", len(scene), *objects[0])}
-    if len(scene) != 2 or scene[0].shape == scene[1].shape:
-        return set()                                # nothing, or a crowd
-    a, b = sorted(scene)                            # by shape
+    if not scene or len({thing.shape for thing in scene}) < len(scene):
+        return set()                                # nothing, or some alike and some not
+    ordered = sorted(scene)                         # by shape
+    placed = sum(((thing.shape, thing.place) for thing in ordered), ())
+    if len(scene) > 2:
+        return {(CROWDS[len(scene)], *placed)}
+    a, b = ordered
     x, y = (a.colour, a.shape), (b.colour, b.shape)
-    return {("two objects", a.shape, a.place, b.shape, b.place), ("colour attribution", x, y),
+    return {("two objects", *placed), ("colour attribution", x, y),
             *(("position", x, name, y) for name in relations(a, b))}
 
 
-def all_combinations():
+def all_combinations(world):
     """{skill: every combination of it}, in a fixed order."""
-    objects, places = [(colour, shape) for colour in COLOURS for shape in SHAPES], range(CELLS)
+    objects, places = [(colour, shape) for colour in world.colours for shape in world.shapes], range(CELLS)
     pairs = [(x, y) for x in objects for y in objects if x[1] < y[1]]
+
+    def placed(n):
+        """Every n different shapes, in order, each with a cell of its own."""
+        shapes = (row for row in itertools.product(world.shapes, repeat=n) if sorted({*row}) == [*row])
+        return [sum(zip(row, at, strict=True), ()) for row in shapes for at in itertools.permutations(places, n)]
     return {
-        "one object": [("one object", s, p) for s in SHAPES for p in places],
-        "two objects": [("two objects", s, p, t, q) for s in SHAPES for t in SHAPES if s < t
-                        for p in places for q in places if p != q],
+        "one object": [("one object", *words) for words in placed(1)],
+        "two objects": [("two objects", *words) for words in placed(2)],
         "counting": [("counting", n, *x) for n in (2, 3) for x in objects],
         "colours": [("colours", *x, p) for x in objects for p in places],
         "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
         "colour attribution": [("colour attribution", x, y) for x, y in pairs],
+        **{skill: [(skill, *words) for words in placed(n)] for n, skill in CROWDS.items() if n <= world.objects},
     }
 
 
@@ -250,9 +269,9 @@ def prompt_text(combination, rng):
         text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
     elif skill == "counting":
         text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
-    elif skill == "two objects":
-        pair = [f"a {words[0]} {PLACES[words[1]]}", f"a {words[2]} {PLACES[words[3]]}"]
-        text = " and ".join(pair[::-1] if swap else pair)
+    elif skill in ("two objects", *CROWDS.values()):
+        said = [f"a {shape} {PLACES[place]}" for shape, place in zip(words[::2], words[1::2], strict=True)]
+        text = " and ".join(said[::-1] if swap else said)
     else:
         first, name, second = words[0], words[1] if skill == "position" else "and", words[-1]
         if swap:
@@ -266,19 +285,32 @@ def plural(word):
 
 
 class World:
-    """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them."""
+    """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them.
 
-    def __init__(self, seed):
+    shapes, colours: how many words of each kind it has; objects: how many different things a scene holds at most. The
+    defaults are the easiest world.
+    """
+
+    def __init__(self, seed, shapes=4, colours=4, objects=2):
+        for name, value, least, most in (("shapes", shapes, 4, len(SHAPES)), ("colours", colours, 4, len(COLOURS)),
+                                         ("objects", objects, 2, min(CELLS, shapes - 2, colours - 2))):
+            if not least <= value <= most:          # a choice needs two words that are absent
+                raise InputError(f"--{name} {value}: give {least} to {most}" + (
+                    f" with --shapes {shapes} --colours {colours}" if name == "objects" else ""))
+        self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
+        self.crowds = tuple(skill for n, skill in CROWDS.items() if n <= objects)
+        self.skills = SKILLS + self.crowds
         rng = np.random.default_rng([seed, 1])
-        self.combinations, held = all_combinations(), []
+        self.combinations, held = all_combinations(self), []
         for every in self.combinations.values():
             held += [every[i] for i in rng.permutation(len(every))[:round(len(every) * HELD_OUT)]]
         self.held_out = frozenset(held)
 
     def scene(self, rng):
-        """A training scene: one object, a group of two or three equal ones, or two different ones."""
+        """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
+        kinds = SCENES + tuple(skill for skill in self.crowds for _ in range(4))
         while True:
-            scene = random_scene(rng, SCENES[rng.integers(len(SCENES))])
+            scene = random_scene(self, rng, kinds[rng.integers(len(kinds))])
             if not combinations(scene) & self.held_out:
                 return scene
 
@@ -286,8 +318,8 @@ class World:
         """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
         while True:
             places = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
-            scene = tuple(Thing(SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))], place)
-                          for place in sorted(places))
+            scene = tuple(Thing(self.shapes[rng.integers(len(self.shapes))],
+                                self.colours[rng.integers(len(self.colours))], place) for place in sorted(places))
             if not combinations(scene) & self.held_out:
                 return scene
 
@@ -295,19 +327,25 @@ class World:
         """A scene and the held-out combination of this skill that it shows."""
         mine = [c for c in self.combinations[skill] if c in self.held_out]
         wanted = mine[rng.integers(len(mine))]
-        kind = {"one object": "one", "colours": "one", "counting": "group"}.get(skill, "two")
+        kind = {"one object": "one", "colours": "one", "counting": "group"}.get(skill, skill)
         while True:
-            scene = random_scene(rng, kind, wanted)
+            scene = random_scene(self, rng, kind if kind in (*self.crowds, "one", "group") else "two", wanted)
             if wanted in combinations(scene):
                 return scene, wanted
 
 
-def random_scene(rng, kind, wanted=None):
-    """One, a group or two things at random cells; `wanted` fixes the words of a combination, to be found sooner."""
-    places = rng.permutation(CELLS)[:3].tolist()
-    colours = [list(COLOURS)[i] for i in rng.integers(len(COLOURS), size=2)]
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
-    number = {"one": 1, "two": 2}.get(kind) or int(rng.integers(2, 4))
+def world_of(run):
+    """The world of a run, by its settings; runs of before worlds could be harder have the easiest."""
+    return World(**{name: run[name] for name in ("seed", "shapes", "colours", "objects") if name in run})
+
+
+def random_scene(world, rng, kind, wanted=None):
+    """One, a group or several different things at random cells; `wanted` fixes the words of a combination, to be found
+    sooner."""
+    places, alike = rng.permutation(CELLS).tolist(), kind in ("one", "group")
+    colours = [world.colours[i] for i in rng.integers(len(world.colours), size=world.objects)]
+    shapes = [world.shapes[i] for i in rng.permutation(len(world.shapes))]
+    number = SIZES.get(kind) or int(rng.integers(2, 4))
     skill, *words = wanted or (None,)
     if skill == "one object":
         shapes[0], places[0] = words
@@ -315,11 +353,11 @@ def random_scene(rng, kind, wanted=None):
         colours[0], shapes[0], places[0] = words
     elif skill == "counting":
         number, colours[0], shapes[0] = words
-    elif skill == "two objects":
-        shapes[0], places[0], shapes[1], places[1] = words
+    elif skill in ("two objects", *CROWDS.values()):
+        shapes, places = words[::2], words[1::2]
     elif skill:
         colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
-    return tuple(sorted((Thing(shapes[i * (kind == "two")], colours[i * (kind == "two")], places[i])
+    return tuple(sorted((Thing(shapes[0 if alike else i], colours[0 if alike else i], places[i])
                          for i in range(number)), key=lambda thing: thing.place))
 
 
@@ -356,14 +394,15 @@ def yes_no(kind, text, truth):
     return Question(kind, text, "yes" if truth else "no")
 
 
-def question(scene, kind, rng, truth=None, closed=None):
-    """Ask about a scene. truth True or False asks for a yes/no question with that answer (not for "choice"); closed
-    False for an open one where there is one (not for the position of a group): those teach what the others need."""
+def question(world, scene, kind, rng, truth=None, closed=None):
+    """Ask about a scene of a world. truth True or False asks for a yes/no question with that answer (not for "choice");
+    closed False for an open one where there is one (not for the position of a group): those teach what the others need.
+    """
     closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
     truth = bool(rng.random() < 0.5) if truth is None else truth
     thing = scene[rng.integers(len(scene))]
     return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
-            "choice": ask_choice}[kind](scene, thing, rng, closed, truth)
+            "choice": ask_choice}[kind](world, scene, thing, rng, closed, truth)
 
 
 def other(rng, known, *present):
@@ -372,15 +411,15 @@ def other(rng, known, *present):
     return absent[rng.integers(len(absent))]
 
 
-def ask_existence(scene, thing, rng, closed, truth):
-    absent = other(rng, SHAPES, *(t.shape for t in scene))
+def ask_existence(world, scene, thing, rng, closed, truth):
+    absent = other(rng, world.shapes, *(t.shape for t in scene))
     if not closed:
         first, second = (thing.shape, absent) if truth else (absent, thing.shape)
         return Question("existence", f"is there a {first} or a {second}?", thing.shape)
     return yes_no("existence", f"is there a {thing.shape if truth else absent}?", truth)
 
 
-def ask_count(scene, thing, rng, closed, truth):
+def ask_count(world, scene, thing, rng, closed, truth):
     number = sum(t.shape == thing.shape for t in scene)
     if not closed:
         return Question("count", f"how many {plural(thing.shape)} are there?", NUMBERS[number])
@@ -389,7 +428,7 @@ def ask_count(scene, thing, rng, closed, truth):
     return yes_no("count", f"{'are' if said > 1 else 'is'} there {NUMBERS[said]} {shapes}?", truth)
 
 
-def ask_position(scene, thing, rng, closed, truth):
+def ask_position(world, scene, thing, rng, closed, truth):
     others = [t for t in scene if t.shape != thing.shape]
     if not closed and (len(scene) == 1 or others and rng.random() < 0.5):
         return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
@@ -405,20 +444,20 @@ def ask_position(scene, thing, rng, closed, truth):
     return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
 
 
-def ask_colour(scene, thing, rng, closed, truth):
+def ask_colour(world, scene, thing, rng, closed, truth):
     several = sum(t.shape == thing.shape for t in scene) > 1
     verb, noun = ("are", plural(thing.shape)) if several else ("is", thing.shape)
     if not closed:
         return Question("colour", f"what colour {verb} the {noun}?", thing.colour)
-    colour = thing.colour if truth else other(rng, COLOURS, thing.colour)
+    colour = thing.colour if truth else other(rng, world.colours, thing.colour)
     return yes_no("colour", f"{verb} the {noun} {colour}?", truth)
 
 
-def ask_choice(scene, thing, rng, closed, truth):
+def ask_choice(world, scene, thing, rng, closed, truth):
     name = "colour" if rng.random() < 0.5 else "shape"
     right = getattr(thing, name)
     shown = {getattr(t, name) for t in scene}
-    absent = [word for word in (COLOURS if name == "colour" else SHAPES) if word not in shown]
+    absent = [word for word in getattr(world, name + "s") if word not in shown]
     wrong = [absent[i] for i in rng.permutation(len(absent))[:3]]
     options = wrong + [right] if len(wrong) == 3 else wrong + ["nothing"] + [right]
     options = [options[i] for i in rng.permutation(4)]
@@ -755,7 +794,7 @@ class WorldSource:
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
-            asked = [question(scene, kind, rng) for kind in rng.permutation(QUESTIONS)[:ASKED]]
+            asked = [question(self.world, scene, kind, rng) for kind in rng.permutation(QUESTIONS)[:ASKED]]
             described = [(DESCRIBE, describe(scene))] * int(rng.integers(2))
             turns = (*((q.text, q.answer) for q in asked), *described)
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
@@ -1514,6 +1553,9 @@ class Export:
     folder: str = opt("", "folder to write; must be empty or new")
     n: int = opt(200, "records, half of each task")
     seed: int = opt(0, "world and order")
+    shapes: int = opt(4, "shapes of the world, 4 to 8")
+    colours: int = opt(4, "colours of the world, 4 to 8")
+    objects: int = opt(2, "different things in a scene at most, 2 to 4: two less than shapes and colours")
 
 
 def export(settings):
@@ -1521,10 +1563,11 @@ def export(settings):
     folder = Path(settings.folder)
     if not settings.folder or settings.n < 2:
         raise InputError("export needs a folder and --n of at least 2: python data.py export FOLDER --n 200")
+    world = world_of(asdict(settings))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: choose another or empty it")
     (folder / "pictures").mkdir(parents=True)
-    source = WorldSource(World(settings.seed), settings.n, settings.seed)
+    source = WorldSource(world, settings.n, settings.seed)
     lines = []
     for i in range(settings.n):
         record = source.record(aia.TASKS[i % 2], i, np.random.default_rng([settings.seed, 5, i]))

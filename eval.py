@@ -123,7 +123,7 @@ def ask(preparer, records):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-# Which held-out combinations the pictures of a question kind show.
+# Which held-out combinations the pictures of a question kind show; larger scenes are shown for every kind but count.
 SHOWN = {"existence": ("two objects", "colour attribution", "colours"), "count": ("counting", "two objects"),
          "position": ("position", "one object"), "colour": ("colours", "colour attribution"),
          "choice": ("colours", "two objects")}
@@ -140,17 +140,18 @@ def score_understanding(m, text, world, n, seed=0):
     rng = np.random.default_rng([seed, 6])
     asked = []                                                                  # (measure, number, picture, q)
     for kind in data.QUESTIONS:
+        shown = SHOWN[kind] + (world.crowds if kind != "count" else ())
         for i in range(n):
-            scene, _ = world.held_out_scene(SHOWN[kind][i % len(SHOWN[kind])], rng)
+            scene, _ = world.held_out_scene(shown[i % len(shown)], rng)
             picture = data.draw([scene])[0]
             if kind == "existence":
-                questions = [(kind, data.question(scene, kind, rng, i % 4 < 2))]
+                questions = [(kind, data.question(world, scene, kind, rng, i % 4 < 2))]
             elif kind == "choice":
-                first, *others = rotations(data.question(scene, kind, rng))
+                first, *others = rotations(data.question(world, scene, kind, rng))
                 questions = [(kind, first), *(("turned", question) for question in others)]
             else:
-                questions = [(kind, data.question(scene, kind, rng, truth)) for truth in (True, False)]
-                questions.append(("open", data.question(scene, kind, rng, closed=False)))
+                questions = [(kind, data.question(world, scene, kind, rng, truth)) for truth in (True, False)]
+                questions.append(("open", data.question(world, scene, kind, rng, closed=False)))
             asked += [(measure, (kind, i), picture, question) for measure, question in questions]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
     right = {}                                                                  # {measure: {picture: [right or not]}}
@@ -179,25 +180,25 @@ def score_generation(m, text, world, n, seed=0):
     """One guided picture, of the likeliest codes, for each of n held-out prompts per skill, read back from its pixels
     -> scores, samples."""
     rng = np.random.default_rng([seed, 7])
-    goals = [world.held_out_scene(skill, rng)[1] for skill in data.SKILLS for _ in range(n)]
+    goals = [world.held_out_scene(skill, rng)[1] for skill in world.skills for _ in range(n)]
     prompts = [data.prompt_text(goal, rng) for goal in goals]
     pictures = np.stack([data.to_picture(pixels) for pixels in draw(m, text, prompts, temperature=0)])
-    scenes, clear = data.read(pictures)
+    scenes, clear = data.read(pictures, world)
     right = [bool(ok) and goal in data.combinations(scene)
              for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
-    skills = {skill: float(np.mean(right[i * n:(i + 1) * n])) for i, skill in enumerate(data.SKILLS)}
+    skills = {skill: float(np.mean(right[i * n:(i + 1) * n])) for i, skill in enumerate(world.skills)}
     return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills}, (prompts, pictures, right)
 
 
 def score_tokenizer(m, world, n, seed=0):
     """Encode and decode n held-out pictures: psnr in dB, and the share that is read exactly as it was drawn."""
     rng = np.random.default_rng([seed, 8])
-    scenes = [world.held_out_scene(data.SKILLS[i % len(data.SKILLS)], rng)[0] for i in range(n)]
+    scenes = [world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(n)]
     drawn = data.draw(scenes)
     pixels = torch.stack([data.to_tensor(picture) for picture in drawn]).to(next(m.parameters()).device)
     again = torch.cat([m.decode_images(m.encode_images(part)).cpu() for part in pixels.split(64)])
     again = np.stack([data.to_picture(picture) for picture in again])
-    back, clear = data.read(again)
+    back, clear = data.read(again, world)
     error = ((drawn.astype(np.float32) - again) ** 2).mean((1, 2, 3))
     right = [bool(ok) and a == b for a, b, ok in zip(scenes, back, clear, strict=True)]
     return {"psnr": float((10 * np.log10(255**2 / np.maximum(error, 1e-6))).mean()), "reader": float(np.mean(right))}
@@ -216,9 +217,9 @@ class HeldOut:
         rng = np.random.default_rng([self.seed, 9, aia.TASKS.index(task)])
         records = []
         for i in range(n):
-            scene, combination = self.world.held_out_scene(data.SKILLS[i % len(data.SKILLS)], rng)
+            scene, combination = self.world.held_out_scene(self.world.skills[i % len(self.world.skills)], rng)
             kinds = [data.QUESTIONS[k] for k in rng.permutation(len(data.QUESTIONS))[:4]]
-            asked = [data.question(scene, kind, rng) for kind in kinds]
+            asked = [data.question(self.world, scene, kind, rng) for kind in kinds]
             turns = [(q.text, q.answer) for q in asked] if task == "und" else [(data.prompt_text(combination, rng),
                                                                                  "<image>")]
             records.append(data.Record(f"held-out picture {i}", task, tuple(turns), (data.draw([scene])[0],)))
@@ -503,17 +504,17 @@ def plot_curves(result, file):
     plt.close(figure)
 
 
-def plot_samples(samples, file, per_skill=4):
+def plot_samples(samples, skills, file, per_skill=4):
     """Drawn pictures under their prompts, a row per skill; framed green and ticked if right, red and crossed if not."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     prompts, pictures, right = samples
-    n = len(prompts) // len(data.SKILLS)
+    n = len(prompts) // len(skills)
     per_skill = min(per_skill, n)
-    figure, panels = plt.subplots(len(data.SKILLS), per_skill, figsize=(2.2 * per_skill, 2.35 * len(data.SKILLS)),
+    figure, panels = plt.subplots(len(skills), per_skill, figsize=(2.2 * per_skill, 2.35 * len(skills)),
                                   layout="constrained", squeeze=False)
-    for row, skill in enumerate(data.SKILLS):
+    for row, skill in enumerate(skills):
         for column in range(per_skill):
             i, panel = row * n + column, panels[row, column]
             panel.imshow(pictures[i], interpolation="nearest")
@@ -759,7 +760,7 @@ def curve_command(settings):
     if settings.data:
         samples = FileBatches(data.FileSource(settings.data, m.config.kind))
     else:
-        samples = HeldOut(data.World(run["seed"]), settings.seed)
+        samples = HeldOut(data.world_of(run), settings.seed)
     chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
     wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
     result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode, run)
@@ -2333,8 +2334,8 @@ def run_fid(settings, judge):
     m, text, run = load_run(settings)
     if run is None:
         raise InputError("--variant world compares drawings of the built-in world: give the run folder of one")
-    world, rng = data.World(run["seed"]), np.random.default_rng([settings.seed, 7])
-    pairs = [world.held_out_scene(skill, rng) for skill in data.SKILLS for _ in range(settings.n)]
+    world, rng = data.world_of(run), np.random.default_rng([settings.seed, 7])
+    pairs = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
     prompts = [data.prompt_text(goal, rng) for _, goal in pairs]
     real = torch.stack([data.to_tensor(picture) for picture in data.draw([scene for scene, _ in pairs])])
     drawn = draw(m, text, prompts, settings.seed, settings.guidance or None)
@@ -2350,7 +2351,7 @@ def score_world(settings):
     m, text, run = load_run(settings)
     if run is None:
         raise InputError(f"{settings.checkpoint} never saw the built-in world: score takes the folder of a run")
-    world = data.World(run["seed"])
+    world = data.world_of(run)
     scores = {**score_understanding(m, text, world, settings.n, settings.seed),
               **score_generation(m, text, world, settings.n, settings.seed)[0],
               **score_tokenizer(m, world, 2 * settings.n, settings.seed)}
@@ -2821,8 +2822,8 @@ def different_pairs(settings, kind, run):
         raise InputError(f"{settings.checkpoint} never saw the built-in world: alignment needs --data FILE.jsonl with "
                          "drawing records")
     else:
-        rng, world = np.random.default_rng([settings.seed, 11]), data.World(run["seed"])
-        scenes = (world.held_out_scene(data.SKILLS[i % len(data.SKILLS)], rng)[0] for i in range(20 * settings.n))
+        rng, world = np.random.default_rng([settings.seed, 11]), data.world_of(run)
+        scenes = (world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(20 * settings.n))
         found = ((data.describe(scene), scene) for scene in scenes)
     pairs, seen = [], set()
     for caption, picture in found:

@@ -104,6 +104,9 @@ class TrainConfig:
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
     out: str = opt("", "run folder; empty: runs/<preset>-seed<seed>")
     resume: bool = opt(False, "go on from the newest checkpoint in the run folder; begin where there is none yet")
+    shapes: int = opt(4, "shapes of the built-in world, 4 to 8")
+    colours: int = opt(4, "colours of the built-in world, 4 to 8")
+    objects: int = opt(2, "different things in a scene at most, 2 to 4: two less than shapes and colours")
     pool: int = opt(8000, "pictures of the built-in world")
     eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
     log_every: int = opt(50, "steps between reports")
@@ -400,14 +403,16 @@ def calibrate(net, schedule, targets, config, autocast, device=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The text tokenizer of the tiny models, and a run's copy of another's
 # ---------------------------------------------------------------------------------------------------------------------
-def train_tokenizer(file, config):
-    """A byte-level BPE on the world's text, with the special tokens of `config` behind it; saved as tokenizer.json.
+def train_tokenizer(file, config, *size):
+    """A byte-level BPE on the text of a world of this size (see data.World), with the special tokens of `config` behind
+    it; saved as tokenizer.json.
 
     Merges never cross the edge of a word that means something; what stands between such words may become one token, so
     that conversations are short.
     """
-    words = [*data.SHAPES, *map(data.plural, data.SHAPES), *data.COLOURS, *data.NUMBERS, "at the top", "at the bottom",
-             "left", "right", *data.RELATIONS, "yes", "no", "nothing", *"ABCD"]
+    world = data.World(0, *size)
+    words = [*world.shapes, *map(data.plural, world.shapes), *world.colours, *data.NUMBERS, "at the top",
+             "at the bottom", "left", "right", *data.RELATIONS, "yes", "no", "nothing", *"ABCD"]
     words = "|".join(sorted(words, key=len, reverse=True))      # beside them the template, numbers, line ends and *
     frame = "|".join(map(re.escape, (data.EMU3_SYSTEM + data.EMU3_USER, data.EMU3_USER, data.EMU3_ASSISTANT)))
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -415,10 +420,10 @@ def train_tokenizer(file, config):
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"{frame}| ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = tokenizers.decoders.ByteLevel()
-    world, rng, lines = data.World(0), np.random.default_rng(0), []
+    rng, lines = np.random.default_rng(0), []
     for _ in range(2000):
         scene = world.scene(rng)
-        asked = data.question(scene, data.QUESTIONS[rng.integers(len(data.QUESTIONS))], rng)
+        asked = data.question(world, scene, data.QUESTIONS[rng.integers(len(data.QUESTIONS))], rng)
         lines += [data.EMU3_SYSTEM + data.EMU3_USER, data.EMU3_USER, data.EMU3_ASSISTANT]
         lines += [data.JANUS_USER, data.JANUS_ASSISTANT]
         lines += [data.caption(scene, rng), asked.text, asked.answer, " " + asked.answer, data.DESCRIBE]
@@ -628,7 +633,7 @@ class Run:
         """Data, text tokenizer and model; nothing is written before all of them are good."""
         config = self.config
         kind = model.PRESETS[config.preset].kind
-        self.world = None if config.data else data.World(config.seed)
+        self.world = None if config.data else data.world_of(asdict(config))
         self.source = data.open_sources(config.data, kind, config.on_bad_record) if config.data else \
             data.WorldSource(self.world, config.pool, config.seed)
         self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
@@ -704,7 +709,8 @@ class Run:
             if self.config.init:
                 store_tokenizer(data.Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
             else:
-                train_tokenizer(self.folder / "tokenizer.json", self.m.config)
+                size = self.config.shapes, self.config.colours, self.config.objects
+                train_tokenizer(self.folder / "tokenizer.json", self.m.config, *size)
 
     def save(self, stage, step, optimizer, weights):
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
@@ -1072,7 +1078,7 @@ def score(run, name, m):
     print("-- " + (judge.LABEL[name] if name != "after" or judge.has_aia(asdict(config)) else judge.WITHOUT))
     judge.print_scores(understood | drawn)
     if name == "after":
-        judge.plot_samples(samples, run.folder / "samples.png")
+        judge.plot_samples(samples, run.world.skills, run.folder / "samples.png")
     return understood | drawn
 
 
@@ -1234,74 +1240,128 @@ def dry_run(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The papers in miniature: each row of a table from the same weights, several seeds, an interval for every claim
 # ---------------------------------------------------------------------------------------------------------------------
-# Row: its group, and flags. "aia" is a whole run, and so are experts and other presets; all other rows begin where its
-# last stage did, from the same weights, and meet the same samples.
+@dataclass(frozen=True)
+class Row:
+    """A row: the groups that it belongs to, its flags, the weights of the same seed that it begins from (a row and a
+    folder of its run; "": none, a whole run) and the row that it is compared with."""
+
+    groups: str
+    flags: dict
+    start: str = "aia/before"
+    baseline: str = "unified"
+
+
 OFF, BOTH = {"aia_weight": "off"}, (("", {"aia_weight": "off"}), ("+aia", {}))
+# Worlds and models in which the tasks may be in each other's way: chosen before any of them was run.
+SETTINGS = {"half": {"preset": "tiny-half"}, "janus": {"preset": "tiny-janus"}, "words": {"shapes": 8, "colours": 8},
+            "crowd": {"shapes": 6, "colours": 6, "objects": 4}}
+SETTINGS |= {f"{one}-crowd": SETTINGS[one] | SETTINGS["crowd"] for one in ("half", "janus")}
+EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("und", "0:1"))}
+
+
+def rows_of(name, flags, groups):
+    """A setting without and with AIA, and its experts where it is searched for a conflict (group 6)."""
+    return {name: Row(groups, flags | OFF, "", ""),
+            f"{name}+aia": Row(groups.strip("6"), flags, f"{name}/before", name),
+            **{f"{name}-{task}": Row("6", flags | own, "", name) for task, own in EXPERTS.items() if "6" in groups}}
+
+
 ROWS = {
-    "aia": (1, {}), "unified": (1, OFF), "expert-gen": (1, {"ratio": "1:0"} | OFF),
-    "expert-und": (1, {"ratio": "0:1"} | OFF), "unifork-1": (1, {"fork_layer": 1} | OFF),
-    "unifork-2": (1, {"fork_layer": 2} | OFF), "wide": (1, {"preset": "tiny-wide"} | OFF),
-    "raw": (2, {"aia_variant": "raw"}), "no-huber": (2, {"aia_variant": "no-huber"}),
-    **{f"rho-{rho}": (2, {"rho": float(rho)}) for rho in (1, 10, 100)},
-    **{name: (2, {"aia_weight": name}) for name in ("paper", "released")},
-    **{name: (2, {"aia_targets": name}) for name in aia.REFERENCES},
-    "experts-curves": (2, {"aia_targets": "experts"}),
-    **{ratio + arm: (3, {"ratio": ratio} | flags) for ratio in ("2:1", "4:1", "1:2") for arm, flags in BOTH},
-    **{f"janus{arm}": (4, {"preset": "tiny-janus"} | flags) for arm, flags in BOTH},
-    **{f"long{arm}": (5, {"steps": 3 * TUNE.steps} | flags) for arm, flags in BOTH},
-    **{size + arm: (5, {"preset": f"tiny-{size}"} | flags) for size in ("half", "double") for arm, flags in BOTH}}
-QUICK = ("aia", "unified", "unifork-2", "expert-gen", "expert-und")
+    "aia": Row("1", {}, ""), "unified": Row("1", OFF, baseline=""),
+    **{f"expert-{task}": Row("1", flags, "") for task, flags in EXPERTS.items()},
+    **{f"unifork-{layer}": Row("1", {"fork_layer": layer} | OFF) for layer in (1, 2)},
+    "wide": Row("1", {"preset": "tiny-wide"} | OFF, ""),
+    "raw": Row("2", {"aia_variant": "raw"}), "no-huber": Row("2", {"aia_variant": "no-huber"}),
+    **{f"rho-{rho}": Row("2", {"rho": float(rho)}) for rho in (1, 10, 100)},
+    **{name: Row("2", {"aia_weight": name}) for name in ("paper", "released")},
+    **{name: Row("2", {"aia_targets": name}) for name in aia.REFERENCES},
+    "experts-curves": Row("2", {"aia_targets": "experts"}),
+    **{f"{gen}to{und}{arm}": Row("3", {"ratio": f"{gen}:{und}"} | flags, baseline=f"{gen}to{und}" if arm else "unified")
+       for gen, und in ((2, 1), (4, 1), (1, 2)) for arm, flags in BOTH},
+    **{f"tuned{arm}": Row("4", {"preset": "tiny-janus"} | flags, "janus", "tuned" if arm else "janus")
+       for arm, flags in BOTH},
+    **{f"long{arm}": Row("5", {"steps": 3 * TUNE.steps} | flags, baseline="long" if arm else "unified")
+       for arm, flags in BOTH},
+    **rows_of("double", {"preset": "tiny-double"}, "5"),
+    **{row: what for name, flags in SETTINGS.items()
+       for row, what in rows_of(name, flags, {"half": "56", "janus": "46"}.get(name, "6")).items()}}
+QUICK = ("aia", "unified", "expert-gen", "expert-und")
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
 
 
 @dataclass(frozen=True)
 class Study:
-    """Run the rows of the study that are not there yet, and write what all say. It may be stopped at any time."""
+    """Run the rows of the study that are not there yet, and write what all finished ones say. It may be stopped at any
+    time."""
 
-    rows: tuple = opt(("1", "2"), "groups 1 to 5, or names of rows")
+    rows: tuple = opt(("1", "2"), "groups 1 to 6, or names of rows")
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
-    quick: bool = opt(False, "five rows of one seed, half an hour or less: to show how it goes, not what is true")
+    quick: bool = opt(False, "four rows of one seed: to show how it goes, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
-    out: str = opt("assets/study.json", "JSON file to write")
+    out: str = opt("", "JSON file to write; empty: assets/study.json, with --quick study.json in the folder of runs")
 
 
 def study(settings):
     """All rows and seeds, one after the other -> {claim: verdict}."""
-    names = QUICK if settings.quick else [name for name, (group, _) in ROWS.items()
-                                          if {name, str(group)} & {*settings.rows}]
-    unknown = {*settings.rows} - {*ROWS} - {str(group) for group, _ in ROWS.values()}
+    groups = {group for row in ROWS.values() for group in row.groups}
+    names = QUICK if settings.quick else [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
+    unknown, runs = {*settings.rows} - {*ROWS} - groups, Path(settings.runs)
     seeds = settings.seeds[:1] if settings.quick else settings.seeds
+    out = settings.out or (runs / "study.json" if settings.quick else "assets/study.json")
     if unknown or not names:
-        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 5, or some of {', '.join(ROWS)}")
+        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
     if not (seeds and all(seed.isdigit() for seed in seeds)):
         raise InputError(f"--seeds {' '.join(seeds)}: give whole numbers")
-    needed = ["aia", *(("expert-gen", "expert-und") if "experts-curves" in names else ())]
-    todo = [(int(seed), name) for seed in seeds for name in dict.fromkeys([*needed, *names])]
-    found = []
+    names = dict.fromkeys(needed for name in names for needed in (*needs(name), name))
+    todo = [(int(seed), name) for seed in seeds for name in names]
     for number, (seed, name) in enumerate(todo, 1):
         print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
-        found.append(study_row(name, seed, Path(settings.runs)))
-        content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": judge.machine()}
-        judge.write_json(content, settings.out)
+        run_row(name, seed, runs)
+        found = finished_rows(runs)
+        content = {"summary": summary_of(found), "settings": conflicts_of(found), "claims": claims_of(found),
+                   "rows": found, "machine": judge.machine()}
+        judge.write_json(content, out)
     print_study(content)
     return {claim["claim"]: claim["verdict"] for claim in content["claims"]}
 
 
-def study_row(name, seed, runs):
-    """One row of one seed, run or gone on with unless it is there -> what it gave."""
-    flags, folder = dict(ROWS[name][1]), runs / f"{name}-seed{seed}"
-    whole = name == "aia" or "preset" in flags or name.startswith("expert-")
-    if flags.get("aia_targets") == "experts":
-        flags["aia_targets"] = str(experts_targets(runs, seed))
+def needs(name):
+    """The rows that one begins from or takes its targets from."""
+    row = ROWS[name]
+    start = row.start.partition("/")[0]
+    experts = [f"expert-{task}" for task in EXPERTS] if row.flags.get("aia_targets") == "experts" else []
+    return [*experts, *([*needs(start), start] if start else [])]
+
+
+def run_row(name, seed, runs):
+    """Run one row of one seed, or go on with it, unless it is there."""
+    row, folder = ROWS[name], runs / f"{name}-seed{seed}"
     if not (folder / "result.json").exists():
-        init = "" if whole else str(runs / f"aia-seed{seed}/before")
-        config = TrainConfig(**{"seed": seed, "out": str(folder), "init": init, "resume": folder.exists()} | flags)
+        start, _, part = row.start.partition("/")
+        flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
+        flags["init"] = str(runs / f"{start}-seed{seed}" / part) if start else ""
+        if row.flags.get("aia_targets") == "experts":
+            flags["aia_targets"] = str(experts_targets(runs, seed))
+        config = TrainConfig(**flags)
         stages = plan(config)
-        if name.startswith("expert-"):              # as many samples of its task a step as a model of both meets
+        if row.flags.get("ratio") in ("1:0", "0:1"):            # as many samples of its task a step as a model of both
             stages = [replace(stage, batch_size=stage.batch_size // 2) if stage.name in ("joint", "tune") else stage
                       for stage in stages]
         train(config, stages)
+    if "1" in row.groups and not (folder / "alignment.json").exists():
+        judge.alignment(judge.Alignment(checkpoint=str(folder), n=512))
+
+
+def finished_rows(runs):
+    """What each finished run of the folder gave, in the order of ROWS."""
+    places = [(name, int(folder.name.removeprefix(f"{name}-seed")), folder) for name in ROWS
+              for folder in runs.glob(f"{name}-seed*") if (folder / "result.json").exists()]
+    return [read_row(*place) for place in sorted(places, key=lambda place: ([*ROWS].index(place[0]), place[1]))]
+
+
+def read_row(name, seed, folder):
+    """Scores, losses on held-out samples, distance to the targets, seconds; curves and alignment where there are."""
     result, curves = (model.read_json(folder / f"{file}.json") for file in ("result", "curves"))
     row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
     for task in aia.TASKS:
@@ -1311,11 +1371,9 @@ def study_row(name, seed, runs):
             row |= {f"{key}_{task}": tuned[key] for key in ("ntp", "aia")} | {
                 f"aia_before_{task}": before["aia"], f"distance_{task}": judge.distance(curves[task], "after"),
                 f"std_{task}": float(np.mean(tuned["std"]))}
-    if ROWS[name][0] == 1:
-        stored = folder / "alignment.json"
-        if not stored.exists():
-            judge.alignment(judge.Alignment(checkpoint=str(folder), n=512))
-        row["alignment"] = {task: model.read_json(stored)[task]["score"]["10"] for task in aia.TASKS}
+    if (folder / "alignment.json").exists():
+        alignment = model.read_json(folder / "alignment.json")
+        row["alignment"] = {task: alignment[task]["score"]["10"] for task in aia.TASKS}
     return row
 
 
@@ -1337,20 +1395,39 @@ def interval(values):
     return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+MEASURES = ("ntp", "aia_before", "aia", "distance")
+
+
 def summary_of(rows):
-    """{row: mean, interval and difference to "unified" (paired by seed) of both scores}; "experts" joins the two."""
-    table = by_row(rows)
-    result = {}
+    """{row: both scores with mean, interval and difference to its baseline (paired by seed); means of losses, distances
+    and seconds}; "experts" joins the two."""
+    table, result = by_row(rows), {}
     for name, seeds in table.items():
-        result[name] = {"seeds": sorted(seeds)}
+        base = table.get(ROWS[name].baseline if name in ROWS else "unified", {})
+        shared = sorted({*seeds} & {*base})
+        result[name] = {"seeds": sorted(seeds), "seconds": float(np.mean([row["seconds"] for row in seeds.values()]))}
         for task in aia.TASKS:
-            score = {seed: row[task] for seed, row in seeds.items()}
-            plain = {seed: row[task] for seed, row in table.get("unified", {}).items()}
-            shared = sorted({*score} & {*plain})
-            result[name][task] = dict(zip(("mean", "interval"), interval([*score.values()]), strict=True))
-            if shared and name != "unified":
-                result[name][task] |= dict(zip(("difference", "difference_interval"), interval(
-                    [score[seed] - plain[seed] for seed in shared]), strict=True))
+            mean, half = interval([row[task] for row in seeds.values()])
+            result[name][task] = {"mean": mean, "interval": half} | {
+                key: float(np.mean([row[f"{key}_{task}"] for row in seeds.values()]))
+                for key in MEASURES if all(f"{key}_{task}" in row for row in seeds.values())}
+            if shared:
+                mean, half = interval([seeds[seed][task] - base[seed][task] for seed in shared])
+                result[name][task] |= {"difference": mean, "difference_interval": half}
+    return result
+
+
+def conflicts_of(rows):
+    """{setting: what two experts gain over the unified model}: scores (higher is better) and next-token losses (lower
+    is better) of each task, as mean and interval over seeds."""
+    table, result = by_row(rows), {}
+    for name in ("unified", *SETTINGS):
+        experts = table.get("experts" if name == "unified" else f"{name}-experts", {})
+        seeds = sorted({*experts} & {*table.get(name, {})})
+        if seeds:
+            result[name] = {"seeds": seeds} | {key: dict(zip(("mean", "interval"), interval(
+                [experts[seed][key] - table[name][seed][key] for seed in seeds]), strict=True))
+                for key in ("und", "gen", "ntp_und", "ntp_gen")}
     return result
 
 
@@ -1359,11 +1436,14 @@ def by_row(rows):
     table = {}
     for row in rows:
         table.setdefault(row["row"], {})[row["seed"]] = row
-    for seed in {*table.get("expert-gen", {})} & {*table.get("expert-und", {})}:
-        parts = {task: table[f"expert-{task}"][seed] for task in aia.TASKS}
-        joint = {key: value for task, row in parts.items() for key, value in row.items() if task in key}
-        table.setdefault("experts", {})[seed] = joint | {"alignment": {task: parts[task]["alignment"][task]
-                                                                       for task in aia.TASKS}}
+    for prefix, joint in (("expert", "experts"), *((name, f"{name}-experts") for name in SETTINGS)):
+        for seed in sorted({*table.get(f"{prefix}-gen", {})} & {*table.get(f"{prefix}-und", {})}):
+            parts = {task: table[f"{prefix}-{task}"][seed] for task in aia.TASKS}
+            row = {key: value for task, part in parts.items() for key, value in part.items() if key.endswith(task)
+                   or key.startswith(task)} | {"seconds": sum(part["seconds"] for part in parts.values())}
+            if all("alignment" in part for part in parts.values()):
+                row["alignment"] = {task: part["alignment"][task] for task, part in parts.items()}
+            table.setdefault(joint, {})[seed] = row
     return table
 
 
@@ -1374,6 +1454,13 @@ def gap(row, other):
 
 def mean_score(row):
     return (row["und"] + row["gen"]) / 2
+
+
+def between(experts, shared):
+    """Where the shared model's last layer stands between the experts': its distance to the nearer, below 0 outside."""
+    last = {task: row[-1] for task, row in experts["alignment"].items()}
+    mean = np.mean([row[-1] for row in shared["alignment"].values()])
+    return float(min(last["und"] - mean, mean - last["gen"]))
 
 
 # Claim, rows that it needs, and a number for each seed that is above zero where the claim holds.
@@ -1392,7 +1479,7 @@ CLAIMS = (
     ("stages matter", ("aia", "raw"), lambda full, less: mean_score(full) - mean_score(less)),
     ("rho has a middle optimum: 50 beats 1 and 100", ("aia", "rho-1", "rho-100"),
      lambda full, low, high: mean_score(full) - max(mean_score(low), mean_score(high))),
-    ("1:1 is the best ratio with AIA", ("aia", "2:1+aia", "4:1+aia", "1:2+aia"),
+    ("1:1 is the best ratio with AIA", ("aia", "2to1+aia", "4to1+aia", "1to2+aia"),
      lambda full, *others: mean_score(full) - max(map(mean_score, others))),
     ("unified training is worse than the experts (a conflict)", ("experts", "unified"),
      lambda experts, plain: mean_score(experts) - mean_score(plain)),
@@ -1400,6 +1487,8 @@ CLAIMS = (
      lambda experts: experts["alignment"]["und"][-1] - experts["alignment"]["und"][0]),
     ("alignment rises and falls in generation", ("experts",),
      lambda experts: max(experts["alignment"]["gen"][1:-1]) - max(experts["alignment"]["gen"][i] for i in (0, -1))),
+    ("a shared model aligns less than the expert in understanding, more than the one in generation (last layer)",
+     ("experts", "unified"), between),
     ("forked beats shared", ("unified", "unifork-2"), lambda plain, forked: mean_score(forked) - mean_score(plain)),
     ("forked beats shared of the same size", ("wide", "unifork-2"),
      lambda wide, forked: mean_score(forked) - mean_score(wide)),
@@ -1419,15 +1508,32 @@ def claims_of(rows):
     return found
 
 
+def shown(mean, half, sign="+"):
+    """Mean with its interval, if there is one."""
+    return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
+
 def print_study(content):
-    """Rows and claims as two tables in Markdown."""
-    def shown(mean, half):
-        return f"{mean:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
-    print("\n| row | seeds | understanding | generation | difference to unified: und | gen |\n" + "|---" * 6 + "|")
+    """Rows, settings and claims as tables in Markdown."""
+    print("\n| row | seeds | understanding | generation | difference to | und | gen | loss und | gen | L_AIA und | "
+          "gen | distance und | gen | minutes |\n" + "|---" * 14 + "|")
+    tasks = ("und", "gen")
     for name, row in content["summary"].items():
-        cells = [shown(row[task]["mean"], row[task]["interval"]).lstrip("+") for task in ("und", "gen")]
+        cells = [name, str(len(row["seeds"])), *(shown(row[task]["mean"], row[task]["interval"], "") for task in tasks)]
+        cells += [(ROWS[name].baseline if name in ROWS else "unified") if "difference" in row["und"] else "-"]
         cells += [shown(row[task]["difference"], row[task]["difference_interval"]) if "difference" in row[task] else "-"
-                  for task in ("und", "gen")]
+                  for task in tasks]
+        cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]
+        cells += [f"{row[task]['aia_before']:.4f} -> {row[task]['aia']:.4f}" if "aia" in row[task] else "-"
+                  for task in tasks]
+        cells += [f"{row[task]['distance']:.3f}" if "distance" in row[task] else "-" for task in tasks]
+        cells += [f"{row['seconds'] / 60:.1f}"]
+        print(f"| {' | '.join(cells)} |")
+    if content["settings"]:
+        print("\nWhat two experts gain over a unified model (a conflict: scores above 0, losses below 0)\n\n"
+              "| setting | seeds | understanding | generation | loss und | loss gen |\n" + "|---" * 6 + "|")
+    for name, row in content["settings"].items():
+        cells = [shown(row[key]["mean"], row[key]["interval"]) for key in ("und", "gen", "ntp_und", "ntp_gen")]
         print(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} |")
     print("\n| claim | verdict | figure (above 0 where it holds) | seeds |\n|---|---|---|---|")
     for claim in content["claims"]:

@@ -31,6 +31,9 @@ SHAPE, COLOUR, PLACE, RELATION = (f"({'|'.join(words)})" for words in (data.SHAP
                                                                       data.RELATIONS))
 
 
+worlds = pytest.mark.parametrize("size", [(4, 4, 2), (5, 5, 3), (8, 8, 4)])      # shapes, colours, objects
+
+
 def random(*key):
     return np.random.default_rng(key)
 
@@ -52,29 +55,32 @@ def preparers(texts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The world
 # ---------------------------------------------------------------------------------------------------------------------
-def training_scenes(n, seed=0):
-    world, rng = data.World(seed), random(seed)
+def training_scenes(n, seed=0, size=()):
+    world, rng = data.World(seed, *size), random(seed)
     return [world.scene(rng) for _ in range(n)]
 
 
-def held_out_scenes(n, seed=0):
+def held_out_scenes(n, seed=0, size=()):
     """[(scene, combination)], n for each skill."""
-    world, rng = data.World(seed), random(seed)
-    return [world.held_out_scene(skill, rng) for skill in data.SKILLS for _ in range(n)]
+    world, rng = data.World(seed, *size), random(seed)
+    return [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(n)]
 
 
-def crowds(n, seed=0):
+def crowds(n, seed=0, size=()):
     """Full pictures, as the picture tokenizer learns them."""
-    world, rng = data.World(seed), random(seed)
+    world, rng = data.World(seed, *size), random(seed)
     return [world.crowd(rng) for _ in range(n)]
 
 
-def test_the_reader_reads_every_drawn_scene_exactly():
+@worlds
+def test_the_reader_reads_every_drawn_scene_exactly(size):
     """Sprites differ by more than rounding to uint8 changes them: each thing at each place, training and held out."""
-    single = [(data.Thing(*name, place),) for name in data.SPRITE_OF if name
+    world = data.World(0, *size)
+    single = [(data.Thing(shape, colour, place),) for shape in world.shapes for colour in world.colours
               for place in range(data.CELLS)]
-    scenes = single + training_scenes(1000) + crowds(100) + [scene for scene, _ in held_out_scenes(50)]
-    found, clear = data.read(data.draw(scenes))
+    scenes = single + training_scenes(1000, 0, size) + crowds(100, 0, size)
+    scenes += [scene for scene, _ in held_out_scenes(50, 0, size)]
+    found, clear = data.read(data.draw(scenes), world)
     assert [set(scene) for scene in found] == [set(scene) for scene in scenes] and clear.all()
 
 
@@ -82,18 +88,19 @@ def test_the_reader_reads_every_drawn_scene_exactly():
 def test_the_reader_finds_nothing_on_noise(levels):
     """Noise is like no sprite, be it smooth or black and white: no thing, and the picture counts as unclear."""
     noise = random(0).integers(levels, size=(200, data.WORLD_SIZE, data.WORLD_SIZE, 3)) * (255 // (levels - 1))
-    found, clear = data.read(noise.astype(np.uint8))
+    found, clear = data.read(noise.astype(np.uint8), data.World(0, 8, 8))
     assert not any(found) and not clear.any()
 
 
+@worlds
 @pytest.mark.parametrize("seed", [0, 1])
-def test_training_scenes_show_no_held_out_combination(seed):
+def test_training_scenes_show_no_held_out_combination(seed, size):
     """The score is about composition, so what is asked was never shown; held-out scenes show what was asked."""
-    world, trained = data.World(seed), set().union(*map(data.combinations, training_scenes(1500, seed)))
-    assert not trained & world.held_out and not set().union(*map(data.combinations, crowds(300, seed))) & world.held_out
-    for skill in data.SKILLS:       # the words themselves are known: every skill is met in training, and held out
+    world, trained = data.World(seed, *size), set().union(*map(data.combinations, training_scenes(1500, seed, size)))
+    assert not (trained | set().union(*map(data.combinations, crowds(300, seed, size)))) & world.held_out
+    for skill in world.skills:      # the words themselves are known: every skill is met in training, and held out
         assert {c for c in world.held_out if c[0] == skill} and {c for c in trained if c[0] == skill}
-    for scene, combination in held_out_scenes(30, seed):
+    for scene, combination in held_out_scenes(30, seed, size):
         assert combination in world.held_out and combination in data.combinations(scene)
 
 
@@ -112,7 +119,9 @@ def test_every_two_words_of_a_held_out_combination_are_met_in_training():
 def combination_of(prompt):
     """Read a prompt back by its words alone."""
     prefix = max((p for p in data.PREFIXES if prompt.startswith(p)), key=len)
-    patterns = {"one object": f"a {SHAPE} {PLACE}", "two objects": f"a {SHAPE} {PLACE} and a {SHAPE} {PLACE}",
+    several = {skill: " and ".join([f"a {SHAPE} {PLACE}"] * n) for n, skill in
+               enumerate(("one object", "two objects", "three objects", "four objects"), 1)}
+    patterns = {**several,
                 "counting": f"(two|three) {COLOUR} {SHAPE}e?s", "colours": f"a {COLOUR} {SHAPE} {PLACE}",
                 "position": f"a {COLOUR} {SHAPE} {RELATION} a {COLOUR} {SHAPE}",
                 "colour attribution": f"a {COLOUR} {SHAPE} and a {COLOUR} {SHAPE}"}
@@ -120,41 +129,45 @@ def combination_of(prompt):
                        if (found := re.fullmatch(pattern, prompt.removeprefix(prefix))))
     words = [data.PLACES.index(w) if w in data.PLACES else data.NUMBERS.index(w) if w in data.NUMBERS else w
              for w in words]
-    if skill in ("one object", "counting", "colours"):
+    if skill in ("counting", "colours"):
         return skill, *words
+    if skill in several:
+        return skill, *(word for pair in sorted(zip(words[::2], words[1::2], strict=True)) for word in pair)
     first, name, second = tuple(words[:2]), words[2:-2], tuple(words[-2:])
-    shape = 0 if skill == "two objects" else 1
-    if first[shape] > second[shape]:
+    if first[1] > second[1]:
         first, name, second = second, [data.OPPOSITE[n] for n in name], first
-    return (skill, *first, *second) if skill == "two objects" else (skill, first, *name, second)
+    return skill, first, *name, second
 
 
-def test_a_prompt_mentions_exactly_its_combination():
+@worlds
+def test_a_prompt_mentions_exactly_its_combination(size):
     """Read back from its words, every prompt of every combination is that combination again, in either order."""
-    for every in data.all_combinations().values():
-        for i, combination in enumerate(every):
+    for every in data.World(0, *size).combinations.values():
+        for i, combination in enumerate(every[:500]):
             assert {combination_of(data.prompt_text(combination, random(i, j))) for j in range(4)} == {combination}
 
 
 def spoiled(skill, scene):
     """Scenes with one thing added, or one word of what the skill mentions changed."""
-    free = next(place for place in range(data.CELLS) if place not in {t.place for t in scene})
-    yield *scene, replace(scene[0], place=free)
+    free = next((place for place in range(data.CELLS) if place not in {t.place for t in scene}), None)
+    if free is not None:
+        yield *scene, replace(scene[0], place=free)
     for i, thing in enumerate(scene):
         rest = scene[:i] + scene[i + 1:]
         yield rest
         yield *rest, replace(thing, shape=next(s for s in data.SHAPES if s != thing.shape))
         if skill in ("colours", "counting", "position", "colour attribution"):
             yield *rest, replace(thing, colour=next(c for c in data.COLOURS if c != thing.colour))
-        if skill in ("one object", "two objects", "colours"):
+        if skill in ("one object", "two objects", "three objects", "colours"):
             yield *rest, replace(thing, place=free)
     if skill == "position":
         yield replace(scene[0], place=scene[1].place), replace(scene[1], place=scene[0].place)
 
 
-def test_a_scene_fulfils_its_prompt_and_a_changed_scene_does_not():
+@worlds
+def test_a_scene_fulfils_its_prompt_and_a_changed_scene_does_not(size):
     """One thing more, one less, or a wrong word is a wrong picture: scores of drawing give no credit for parts."""
-    for scene, combination in held_out_scenes(20):
+    for scene, combination in held_out_scenes(20, 0, size):
         assert combination in data.combinations(scene)
         for wrong in spoiled(combination[0], scene):
             assert combination not in data.combinations(wrong), (combination, wrong)
@@ -165,9 +178,10 @@ def fits(caption, scene):
     return caption == answer_of("what is there?", scene) or combination_of(caption) in data.combinations(scene)
 
 
-def test_captions_of_training_pictures_fit_them():
+@worlds
+def test_captions_of_training_pictures_fit_them(size):
     """A caption describes all of its scene, or is a prompt of any skill that the scene fulfils."""
-    for i, scene in enumerate(training_scenes(300)):
+    for i, scene in enumerate(training_scenes(300, 0, size)):
         assert fits(data.caption(scene, random(i)), scene)
 
 
@@ -215,23 +229,41 @@ def answer_of(text, scene):
     return "yes" if truth else "no"
 
 
+@worlds
 @pytest.mark.parametrize("kind", data.QUESTIONS)
-def test_questions_are_answered_correctly(kind):
+def test_questions_are_answered_correctly(kind, size):
     """A brute-force reading of the question's words gives the same answer, and the answer that was asked for."""
-    scenes, met = training_scenes(300) + [scene for scene, _ in held_out_scenes(30)], set()
+    world, met = data.World(0, *size), set()
+    scenes = training_scenes(300, 0, size) + [scene for scene, _ in held_out_scenes(30, 0, size)]
     for i, scene in enumerate(scenes):
         for truth in (None,) if kind == "choice" else (None, True, False):
-            asked = data.question(scene, kind, random(i), truth)
+            asked = data.question(world, scene, kind, random(i), truth)
             assert asked.kind == kind and asked.answer == answer_of(asked.text, scene), (asked, scene)
             assert truth is None or asked.answer == ("yes" if truth else "no")
             met.add(asked.answer)
     assert met >= (set("ABCD") if kind == "choice" else {"yes", "no"})
 
 
+@pytest.mark.parametrize("size, message", [
+    ((3, 4, 2), "--shapes 3: give 4 to 8"), ((4, 9, 2), "--colours 9: give 4 to 8"),
+    ((5, 8, 4), "--objects 4: give 2 to 3 with --shapes 5 --colours 8"), ((8, 8, 5), "--objects 5: give 2 to 4")])
+def test_a_world_of_an_impossible_size_is_refused(size, message):
+    """A choice needs two words that the scene does not show, and a picture has four places."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        data.World(0, *size)
+
+
+def test_runs_of_before_keep_their_world():
+    """Settings that name no size are of the easiest world; others come back as they were."""
+    assert data.world_of({"seed": 3, "lr": 1}).held_out == data.World(3).held_out
+    harder = data.World(3, 6, 5, 3)
+    assert data.world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3}).held_out == harder.held_out
+
+
 def test_rotations_keep_the_right_option():
     """The four options move round, so that the right one stands behind each letter once; the first is the original."""
     for i, scene in enumerate(training_scenes(100)):
-        asked = data.question(scene, "choice", random(i))
+        asked = data.question(data.World(0), scene, "choice", random(i))
         turned = judge.rotations(asked)
         assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
         assert all(q.answer == answer_of(q.text, scene) for q in turned)

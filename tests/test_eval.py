@@ -58,13 +58,16 @@ def result_of(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-def test_right_answers_score_one(monkeypatch):
+@pytest.mark.parametrize("size", [(4, 4, 2), (8, 8, 4)])
+def test_right_answers_score_one(size, monkeypatch):
     """Someone who reads the pictures and answers by the words of the question is right in every measure."""
+    world = data.World(0, *size)
+
     def look(m, text, asked, **_):
-        scenes, _ = data.read(np.stack([picture for picture, _ in asked]))
+        scenes, _ = data.read(np.stack([picture for picture, _ in asked]), world)
         return [answer_of(question, scene) for (_, question), scene in zip(asked, scenes, strict=True)]
     monkeypatch.setattr(judge, "answer", look)
-    scores = judge.score_understanding(None, None, data.World(0), 8)
+    scores = judge.score_understanding(None, None, world, 8)
     assert scores.pop("und_by_kind") == dict.fromkeys(data.QUESTIONS, 1.0) and set(scores.values()) == {1.0}
 
 
@@ -84,17 +87,18 @@ def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     assert 0 < scores["und_by_kind"]["choice"] < 1 and scores["circular"] == 0
 
 
+@pytest.mark.parametrize("size", [(), (5, 5, 3)])
 @pytest.mark.parametrize("drawn, expected", [("right scene", 1.0), ("another shape", 0.0), ("noise in a cell", 0.0)])
-def test_drawings_are_scored_by_what_they_show(drawn, expected, monkeypatch):
+def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatch):
     """The picture of each prompt must show its combination and nothing else, readable in every cell."""
-    scenes, choose = [], data.World.held_out_scene
+    scenes, choose, world = [], data.World.held_out_scene, data.World(0, *size)
     monkeypatch.setattr(data.World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
 
     def paint(m, text, prompts, temperature):
         assert len(prompts) == len(scenes)
         shown = [scene for scene, _ in scenes]
         if drawn == "another shape":
-            following = dict(zip(data.SHAPES, (*data.SHAPES[1:], data.SHAPES[0]), strict=True))
+            following = dict(zip(world.shapes, (*world.shapes[1:], world.shapes[0]), strict=True))
             shown = [(replace(one, shape=following[one.shape]), *rest) for one, *rest in shown]
         pictures = data.draw(shown)
         for picture, scene in zip(pictures, shown, strict=True) if drawn == "noise in a cell" else ():
@@ -104,9 +108,9 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, monkeypatch):
             picture[row:row + data.CELL, column:column + data.CELL] = noise
         return torch.stack([data.to_tensor(picture) for picture in pictures])
     monkeypatch.setattr(judge, "draw", paint)
-    scores, (prompts, pictures, right) = judge.score_generation(None, None, data.World(0), 5)
-    assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(data.SKILLS, expected)}
-    assert len(prompts) == len(pictures) == len(right) == 5 * len(data.SKILLS)
+    scores, (prompts, pictures, right) = judge.score_generation(None, None, world, 5)
+    assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
+    assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
 
 
 @pytest.mark.parametrize("offset, psnr, reader", [(0, 90, 1.0), (10, 20 * np.log10(25.5), 1.0)])

@@ -41,7 +41,7 @@ def texts(tmp_path_factory):
     for name, config in SMALL.items():
         made[name] = train.train_tokenizer(folder / f"{name}.json", config)
 
-    def ready_made(file, config):
+    def ready_made(file, config, *size):
         return data.Text(shutil.copy(made[f"tiny-{config.kind}"].file, file), config.kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_tokenizer", ready_made)
