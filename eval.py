@@ -2777,10 +2777,10 @@ def figure_5(runs, paper, file):
 
 
 def figure_study(content, file):
-    """Both scores of each row, less those of "unified" with the same seed: mean and 95 % interval, none of one seed."""
-    rows = {name: row for name, row in content["summary"].items()
-            if "difference" in row["und"] and not name.startswith("expert-")}
-    figure, panels = canvas([TASK_NAME[task] for task in ("und", "gen")], "", "difference to unified without AIA", None)
+    """Both scores of each row, less those of its baseline with the same seed: mean and 95 % interval, none of one seed.
+    The two experts are one row."""
+    rows = {name: row for name, row in content["summary"].items() if row["baseline"]}
+    figure, panels = canvas([TASK_NAME[task] for task in ("und", "gen")], "", "difference of scores", None)
     figure.set_figheight(1.4 + 0.3 * len(rows))
     for panel, task in zip(panels, ("und", "gen"), strict=True):
         for i, row in enumerate(rows.values()):
@@ -2788,8 +2788,8 @@ def figure_study(content, file):
                            color=TASK_COLOUR[task], markersize=5)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.locator_params(axis="x", nbins=5)
-    panels[0].set_yticks([-i for i in range(len(rows))], [f"{name} ({len(row['seeds'])})" for name, row in
-                                                          rows.items()])
+    panels[0].set_yticks([-i for i in range(len(rows))], [
+        f"{name} - {row['baseline']} ({len(row['seeds'])})" for name, row in rows.items()])
     finish(figure, panels, file, None)
     print(f"{file}: rows and their seeds, of {content['machine']['date']}")
 

@@ -1263,12 +1263,12 @@ def rows_of(name, flags, groups):
     """A setting without and with AIA, and its experts where it is searched for a conflict (group 6)."""
     return {name: Row(groups, flags | OFF, "", ""),
             f"{name}+aia": Row(groups.strip("6"), flags, f"{name}/before", name),
-            **{f"{name}-{task}": Row("6", flags | own, "", name) for task, own in EXPERTS.items() if "6" in groups}}
+            **{f"{name}-{task}": Row("6", flags | own, "", "") for task, own in EXPERTS.items() if "6" in groups}}
 
 
 ROWS = {
     "aia": Row("1", {}, ""), "unified": Row("1", OFF, baseline=""),
-    **{f"expert-{task}": Row("1", flags, "") for task, flags in EXPERTS.items()},
+    **{f"expert-{task}": Row("1", flags, "", "") for task, flags in EXPERTS.items()},
     **{f"unifork-{layer}": Row("1", {"fork_layer": layer} | OFF) for layer in (1, 2)},
     "wide": Row("1", {"preset": "tiny-wide"} | OFF, ""),
     "raw": Row("2", {"aia_variant": "raw"}), "no-huber": Row("2", {"aia_variant": "no-huber"}),
@@ -1285,6 +1285,8 @@ ROWS = {
     **rows_of("double", {"preset": "tiny-double"}, "5"),
     **{row: what for name, flags in SETTINGS.items()
        for row, what in rows_of(name, flags, {"half": "56", "janus": "46"}.get(name, "6")).items()}}
+# Unified model: how the names of its two experts begin, and of the row that joins them.
+PAIRS = {"unified": ("expert", "experts")} | {name: (name, f"{name}-experts") for name in SETTINGS}
 QUICK = ("aia", "unified", "expert-gen", "expert-und")
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
@@ -1402,10 +1404,12 @@ def summary_of(rows):
     """{row: both scores with mean, interval and difference to its baseline (paired by seed); means of losses, distances
     and seconds}; "experts" joins the two."""
     table, result = by_row(rows), {}
+    baselines = {name: row.baseline for name, row in ROWS.items()} | {joint: name for name, (_, joint) in PAIRS.items()}
     for name, seeds in table.items():
-        base = table.get(ROWS[name].baseline if name in ROWS else "unified", {})
+        base = table.get(baselines[name], {})
         shared = sorted({*seeds} & {*base})
-        result[name] = {"seeds": sorted(seeds), "seconds": float(np.mean([row["seconds"] for row in seeds.values()]))}
+        result[name] = {"seeds": sorted(seeds), "seconds": float(np.mean([row["seconds"] for row in seeds.values()])),
+                        "baseline": baselines[name] if shared else ""}
         for task in aia.TASKS:
             mean, half = interval([row[task] for row in seeds.values()])
             result[name][task] = {"mean": mean, "interval": half} | {
@@ -1421,8 +1425,8 @@ def conflicts_of(rows):
     """{setting: what two experts gain over the unified model}: scores (higher is better) and next-token losses (lower
     is better) of each task, as mean and interval over seeds."""
     table, result = by_row(rows), {}
-    for name in ("unified", *SETTINGS):
-        experts = table.get("experts" if name == "unified" else f"{name}-experts", {})
+    for name, (_, joint) in PAIRS.items():
+        experts = table.get(joint, {})
         seeds = sorted({*experts} & {*table.get(name, {})})
         if seeds:
             result[name] = {"seeds": seeds} | {key: dict(zip(("mean", "interval"), interval(
@@ -1432,11 +1436,12 @@ def conflicts_of(rows):
 
 
 def by_row(rows):
-    """{row: {seed: row}}; "experts" has understanding of the one and generation of the other."""
+    """{row: {seed: row}}; "experts" has understanding of the one and generation of the other, and so have those of each
+    setting."""
     table = {}
     for row in rows:
         table.setdefault(row["row"], {})[row["seed"]] = row
-    for prefix, joint in (("expert", "experts"), *((name, f"{name}-experts") for name in SETTINGS)):
+    for prefix, joint in PAIRS.values():
         for seed in sorted({*table.get(f"{prefix}-gen", {})} & {*table.get(f"{prefix}-und", {})}):
             parts = {task: table[f"{prefix}-{task}"][seed] for task in aia.TASKS}
             row = {key: value for task, part in parts.items() for key, value in part.items() if key.endswith(task)
@@ -1520,7 +1525,7 @@ def print_study(content):
     tasks = ("und", "gen")
     for name, row in content["summary"].items():
         cells = [name, str(len(row["seeds"])), *(shown(row[task]["mean"], row[task]["interval"], "") for task in tasks)]
-        cells += [(ROWS[name].baseline if name in ROWS else "unified") if "difference" in row["und"] else "-"]
+        cells += [row["baseline"] or "-"]
         cells += [shown(row[task]["difference"], row[task]["difference_interval"]) if "difference" in row[task] else "-"
                   for task in tasks]
         cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]

@@ -609,9 +609,10 @@ def test_the_page_needs_nothing_else_and_shows_the_run(tmp_path):
 def test_a_study_is_drawn_with_its_intervals(tmp_path):
     """A row of one seed has no interval; the two runs that make up the experts are one row."""
     part = {"mean": 0.5, "interval": None, "difference": 0.1, "difference_interval": None}
-    rows = {"unified": {"seeds": [0], "und": {"mean": 0.4, "interval": None}, "gen": {"mean": 0.4, "interval": None}},
-            **{name: {"seeds": [0, 1], "und": part, "gen": part | {"difference_interval": 0.05}}
-               for name in ("aia", "expert-gen", "experts")}}
+    plain = {"mean": 0.4, "interval": None}
+    rows = {**{name: {"seeds": [0], "baseline": "", "und": plain, "gen": plain} for name in ("unified", "expert-gen")},
+            **{name: {"seeds": [0, 1], "baseline": "unified", "und": part, "gen": part | {"difference_interval": 0.05}}
+               for name in ("aia", "experts")}}
     judge.write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
     command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
     assert Image.open(tmp_path / "drawn/study.png").width == 1350

@@ -1179,7 +1179,7 @@ def test_a_dry_run_of_janus_pro_on_two_nodes():
 # ---------------------------------------------------------------------------------------------------------------------
 def made_up_row(name, seed, und, gen, lift=0.0):
     """A row of a study with given scores; lift moves its curves."""
-    row = {"row": name, "seed": seed, "und": und, "gen": gen,
+    row = {"row": name, "seed": seed, "und": und, "gen": gen, "seconds": 60.0, "ntp_und": 1 - und, "ntp_gen": 1 - gen,
            "alignment": {"und": [0.1, 0.2, 0.3], "gen": [0.1, 0.3, 0.2]}}
     for task, curve in (("gen", [0.1, 0.2, 0.3]), ("und", [0.3, 0.2, 0.1])):
         row |= {f"{task}_curve": [x + lift for x in curve], f"distance_{task}": 0.2 - lift, f"std_{task}": 0.05}
@@ -1204,6 +1204,36 @@ def test_experts_are_one_row_of_two_runs():
     joint = train.by_row(rows)["experts"][0]
     assert (joint["und"], joint["gen"]) == (0.8, 0.9)
     assert joint["und_curve"] == rows[1]["und_curve"] and joint["gen_curve"] == rows[0]["gen_curve"]
+    assert (joint["ntp_und"], joint["ntp_gen"], joint["seconds"]) == pytest.approx((0.2, 0.1, 120))
+
+
+def test_a_conflict_is_what_the_experts_of_a_setting_gain():
+    """Each setting has experts of its own, in its world, and seeds that miss one of the three runs do not count."""
+    rows = [made_up_row(name, seed, und, gen) for seed in (0, 1) for name, und, gen in (
+        ("unified", 0.9, 0.8), ("expert-und", 0.9, 0.0), ("expert-gen", 0.0, 0.7),
+        ("crowd", 0.5, 0.4), ("crowd-und", 0.6, 0.0), ("crowd-gen", 0.0, 0.6))]
+    found = train.conflicts_of(rows + [made_up_row("crowd", 2, 0.5, 0.4), made_up_row("half", 0, 0.5, 0.4)])
+    assert [*found] == ["unified", "crowd"] and found["crowd"]["seeds"] == [0, 1]
+    assert [found["crowd"][key]["mean"] for key in ("und", "gen", "ntp_gen")] == pytest.approx([0.1, 0.2, -0.2])
+    assert found["unified"]["gen"]["mean"] == pytest.approx(-0.1)
+    summary = train.summary_of(rows)
+    assert summary["crowd-experts"]["gen"]["difference"] == pytest.approx(0.2)
+    assert [name for name, row in summary.items() if row["baseline"]] == ["experts", "crowd-experts"]
+
+
+def test_every_row_of_the_study_is_a_run():
+    """Its flags are settings, it begins from a row, and both arms of a comparison begin from the same weights."""
+    for name, row in train.ROWS.items():
+        config = train.TrainConfig(**row.flags | ({"aia_targets": ""} if "aia_targets" in row.flags else {}))
+        train.plan(replace(config, init="folder" if row.start else ""))
+        data.world_of({"seed": 0, "shapes": config.shapes, "colours": config.colours, "objects": config.objects})
+        assert {*train.needs(name), row.baseline} - {""} <= {*train.ROWS}
+        if name.endswith("+aia"):
+            start, plain = row.start or name, train.ROWS[row.baseline]
+            assert row.baseline == name.removesuffix("+aia") and start in (plain.start, f"{row.baseline}/before")
+            assert row.flags | train.OFF == plain.flags
+    assert len(train.SETTINGS) <= 12 and train.needs("tuned+aia") == ["janus"]
+    assert train.needs("experts-curves") == ["expert-gen", "expert-und", "aia"]
 
 
 @pytest.mark.parametrize("gains, verdict", [
@@ -1240,17 +1270,20 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     train.main([*map(str, flags), "--seeds", "3"])
     train.main([*map(str, flags), "--seeds", "3", "4"])
     names = [Path(config.out).name for config in configs]
-    assert len(names) == len(set(names)) == 12 and names[:2] == ["aia-seed3", "expert-gen-seed3"]
+    assert len(names) == len(set(names)) == 12 and names[:2] == ["aia-seed3", "unified-seed3"]
     for config in configs:
         base = tmp_path / f"runs/aia-seed{config.seed}/before"
         assert config.init == ("" if re.match("aia|expert-", Path(config.out).name) else str(base))
-    whole, drawer, reader = sizes[:3]               # an expert differs by the other task alone
-    assert whole == {"tokenizer": 8, "read": 24, "joint": 32, "tune": 32} and sizes[3] == {"tune": 32}
+    whole, tuned, _, drawer, reader = sizes[:5]     # an expert differs by the other task alone
+    assert whole == {"tokenizer": 8, "read": 24, "joint": 32, "tune": 32} and tuned == {"tune": 32}
     assert drawer == {"tokenizer": 8, "joint": 16, "tune": 16} and reader == whole | drawer
     own = json.loads(Path(configs[5].aia_targets).read_text())
     assert configs[5].out.endswith("experts-curves-seed3") and own["gen"][0] == [0.0, 0.2, 0.1]
-    stored = json.loads((tmp_path / "study.json").read_text())
-    assert stored["summary"]["experts"]["seeds"] == [3, 4] and "| claim | verdict |" in capsys.readouterr().out
+    train.main([*map(str, flags[:2]), "unified", *map(str, flags[5:]), "--seeds", "4"])
+    stored = json.loads((tmp_path / "study.json").read_text())          # of all that is there, whatever was asked for
+    assert len(configs) == 12 and stored["summary"]["experts"]["seeds"] == [3, 4]
+    assert [(row["row"], row["seed"]) for row in stored["rows"][:3]] == [("aia", 3), ("aia", 4), ("unified", 3)]
+    assert "| claim | verdict |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--rows seventh"):
         train.main(["study", "--rows", "seventh"])
 
