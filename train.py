@@ -147,12 +147,14 @@ TOKENIZER = Stage("tokenizer", 1000, 8, 8e-3, 30, betas=(0.9, 0.99), weight_deca
 READ = Stage("read", 1000, 24, 3e-3, 50, ("vq",), ratio="0:1")
 JOINT = Stage("joint", 1300, 32, 3e-3, 50, ("vq",), weight_decay=0.3)
 TUNE = Stage("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, weight_decay=0.3)
-# UniFork's last stage: each branch alone, first drawing, then answering; trunk, embedding and head stand still. (Its
-# first one, of projector and image head alone, has no counterpart where pictures are words like any other.)
+# UniFork's stages: what leads into and out of the decoder alone (its projector and image head; here pictures are words
+# like any other, so embedding and head), then everything, then each branch alone, first drawing, then answering.
+ALIGN = Stage("align", 200, 32, 3e-3, 30, ("vq", *(f"lm.{part}" for part in ("layers", "gen_layers", "norm",
+                                                                             "gen_norm"))), weight_decay=0.3)
 TRUNK = ("vq", "lm_head", *(f"lm.{part}" for part in ("embed_tokens", "layers.0", "layers.1")))
 OWN = {"gen": (*TRUNK, "lm.layers", "lm.norm"), "und": (*TRUNK, "lm.gen_layers", "lm.gen_norm")}
 PLANS = {**dict.fromkeys(("tiny-emu3", "tiny-wide", "tiny-half", "tiny-double"), (TOKENIZER, READ, JOINT, TUNE)),
-         "tiny-unifork": (TOKENIZER, READ, JOINT, *(
+         "tiny-unifork": (TOKENIZER, READ, ALIGN, JOINT, *(
              Stage(f"branch-{task}", 200, 32, 1e-3, 30, OWN[task], weight_decay=0.3, ratio=ratio)
              for task, ratio in (("gen", "1:0"), ("und", "0:1")))),
          "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}
@@ -214,7 +216,7 @@ def plan(config):
     """The stages of a run, flags applied."""
     stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
     if config.init:
-        stages = tuple(stage for stage in stages if stage.name not in ("tokenizer", "read", "joint"))
+        stages = tuple(stage for stage in stages if stage.name not in ("tokenizer", "read", "align", "joint"))
     elif config.recipe or config.preset not in PLANS:
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
     if config.data or not parse_ratio(config.ratio)[1]:       # a user's records may hold no questions
@@ -814,11 +816,12 @@ def equip(run, stage, state):
     """What a stage needs: its optimizer, the schedule of its batches (None for the picture tokenizer), lambda of each
     task, and the model as several processes call it. state: of the checkpoint within the stage that it goes on from."""
     config, optimizer, schedule = run.config, make_optimizer(run.m, stage), None
-    if stage.name == "joint" and not state:         # drawing begins: its branch is a copy of what has learned to read
+    if stage.name == "align" and not state:         # drawing begins: its branch is a copy of what has learned to read
         model.fork(run.m)
     weights, net = dict.fromkeys(aia.TASKS, 0.0), run.m
     if stage.name != "tokenizer":
-        order = 3 * config.seed + {"read": 2, "joint": 1}.get(stage.name, 0)   # both last arms meet the same samples
+        # both last arms meet the same samples
+        order = 3 * config.seed + {"read": 2, "align": 2, "joint": 1}.get(stage.name, 0)
         schedule, both = (data.Schedule(run.source, run.preparer, order, stage.batch_size,
                                         parse_ratio(stage.ratio or config.ratio), config.micro_batch,
                                         on_bad_record=config.on_bad_record, rank=rank(), world=processes(), mix=mix)

@@ -255,18 +255,20 @@ def test_frozen_parts_do_not_move(whole):
 
 
 def test_unifork_trains_each_branch_alone_at_the_end(tmp_path, unscored, monkeypatch):
-    """Generation's branch begins as a copy of what has learned to read; its last stages move a branch each, and
-    nothing else. Five steps and five more are ten."""
+    """Generation's branch begins as a copy of what has learned to read; the first stage of both tasks moves embedding
+    and head, the last ones a branch each, and nothing else. Four steps and two more are six."""
     moved, forked, run_stage, fork = {}, [], train.run_stage, model.fork
 
     def watched(run, index, state):
         before = copy.deepcopy(run.m.state_dict())
         run_stage(run, index, state)
+        if run.stages[index].name == "align":
+            before |= {name: before[model.unforked(name, run.m.config)] for name in before if "gen_" in name}
         moved[run.stages[index].name] = {name for name, x in run.m.state_dict().items()
                                          if not torch.equal(x, before[name])}
 
     def pressed(run, stage, step, *rest):
-        if (stage, step) == (3, 4):
+        if (run.stages[stage].name, step) == ("branch-gen", 4):
             os.kill(os.getpid(), signal.SIGTERM)
         return report(run, stage, step, *rest)
     monkeypatch.setattr(model, "fork", lambda m: forked.append(m) or fork(m))
@@ -277,8 +279,9 @@ def test_unifork_trains_each_branch_alone_at_the_end(tmp_path, unscored, monkeyp
     names = model.build("tiny-unifork").state_dict()
     for task, parts in branches.items():
         assert moved[f"branch-{task}"] == {name for name in names if name.startswith(parts)}
+    assert moved["align"] == {"lm.embed_tokens.weight", "lm_head.weight"}
     assert moved["joint"] == {name for name in names if not name.startswith("vq.")}
-    assert not any("gen_" in name for name in moved["read"]) and len(forked) == 3       # built, at joint, and above
+    assert not any("gen_" in name for name in moved["read"]) and len(forked) == 3       # built, at align, and above
     with monkeypatch.context() as patch, pytest.raises(train.Stop):
         patch.setattr(train, "report", pressed)
         train.train(settings(tmp_path / "parts", **given))
