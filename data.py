@@ -199,13 +199,14 @@ def read(pictures, world):
 # The world: combinations, wordings, held-out split
 # ---------------------------------------------------------------------------------------------------------------------
 # A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
-# skill is held out: no training picture shows one of them. Worlds of larger scenes have a skill more for each size.
+# skill is held out: no training picture shows one of them and nothing else. Worlds of larger scenes have a skill more
+# for each size; there a held-out pair may be met beside other things.
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
-CROWDS = {3: "three objects", 4: "four objects"}
+SEVERAL = {3: "three objects", 4: "four objects"}
 QUESTIONS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
 SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
-SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in CROWDS.items()}}       # things of a scene; "group": 2 or 3
+SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in SEVERAL.items()}}       # things of a scene; "group": 2 or 3
 ASKED = 4                                       # questions of a training conversation; half end in a description
 DESCRIBE = "what is there?"
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
@@ -232,7 +233,7 @@ def combinations(scene):
     ordered = sorted(scene)                         # by shape
     placed = sum(((thing.shape, thing.place) for thing in ordered), ())
     if len(scene) > 2:
-        return {(CROWDS[len(scene)], *placed)}
+        return {(SEVERAL[len(scene)], *placed)}
     a, b = ordered
     x, y = (a.colour, a.shape), (b.colour, b.shape)
     return {("two objects", *placed), ("colour attribution", x, y),
@@ -255,7 +256,7 @@ def all_combinations(world):
         "colours": [("colours", *x, p) for x in objects for p in places],
         "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
         "colour attribution": [("colour attribution", x, y) for x, y in pairs],
-        **{skill: [(skill, *words) for words in placed(n)] for n, skill in CROWDS.items() if n <= world.objects},
+        **{skill: [(skill, *words) for words in placed(n)] for n, skill in SEVERAL.items() if n <= world.objects},
     }
 
 
@@ -269,7 +270,7 @@ def prompt_text(combination, rng):
         text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
     elif skill == "counting":
         text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
-    elif skill in ("two objects", *CROWDS.values()):
+    elif skill in ("two objects", *SEVERAL.values()):
         said = [f"a {shape} {PLACES[place]}" for shape, place in zip(words[::2], words[1::2], strict=True)]
         text = " and ".join(said[::-1] if swap else said)
     else:
@@ -298,8 +299,8 @@ class World:
                 raise InputError(f"--{name} {value}: give {least} to {most}" + (
                     f" with --shapes {shapes} --colours {colours}" if name == "objects" else ""))
         self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
-        self.crowds = tuple(skill for n, skill in CROWDS.items() if n <= objects)
-        self.skills = SKILLS + self.crowds
+        self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
+        self.skills = SKILLS + self.several
         rng = np.random.default_rng([seed, 1])
         self.combinations, held = all_combinations(self), []
         for every in self.combinations.values():
@@ -308,7 +309,7 @@ class World:
 
     def scene(self, rng):
         """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
-        kinds = SCENES + tuple(skill for skill in self.crowds for _ in range(4))
+        kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))
         while True:
             scene = random_scene(self, rng, kinds[rng.integers(len(kinds))])
             if not combinations(scene) & self.held_out:
@@ -327,9 +328,9 @@ class World:
         """A scene and the held-out combination of this skill that it shows."""
         mine = [c for c in self.combinations[skill] if c in self.held_out]
         wanted = mine[rng.integers(len(mine))]
-        kind = {"one object": "one", "colours": "one", "counting": "group"}.get(skill, skill)
+        kinds = {"one object": "one", "colours": "one", "counting": "group"} | {name: name for name in self.several}
         while True:
-            scene = random_scene(self, rng, kind if kind in (*self.crowds, "one", "group") else "two", wanted)
+            scene = random_scene(self, rng, kinds.get(skill, "two"), wanted)
             if wanted in combinations(scene):
                 return scene, wanted
 
@@ -353,7 +354,7 @@ def random_scene(world, rng, kind, wanted=None):
         colours[0], shapes[0], places[0] = words
     elif skill == "counting":
         number, colours[0], shapes[0] = words
-    elif skill in ("two objects", *CROWDS.values()):
+    elif skill in ("two objects", *SEVERAL.values()):
         shapes, places = words[::2], words[1::2]
     elif skill:
         colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
@@ -1555,7 +1556,7 @@ class Export:
     seed: int = opt(0, "world and order")
     shapes: int = opt(4, "shapes of the world, 4 to 8")
     colours: int = opt(4, "colours of the world, 4 to 8")
-    objects: int = opt(2, "different things in a scene at most, 2 to 4: two less than shapes and colours")
+    objects: int = opt(2, "different things in a scene at most: 2 to 4, with two more shapes and colours")
 
 
 def export(settings):

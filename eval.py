@@ -140,12 +140,13 @@ def score_understanding(m, text, world, n, seed=0):
     rng = np.random.default_rng([seed, 6])
     asked = []                                                                  # (measure, number, picture, q)
     for kind in data.QUESTIONS:
-        shown = SHOWN[kind] + (world.crowds if kind != "count" else ())
+        shown = SHOWN[kind] + (world.several if kind != "count" else ())
         for i in range(n):
             scene, _ = world.held_out_scene(shown[i % len(shown)], rng)
             picture = data.draw([scene])[0]
             if kind == "existence":
-                questions = [(kind, data.question(world, scene, kind, rng, i % 4 < 2))]
+                # half of them true, of each kind of scene: with four kinds, turns of four would go with the kinds
+                questions = [(kind, data.question(world, scene, kind, rng, i % 4 < 2 if len(shown) % 4 else i % 8 < 4))]
             elif kind == "choice":
                 first, *others = rotations(data.question(world, scene, kind, rng))
                 questions = [(kind, first), *(("turned", question) for question in others)]
@@ -799,18 +800,23 @@ def collect(settings):
     """Read result.json, scores.json and curves.json of each run; write them with mean and range for each preset."""
     rows = []
     for file in sorted(glob.glob(f"{settings.runs}/scores.json")):              # runs on own pictures have none
-        row, scores, lines = (json.loads(Path(file).with_name(f"{name}.json").read_text())
-                              for name in ("result", "scores", "curves"))
+        row, scores, lines, made = (json.loads(Path(file).with_name(f"{name}.json").read_text())
+                                    for name in ("result", "scores", "curves", "settings"))
+        world = data.world_of(made)
+        row["world"] = [len(world.shapes), len(world.colours), world.objects]
         rows.append(row | {key: scores[key] for key in ("und_by_kind", "gen_by_skill", "f1", "acc_plus", "circular",
                                                   "open")}
-                    | {"before": {key: scores["before"][key] for key in ("und", "gen")}}
+                    | {"before": {key: scores["before"][key] for key in ("und", "gen") if "before" in scores}}
                     | {"distance": {f"{task} {name}": distance(lines[task], name) for task in aia.TASKS
-                                    for name in ("before", "after")}})
+                                    for name in ("before", "after") if name in lines[task]}})
     if not rows:
         raise InputError(f"no finished run of the world matches {settings.runs}: train some, then give their folders")
     summary = {}
     for preset in sorted({row["preset"] for row in rows}):
         mine = [row for row in rows if row["preset"] == preset]
+        if any(row["world"] != mine[0]["world"] for row in mine):
+            raise InputError(f"--runs {settings.runs}: the runs of {preset} had worlds of different size (--shapes, "
+                             "--colours, --objects), whose scores have no common mean: collect them apart")
         summary[preset] = {key: {"mean": float(np.mean([row[key] for row in mine])),
                                  "min": min(row[key] for row in mine), "max": max(row[key] for row in mine)}
                            for key in ("und", "gen", "reader", "psnr", "seconds", "rss_gb", "aia_gen", "aia_und")}
@@ -2778,7 +2784,7 @@ def figure_5(runs, paper, file):
 
 def figure_study(content, file):
     """Both scores of each row, less those of its baseline with the same seed: mean and 95 % interval, none of one seed.
-    The two experts are one row."""
+    Two experts are one row."""
     rows = {name: row for name, row in content["summary"].items() if row["baseline"]}
     figure, panels = canvas([TASK_NAME[task] for task in ("und", "gen")], "", "difference of scores", None)
     figure.set_figheight(1.4 + 0.3 * len(rows))
@@ -2789,7 +2795,7 @@ def figure_study(content, file):
         panel.axvline(0, color="black", linewidth=0.8)
         panel.locator_params(axis="x", nbins=5)
     panels[0].set_yticks([-i for i in range(len(rows))], [
-        f"{name} - {row['baseline']} ({len(row['seeds'])})" for name, row in rows.items()])
+        f"{name} - {row['baseline']} ({len(row['paired'])})" for name, row in rows.items()])
     finish(figure, panels, file, None)
     print(f"{file}: rows and their seeds, of {content['machine']['date']}")
 
@@ -2808,7 +2814,7 @@ class Alignment(Loaded):
     comes later in a task has seen what came before, and not the other way round."""
 
     data: str = opt("", "data set of drawing records (picture and caption); empty: held-out scenes of the world")
-    n: int = opt(1024, "pairs of picture and caption, all different; the world has about 450")
+    n: int = opt(1024, "pairs of picture and caption, all different; the easiest world has about 450")
     seed: int = opt(0, "draws the pairs and the bootstrap")
     out: str = opt("", "PNG file, its numbers beside it as JSON; empty: alignment.png in the run folder, or here")
 

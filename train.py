@@ -106,7 +106,7 @@ class TrainConfig:
     resume: bool = opt(False, "go on from the newest checkpoint in the run folder; begin where there is none yet")
     shapes: int = opt(4, "shapes of the built-in world, 4 to 8")
     colours: int = opt(4, "colours of the built-in world, 4 to 8")
-    objects: int = opt(2, "different things in a scene at most, 2 to 4: two less than shapes and colours")
+    objects: int = opt(2, "different things in a scene at most: 2 to 4, with two more shapes and colours")
     pool: int = opt(8000, "pictures of the built-in world")
     eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
     log_every: int = opt(50, "steps between reports")
@@ -196,6 +196,7 @@ def check_numbers(config):
     for name in ("rho", "clip", "tflops", "utilisation"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
+    data.world_of(asdict(config))
     aia.fixed_weights(config.aia_weight)
     parse_ratio(config.ratio)
     if not config.dry_run_world:
@@ -405,14 +406,14 @@ def calibrate(net, schedule, targets, config, autocast, device=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The text tokenizer of the tiny models, and a run's copy of another's
 # ---------------------------------------------------------------------------------------------------------------------
-def train_tokenizer(file, config, *size):
-    """A byte-level BPE on the text of a world of this size (see data.World), with the special tokens of `config` behind
-    it; saved as tokenizer.json.
+def train_tokenizer(file, config, world=None):
+    """A byte-level BPE on a world's text (None: the easiest), with the special tokens of `config` behind it; saved as
+    tokenizer.json.
 
     Merges never cross the edge of a word that means something; what stands between such words may become one token, so
     that conversations are short.
     """
-    world = data.World(0, *size)
+    world = world or data.World(0)
     words = [*world.shapes, *map(data.plural, world.shapes), *world.colours, *data.NUMBERS, "at the top",
              "at the bottom", "left", "right", *data.RELATIONS, "yes", "no", "nothing", *"ABCD"]
     words = "|".join(sorted(words, key=len, reverse=True))      # beside them the template, numbers, line ends and *
@@ -711,8 +712,8 @@ class Run:
             if self.config.init:
                 store_tokenizer(data.Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
             else:
-                size = self.config.shapes, self.config.colours, self.config.objects
-                train_tokenizer(self.folder / "tokenizer.json", self.m.config, *size)
+                world = data.world_of(asdict(self.config) | {"seed": 0})         # the same words for every seed
+                train_tokenizer(self.folder / "tokenizer.json", self.m.config, world)
 
     def save(self, stage, step, optimizer, weights):
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
@@ -781,7 +782,7 @@ def resumed_from(folder, config):
 
 def check_settings(stored, config, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
-    given = json.loads(json.dumps(asdict(config)))  # tuples become lists
+    stored, given = asdict(TrainConfig()) | stored, json.loads(json.dumps(asdict(config)))      # tuples become lists
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
             "checkpoint_activations", "compile", "encoded", "parallel", "shard", "whole_gradients", "offload", "keep",
             "val_every"}
@@ -820,7 +821,7 @@ def equip(run, stage, state):
         model.fork(run.m)
     weights, net = dict.fromkeys(aia.TASKS, 0.0), run.m
     if stage.name != "tokenizer":
-        # both last arms meet the same samples
+        # Three orders for each seed: "both" arms meet the same samples; what comes before has others.
         order = 3 * config.seed + {"read": 2, "align": 2, "joint": 1}.get(stage.name, 0)
         schedule, both = (data.Schedule(run.source, run.preparer, order, stage.batch_size,
                                         parse_ratio(stage.ratio or config.ratio), config.micro_batch,
@@ -1241,7 +1242,7 @@ def dry_run(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The papers in miniature: each row of a table from the same weights, several seeds, an interval for every claim
+# The papers in miniature: each row against a baseline of the same seed, several seeds, an interval for every claim
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Row:
@@ -1263,7 +1264,8 @@ EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("un
 
 
 def rows_of(name, flags, groups):
-    """A setting without and with AIA, and its experts where it is searched for a conflict (group 6)."""
+    """A setting without and with AIA, and its experts where it is searched for a conflict (group 6). The search itself
+    does without AIA: those rows of its settings are run by name, where a conflict was found."""
     return {name: Row(groups, flags | OFF, "", ""),
             f"{name}+aia": Row(groups.strip("6"), flags, f"{name}/before", name),
             **{f"{name}-{task}": Row("6", flags | own, "", "") for task, own in EXPERTS.items() if "6" in groups}}
@@ -1273,7 +1275,9 @@ ROWS = {
     "aia": Row("1", {}, ""), "unified": Row("1", OFF, baseline=""),
     **{f"expert-{task}": Row("1", flags, "", "") for task, flags in EXPERTS.items()},
     **{f"unifork-{layer}": Row("1", {"fork_layer": layer} | OFF) for layer in (1, 2)},
-    "wide": Row("1", {"preset": "tiny-wide"} | OFF, ""),
+    # Both from the beginning: a preset has a start of its own for the picture tokenizer, these two have the same.
+    "wide": Row("1", {"preset": "tiny-wide"} | OFF, "", ""),
+    "unifork": Row("1", {"preset": "tiny-unifork"} | OFF, "", "wide"),
     "raw": Row("2", {"aia_variant": "raw"}), "no-huber": Row("2", {"aia_variant": "no-huber"}),
     **{f"rho-{rho}": Row("2", {"rho": float(rho)}) for rho in (1, 10, 100)},
     **{name: Row("2", {"aia_weight": name}) for name in ("paper", "released")},
@@ -1342,15 +1346,17 @@ def needs(name):
 def run_row(name, seed, runs):
     """Run one row of one seed, or go on with it, unless it is there."""
     row, folder = ROWS[name], runs / f"{name}-seed{seed}"
-    if not (folder / "result.json").exists():
-        start, _, part = row.start.partition("/")
-        flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
-        flags["init"] = str(runs / f"{start}-seed{seed}" / part) if start else ""
-        if row.flags.get("aia_targets") == "experts":
-            flags["aia_targets"] = str(experts_targets(runs, seed))
-        config = TrainConfig(**flags)
+    start, _, part = row.start.partition("/")
+    flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
+    flags["init"] = str(runs / f"{start}-seed{seed}" / part) if start else ""
+    if row.flags.get("aia_targets") == "experts":
+        flags["aia_targets"] = str(experts_targets(runs, seed))
+    config = TrainConfig(**flags)
+    if (folder / "result.json").exists():
+        check_settings(model.read_json(folder / "settings.json"), config, folder)
+    else:
         stages = plan(config)
-        if row.flags.get("ratio") in ("1:0", "0:1"):            # as many samples of its task a step as a model of both
+        if 0 in parse_ratio(config.ratio):          # as many samples of its task a step as a model of both
             stages = [replace(stage, batch_size=stage.batch_size // 2) if stage.name in ("joint", "tune") else stage
                       for stage in stages]
         train(config, stages)
@@ -1360,9 +1366,13 @@ def run_row(name, seed, runs):
 
 def finished_rows(runs):
     """What each finished run of the folder gave, in the order of ROWS."""
-    places = [(name, int(folder.name.removeprefix(f"{name}-seed")), folder) for name in ROWS
-              for folder in runs.glob(f"{name}-seed*") if (folder / "result.json").exists()]
-    return [read_row(*place) for place in sorted(places, key=lambda place: ([*ROWS].index(place[0]), place[1]))]
+    found = []
+    for name, row in ROWS.items():
+        files = ("result.json", "alignment.json") if "1" in row.groups else ("result.json",)
+        places = {folder.name.removeprefix(f"{name}-seed"): folder for folder in runs.glob(f"{name}-seed*")
+                  if all((folder / file).exists() for file in files)}
+        found += [read_row(name, int(seed), places[seed]) for seed in sorted(filter(str.isdigit, places), key=int)]
+    return found
 
 
 def read_row(name, seed, folder):
@@ -1370,12 +1380,12 @@ def read_row(name, seed, folder):
     result, curves = (model.read_json(folder / f"{file}.json") for file in ("result", "curves"))
     row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
     for task in aia.TASKS:
-        tuned, before = curves[task]["after"], curves[task]["before"]
+        tuned, before = curves[task]["after"], curves[task].get("before")
         if tuned:
             row[task + "_curve"] = tuned["intensity"]
             row |= {f"{key}_{task}": tuned[key] for key in ("ntp", "aia")} | {
-                f"aia_before_{task}": before["aia"], f"distance_{task}": judge.distance(curves[task], "after"),
-                f"std_{task}": float(np.mean(tuned["std"]))}
+                f"distance_{task}": judge.distance(curves[task], "after"), f"std_{task}": float(np.mean(tuned["std"]))}
+            row |= {f"aia_before_{task}": before["aia"]} if before else {}
     if (folder / "alignment.json").exists():
         alignment = model.read_json(folder / "alignment.json")
         row["alignment"] = {task: alignment[task]["score"]["10"] for task in aia.TASKS}
@@ -1400,19 +1410,25 @@ def interval(values):
     return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+def verdict(mean, half):
+    """Of a figure that is above zero where a claim holds."""
+    decided = half is not None and abs(mean) > half
+    return ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
+
+
 MEASURES = ("ntp", "aia_before", "aia", "distance")
 
 
 def summary_of(rows):
     """{row: both scores with mean, interval and difference to its baseline (paired by seed); means of losses, distances
-    and seconds}; "experts" joins the two."""
+    and its own seconds}; two experts are one row more."""
     table, result = by_row(rows), {}
     baselines = {name: row.baseline for name, row in ROWS.items()} | {joint: name for name, (_, joint) in PAIRS.items()}
     for name, seeds in table.items():
         base = table.get(baselines[name], {})
         shared = sorted({*seeds} & {*base})
         result[name] = {"seeds": sorted(seeds), "seconds": float(np.mean([row["seconds"] for row in seeds.values()])),
-                        "baseline": baselines[name] if shared else ""}
+                        "baseline": baselines[name] if shared else "", "paired": shared}
         for task in aia.TASKS:
             mean, half = interval([row[task] for row in seeds.values()])
             result[name][task] = {"mean": mean, "interval": half} | {
@@ -1426,7 +1442,7 @@ def summary_of(rows):
 
 def conflicts_of(rows):
     """{setting: what two experts gain over the unified model}: scores (higher is better) and next-token losses (lower
-    is better) of each task, as mean and interval over seeds."""
+    is better) of each task, as mean and interval over seeds, and whether the mean of both scores shows a conflict."""
     table, result = by_row(rows), {}
     for name, (_, joint) in PAIRS.items():
         experts = table.get(joint, {})
@@ -1435,6 +1451,8 @@ def conflicts_of(rows):
             result[name] = {"seeds": seeds} | {key: dict(zip(("mean", "interval"), interval(
                 [experts[seed][key] - table[name][seed][key] for seed in seeds]), strict=True))
                 for key in ("und", "gen", "ntp_und", "ntp_gen")}
+            result[name]["verdict"] = verdict(*interval([mean_score(experts[seed]) - mean_score(table[name][seed])
+                                                         for seed in seeds]))
     return result
 
 
@@ -1464,14 +1482,18 @@ def mean_score(row):
     return (row["und"] + row["gen"]) / 2
 
 
+def better(row, *others):
+    """How much better a row is than each of the others."""
+    return [mean_score(row) - mean_score(other) for other in others]
+
+
 def between(experts, shared):
-    """Where the shared model's last layer stands between the experts': its distance to the nearer, below 0 outside."""
-    last = {task: row[-1] for task, row in experts["alignment"].items()}
-    mean = np.mean([row[-1] for row in shared["alignment"].values()])
-    return float(min(last["und"] - mean, mean - last["gen"]))
+    """How far understanding's alignment of the last layer is above the shared model's, and generation's below."""
+    und, gen = (experts["alignment"][task][-1] - shared["alignment"][task][-1] for task in ("und", "gen"))
+    return [und, -gen]
 
 
-# Claim, rows that it needs, and a number for each seed that is above zero where the claim holds.
+# Claim, rows that it needs, and for each seed a number, or several, all above zero where the claim holds.
 CLAIMS = (
     ("the two tasks' curves correlate negatively", ("unified",),
      lambda plain: -(judge.correlation(plain["gen_curve"], plain["und_curve"]) or 0.0)),
@@ -1483,36 +1505,33 @@ CLAIMS = (
      lambda plain, tuned: sum(plain[f"distance_{task}"] - tuned[f"distance_{task}"] for task in aia.TASKS) / 2),
     ("AIA improves understanding", ("unified", "aia"), lambda plain, tuned: tuned["und"] - plain["und"]),
     ("AIA improves generation", ("unified", "aia"), lambda plain, tuned: tuned["gen"] - plain["gen"]),
-    ("Huber matters", ("aia", "no-huber"), lambda full, less: mean_score(full) - mean_score(less)),
-    ("stages matter", ("aia", "raw"), lambda full, less: mean_score(full) - mean_score(less)),
-    ("rho has a middle optimum: 50 beats 1 and 100", ("aia", "rho-1", "rho-100"),
-     lambda full, low, high: mean_score(full) - max(mean_score(low), mean_score(high))),
-    ("1:1 is the best ratio with AIA", ("aia", "2to1+aia", "4to1+aia", "1to2+aia"),
-     lambda full, *others: mean_score(full) - max(map(mean_score, others))),
-    ("unified training is worse than the experts (a conflict)", ("experts", "unified"),
-     lambda experts, plain: mean_score(experts) - mean_score(plain)),
+    ("Huber matters", ("aia", "no-huber"), better),
+    ("stages matter", ("aia", "raw"), better),
+    ("rho has a middle optimum: 50 beats 1 and 100", ("aia", "rho-1", "rho-100"), better),
+    ("1:1 is the best ratio with AIA", ("aia", "2to1+aia", "4to1+aia", "1to2+aia"), better),
+    ("unified training is worse than the experts (a conflict)", ("experts", "unified"), better),
     ("alignment rises in understanding", ("experts",),
      lambda experts: experts["alignment"]["und"][-1] - experts["alignment"]["und"][0]),
     ("alignment rises and falls in generation", ("experts",),
      lambda experts: max(experts["alignment"]["gen"][1:-1]) - max(experts["alignment"]["gen"][i] for i in (0, -1))),
-    ("a shared model aligns less than the expert in understanding, more than the one in generation (last layer)",
+    ("the shared model's alignment lies between: below the expert's in understanding, above in generation (last layer)",
      ("experts", "unified"), between),
-    ("forked beats shared", ("unified", "unifork-2"), lambda plain, forked: mean_score(forked) - mean_score(plain)),
-    ("forked beats shared of the same size", ("wide", "unifork-2"),
-     lambda wide, forked: mean_score(forked) - mean_score(wide)),
+    ("forked beats shared", ("unifork-2", "unified"), better),
+    ("forked beats shared of the same size", ("unifork", "wide"), better),
 )
 
 
 def claims_of(rows):
-    """Verdict of each claim: "holds" or "does not hold" where the 95 % interval leaves out zero."""
+    """Verdict of each claim: one of several numbers decides against it, all decide for it; the figure is the least."""
     table, found = by_row(rows), []
     for claim, names, number in CLAIMS:
         seeds = sorted(set.intersection(*({*table.get(name, {})} for name in names)))
-        values = [number(*(table[name][seed] for name in names)) for seed in seeds]
-        mean, half = interval(values) if values else (None, None)
-        decided = half is not None and abs(mean) > half
-        verdict = ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
-        found.append({"claim": claim, "verdict": verdict, "figure": mean, "interval": half, "seeds": len(seeds)})
+        values = [np.atleast_1d(number(*(table[name][seed] for name in names))) for seed in seeds]
+        parts = [interval(part) for part in zip(*values, strict=True)] or [(None, None)]
+        mean, half = min(parts, key=lambda part: part[0])
+        verdicts = {verdict(*part) for part in parts}
+        decision = next((one for one in ("does not hold", "not decided here") if one in verdicts), "holds")
+        found.append({"claim": claim, "verdict": decision, "figure": mean, "interval": half, "seeds": len(seeds)})
     return found
 
 
@@ -1528,21 +1547,21 @@ def print_study(content):
     tasks = ("und", "gen")
     for name, row in content["summary"].items():
         cells = [name, str(len(row["seeds"])), *(shown(row[task]["mean"], row[task]["interval"], "") for task in tasks)]
-        cells += [row["baseline"] or "-"]
+        cells += [row["baseline"] + f" ({len(row['paired'])})" * (row["paired"] != row["seeds"]) or "-"]
         cells += [shown(row[task]["difference"], row[task]["difference_interval"]) if "difference" in row[task] else "-"
                   for task in tasks]
         cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]
-        cells += [f"{row[task]['aia_before']:.4f} -> {row[task]['aia']:.4f}" if "aia" in row[task] else "-"
+        cells += [f"{row[task]['aia_before']:.4f} -> {row[task]['aia']:.4f}" if "aia_before" in row[task] else "-"
                   for task in tasks]
         cells += [f"{row[task]['distance']:.3f}" if "distance" in row[task] else "-" for task in tasks]
         cells += [f"{row['seconds'] / 60:.1f}"]
         print(f"| {' | '.join(cells)} |")
     if content["settings"]:
         print("\nWhat two experts gain over a unified model (a conflict: scores above 0, losses below 0)\n\n"
-              "| setting | seeds | understanding | generation | loss und | loss gen |\n" + "|---" * 6 + "|")
+              "| setting | seeds | understanding | generation | loss und | loss gen | conflict |\n" + "|---" * 7 + "|")
     for name, row in content["settings"].items():
         cells = [shown(row[key]["mean"], row[key]["interval"]) for key in ("und", "gen", "ntp_und", "ntp_gen")]
-        print(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} |")
+        print(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} | {row['verdict']} |")
     print("\n| claim | verdict | figure (above 0 where it holds) | seeds |\n|---|---|---|---|")
     for claim in content["claims"]:
         figure = shown(claim["figure"], claim["interval"]) if claim["seeds"] else "-"

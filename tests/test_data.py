@@ -160,8 +160,8 @@ def spoiled(skill, scene):
             yield *rest, replace(thing, colour=next(c for c in data.COLOURS if c != thing.colour))
         if skill in ("one object", "two objects", "three objects", "colours"):
             yield *rest, replace(thing, place=free)
-    if skill == "position":
-        yield replace(scene[0], place=scene[1].place), replace(scene[1], place=scene[0].place)
+    if skill in ("position", "two objects", "three objects", "four objects"):
+        yield replace(scene[0], place=scene[1].place), replace(scene[1], place=scene[0].place), *scene[2:]
 
 
 @worlds

@@ -87,6 +87,18 @@ def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     assert 0 < scores["und_by_kind"]["choice"] < 1 and scores["circular"] == 0
 
 
+@pytest.mark.parametrize("objects", [2, 3, 4])
+def test_whether_something_is_there_does_not_follow_from_the_kind_of_scene(objects, monkeypatch):
+    """Else "yes, there are three things" would score without a look at the shapes."""
+    asked = []
+    monkeypatch.setattr(judge, "answer", lambda m, text, questions, **_: [
+        asked.append((data.read(picture[None], world)[0][0], words)) or "yes" for picture, words in questions])
+    world = data.World(0, 8, 8, objects)
+    judge.score_understanding(None, None, world, 40)
+    met = {(len(scene), answer_of(words, scene)) for scene, words in asked if re.fullmatch(r"is there a \w+\?", words)}
+    assert met == {(n, said) for n in range(1, objects + 1) for said in ("yes", "no")}
+
+
 @pytest.mark.parametrize("size", [(), (5, 5, 3)])
 @pytest.mark.parametrize("drawn, expected", [("right scene", 1.0), ("another shape", 0.0), ("noise in a cell", 0.0)])
 def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatch):
@@ -407,7 +419,8 @@ def test_results_of_several_runs_are_collected(tmp_path, capsys):
                    "seconds": 9.0, "rss_gb": 0.5, "aia_gen": 0.1, "aia_und": 0.1}
         scores = {"und_by_kind": {"count": und}, "gen_by_skill": {"counting": 0.1}, "f1": 1, "acc_plus": 1,
                   "circular": 1, "open": 1, "before": {"und": 0.4, "gen": 0.1}}
-        for name, content in (("result", numbers), ("scores", scores), ("curves", dict.fromkeys(aia.TASKS, curve))):
+        for name, content in (("result", numbers), ("scores", scores), ("curves", dict.fromkeys(aia.TASKS, curve)),
+                              ("settings", {"seed": seed})):
             judge.write_json(content, folder / f"{name}.json")
     (tmp_path / "run2").mkdir()
     judge.write_json({"und": None}, tmp_path / "run2/result.json")
@@ -611,9 +624,9 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path):
     part = {"mean": 0.5, "interval": None, "difference": 0.1, "difference_interval": None}
     plain = {"mean": 0.4, "interval": None}
     rows = {**{name: {"seeds": [0], "baseline": "", "und": plain, "gen": plain} for name in ("unified", "expert-gen")},
-            **{name: {"seeds": [0, 1], "baseline": "unified", "und": part, "gen": part | {"difference_interval": 0.05}}
-               for name in ("aia", "experts")}}
+            **{name: {"seeds": [0, 1], "baseline": "unified", "paired": [0], "und": part,
+                      "gen": part | {"difference_interval": 0.05}} for name in ("aia", "experts")}}
     judge.write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
     command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
-    assert Image.open(tmp_path / "drawn/study.png").width == 1350
+    assert Image.open(tmp_path / "drawn/study.png").size == (1350, 300)         # 0.3 inches more for each of two rows
     assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["study.png"]

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ def texts(tmp_path_factory):
     for name, config in SMALL.items():
         made[name] = train.train_tokenizer(folder / f"{name}.json", config)
 
-    def ready_made(file, config, *size):
+    def ready_made(file, config, world=None):
         return data.Text(shutil.copy(made[f"tiny-{config.kind}"].file, file), config.kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_tokenizer", ready_made)
@@ -1235,7 +1235,7 @@ def test_every_row_of_the_study_is_a_run():
             start, plain = row.start or name, train.ROWS[row.baseline]
             assert row.baseline == name.removesuffix("+aia") and start in (plain.start, f"{row.baseline}/before")
             assert row.flags | train.OFF == plain.flags
-    assert len(train.SETTINGS) <= 12 and train.needs("tuned+aia") == ["janus"]
+    assert train.needs("tuned+aia") == ["janus"]
     assert train.needs("experts-curves") == ["expert-gen", "expert-und", "aia"]
 
 
@@ -1265,11 +1265,23 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
                 "ntp": 1.0, "aia": 0.1} for name in ("before", "after")}}
         judge.write_json({"gen": rows, "und": rows}, folder / "curves.json")
         judge.write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0}, folder / "result.json")
+        judge.write_json(asdict(config), folder / "settings.json")
+
+    def align(asked):
+        if Path(asked.checkpoint).name == "expert-und-seed3" and not stopped:
+            stopped.append(asked)
+            raise KeyboardInterrupt
         part = {"score": {"10": [0.1, 0.2, 0.3]}}
-        judge.write_json({"gen": part, "und": part}, folder / "alignment.json")
+        judge.write_json({"gen": part, "und": part}, Path(asked.checkpoint) / "alignment.json")
+    stopped = []
     monkeypatch.setattr(train, "train", pretend)
+    monkeypatch.setattr(judge, "alignment", align)
     flags = ["study", "--rows", "unified", "unifork-2", "experts-curves", "--runs",
              tmp_path / "runs", "--out", tmp_path / "study.json"]
+    with pytest.raises(SystemExit):
+        train.main([*map(str, flags), "--seeds", "3"])
+    (tmp_path / "runs/aia-seed3-old").mkdir()
+    shutil.copy(tmp_path / "runs/aia-seed3/result.json", tmp_path / "runs/aia-seed3-old")
     train.main([*map(str, flags), "--seeds", "3"])
     train.main([*map(str, flags), "--seeds", "3", "4"])
     names = [Path(config.out).name for config in configs]
@@ -1289,6 +1301,60 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "| claim | verdict |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--rows seventh"):
         train.main(["study", "--rows", "seventh"])
+    shutil.copytree(tmp_path / "runs/aia-seed3", tmp_path / "runs/unified-seed5")
+    shutil.copytree(tmp_path / "runs/aia-seed3", tmp_path / "runs/aia-seed5")
+    with pytest.raises(InputError, match="aia-seed5 was started with --seed 3, not 5"):
+        train.main([*map(str, flags), "--seeds", "5"])
+
+
+def test_a_claim_about_several_rows_needs_all_of_them():
+    """The best of some rows is above their mean by chance alone, so each is compared on its own."""
+    def decided(low, high):
+        rows = [made_up_row(name, seed, 0.5 + gain + 0.01 * seed * (name == "aia"), 0.5) for seed in range(3)
+                for name, gain in (("aia", 0.0), ("rho-1", low), ("rho-100", high))]
+        return next(claim for claim in train.claims_of(rows) if claim["claim"].startswith("rho"))
+    assert decided(-0.2, -0.3)["verdict"] == "holds" and decided(-0.2, 0.1)["verdict"] == "does not hold"
+    assert decided(-0.2, 0.005)["verdict"] == "not decided here"
+    assert decided(-0.2, -0.3)["figure"] == pytest.approx(0.105)
+
+
+def test_the_shared_model_lies_between_in_each_task():
+    """Above one expert and below the other on average is not enough."""
+    rows = [made_up_row(name, seed, 0.5, 0.5) for seed in range(2) for name in ("unified", "expert-gen", "expert-und")]
+    for row in rows:                                # experts end at 0.3 and 0.2
+        if row["row"] == "unified":
+            row["alignment"] = {"und": [0.1, 0.2, 0.25], "gen": [0.1, 0.2, 0.15]}
+    claim = next(claim for claim in train.claims_of(rows) if "lies between" in claim["claim"])
+    assert claim["figure"] == pytest.approx(-0.05) and claim["verdict"] == "does not hold"
+
+
+def test_a_harder_world_reaches_training_and_what_reads_the_run(tmp_path, monkeypatch):
+    """Its size is a setting of the run: whatever opens the folder draws and asks in the same world."""
+    met, words, make = [], [], data.World
+
+    def watched(*key, **size):
+        met.append((size["shapes"], size["colours"], size["objects"]) if size else None)
+        return make(*key, **size)
+    ready = train.train_tokenizer
+    monkeypatch.setattr(train, "train_tokenizer", lambda *given: words.append(given[2].shapes) or ready(*given))
+    monkeypatch.setattr(data, "World", watched)
+    run = tmp_path / "run"
+    train.train(settings(run, shapes=5, colours=6, objects=3, steps=2, eval_n=2))
+    scores = json.loads((run / "scores.json").read_text())
+    assert "three objects" in scores["gen_by_skill"] and words == [data.SHAPES[:5]]
+    for command in (["curves", "--n", "4"], ["alignment", "--n", "40"], ["score", "--n", "2", "--out", tmp_path / "s"],
+                    ["score", "fid", "--variant", "world", "--n", "2", "--out", tmp_path / "f"]):
+        judge.main([*map(str, command), "--checkpoint", str(run)])
+    data.main(["export", str(tmp_path / "drawn"), "--n", "8", "--shapes", "5", "--colours", "6", "--objects", "3"])
+    assert len(met) >= 7 and {*met} == {(5, 6, 3)}
+    judge.write_json(json.loads((run / "settings.json").read_text()) | {"objects": 2}, tmp_path / "other.json")
+    shutil.copytree(run, tmp_path / "run2")
+    shutil.copy(tmp_path / "other.json", tmp_path / "run2/settings.json")
+    with pytest.raises(InputError, match="worlds of different size"):
+        judge.main(["collect", "--runs", f"{tmp_path}/run*", "--out", str(tmp_path / "all.json")])
+    with pytest.raises(InputError, match="--shapes 9"):
+        train.main(["--shapes", "9", "--data", "own.jsonl", "--init", str(run), "--out", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
