@@ -1264,10 +1264,11 @@ EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("un
 
 
 def rows_of(name, flags, groups):
-    """A setting without and with AIA, and its experts where it is searched for a conflict (group 6). The search itself
-    does without AIA: those rows of its settings are run by name, where a conflict was found."""
+    """A setting without and with AIA, with a fork, and its experts where it is searched for a conflict (group 6). The
+    search itself does without cures: where it found something to cure, they are run by name."""
     return {name: Row(groups, flags | OFF, "", ""),
             f"{name}+aia": Row(groups.strip("6"), flags, f"{name}/before", name),
+            f"{name}+fork": Row("", flags | {"fork_layer": 2} | OFF, f"{name}/before", name),
             **{f"{name}-{task}": Row("6", flags | own, "", "") for task, own in EXPERTS.items() if "6" in groups}}
 
 
@@ -1545,9 +1546,11 @@ def print_study(content):
     print("\n| row | seeds | understanding | generation | difference to | und | gen | loss und | gen | L_AIA und | "
           "gen | distance und | gen | minutes |\n" + "|---" * 14 + "|")
     tasks = ("und", "gen")
-    for name, row in content["summary"].items():
+    alone = {f"{prefix}-{task}" for prefix, _ in PAIRS.values() for task in EXPERTS}         # shown in pairs
+    for name, row in ((name, row) for name, row in content["summary"].items() if name not in alone):
         cells = [name, str(len(row["seeds"])), *(shown(row[task]["mean"], row[task]["interval"], "") for task in tasks)]
-        cells += [row["baseline"] + f" ({len(row['paired'])})" * (row["paired"] != row["seeds"]) or "-"]
+        few = f" ({len(row['paired'])})" if row["baseline"] and row["paired"] != row["seeds"] else ""
+        cells += [row["baseline"] + few or "-"]
         cells += [shown(row[task]["difference"], row[task]["difference_interval"]) if "difference" in row[task] else "-"
                   for task in tasks]
         cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]
