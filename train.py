@@ -782,7 +782,8 @@ def resumed_from(folder, config):
 
 def check_settings(stored, config, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
-    stored, given = asdict(TrainConfig()) | stored, json.loads(json.dumps(asdict(config)))      # tuples become lists
+    plain, given = (json.loads(json.dumps(asdict(one))) for one in (TrainConfig(), config))     # tuples become lists
+    stored = plain | stored                         # a run of before a setting was there had its default
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
             "checkpoint_activations", "compile", "encoded", "parallel", "shard", "whole_gradients", "offload", "keep",
             "val_every"}

@@ -1307,6 +1307,15 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         train.main([*map(str, flags), "--seeds", "5"])
 
 
+def test_a_run_of_before_a_setting_was_there_keeps_its_default(tmp_path):
+    """Its stored settings lack the name: resumed with another value, it would change its world half way."""
+    stored = {name: value for name, value in json.loads(json.dumps(asdict(settings(tmp_path)))).items()
+              if name not in ("shapes", "data")}
+    train.check_settings(stored, settings(tmp_path), tmp_path)
+    with pytest.raises(InputError, match="--shapes 4, not 5"):
+        train.check_settings(stored, settings(tmp_path, shapes=5), tmp_path)
+
+
 def test_a_claim_about_several_rows_needs_all_of_them():
     """The best of some rows is above their mean by chance alone, so each is compared on its own."""
     def decided(low, high):
