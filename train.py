@@ -1296,7 +1296,7 @@ ROWS = {
        for row, what in rows_of(name, flags, {"half": "56", "janus": "46"}.get(name, "6")).items()}}
 # Unified model: how the names of its two experts begin, and of the row that joins them.
 PAIRS = {"unified": ("expert", "experts")} | {name: (name, f"{name}-experts") for name in SETTINGS}
-QUICK = ("aia", "unified", "expert-gen", "expert-und")
+QUICK = ("aia", "unified", "unifork-2", "raw", "no-huber")
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
 
@@ -1308,7 +1308,7 @@ class Study:
 
     rows: tuple = opt(("1", "2"), "groups 1 to 6, or names of rows")
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
-    quick: bool = opt(False, "four rows of one seed: to show how it goes, not what is true")
+    quick: bool = opt(False, "five rows of one seed: to show how it goes, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
     out: str = opt("", "JSON file to write; empty: assets/study.json, with --quick study.json in the folder of runs")
 
