@@ -1518,6 +1518,9 @@ CLAIMS = (
      lambda experts: max(experts["alignment"]["gen"][1:-1]) - max(experts["alignment"]["gen"][i] for i in (0, -1))),
     ("the shared model's alignment lies between: below the expert's in understanding, above in generation (last layer)",
      ("experts", "unified"), between),
+    ("at half width unified training is worse than the experts (a conflict)", ("half-experts", "half"), better),
+    ("at half width AIA improves the mean of both scores", ("half+aia", "half"), better),
+    ("at half width forked beats shared", ("half+fork", "half"), better),
     ("forked beats shared", ("unifork-2", "unified"), better),
     ("forked beats shared of the same size", ("unifork", "wide"), better),
 )
