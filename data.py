@@ -301,17 +301,17 @@ class World:
         self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
         self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
         self.skills = SKILLS + self.several
+        self.kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))          # of training scenes
         rng = np.random.default_rng([seed, 1])
-        self.combinations, held = all_combinations(self), []
-        for every in self.combinations.values():
-            held += [every[i] for i in rng.permutation(len(every))[:round(len(every) * HELD_OUT)]]
-        self.held_out = frozenset(held)
+        self.combinations = all_combinations(self)
+        self.held = {skill: [every[i] for i in sorted(rng.permutation(len(every))[:round(len(every) * HELD_OUT)])]
+                     for skill, every in self.combinations.items()}
+        self.held_out = frozenset(itertools.chain(*self.held.values()))
 
     def scene(self, rng):
         """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
-        kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))
         while True:
-            scene = random_scene(self, rng, kinds[rng.integers(len(kinds))])
+            scene = random_scene(self, rng, self.kinds[rng.integers(len(self.kinds))])
             if not combinations(scene) & self.held_out:
                 return scene
 
@@ -326,8 +326,7 @@ class World:
 
     def held_out_scene(self, skill, rng):
         """A scene and the held-out combination of this skill that it shows."""
-        mine = [c for c in self.combinations[skill] if c in self.held_out]
-        wanted = mine[rng.integers(len(mine))]
+        wanted = self.held[skill][rng.integers(len(self.held[skill]))]
         kinds = {"one object": "one", "colours": "one", "counting": "group"} | {name: name for name in self.several}
         while True:
             scene = random_scene(self, rng, kinds.get(skill, "two"), wanted)

@@ -464,7 +464,7 @@ WITHOUT = "at the end, without AIA"
 
 
 def has_aia(run):
-    """Did the settings of a run give AIA any weight?"""
+    """Did the settings of a run give AIA any weight? UniFork's stages have none, see train.PLANS."""
     weights = aia.fixed_weights(run.get("aia_weight", "rho"))
     return run.get("preset") != "tiny-unifork" and (weights is None or any(weights.values()))
 
@@ -2790,8 +2790,9 @@ def figure_study(content, file):
     figure.set_figheight(1.4 + 0.3 * len(rows))
     for panel, task in zip(panels, ("und", "gen"), strict=True):
         for i, row in enumerate(rows.values()):
-            panel.errorbar(row[task]["difference"], -i, xerr=row[task]["difference_interval"], fmt="o", capsize=3,
-                           color=TASK_COLOUR[task], markersize=5)
+            found = row["difference"][task]
+            panel.errorbar(found["mean"], -i, xerr=found["interval"], fmt="o", capsize=3, color=TASK_COLOUR[task],
+                           markersize=5)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.locator_params(axis="x", nbins=5)
     panels[0].set_yticks([-i for i in range(len(rows))], [

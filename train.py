@@ -25,6 +25,7 @@ import sys
 import time
 import weakref
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -791,7 +792,7 @@ def check_settings(stored, config, folder):
         if name not in free and stored[name] != given.get(name):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{folder} was started with {flag} {stored[name]}, not {given.get(name)}: "
-                             "resume with the same settings, or choose another --out")
+                             "resume with the same settings, or choose another folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1256,7 +1257,8 @@ class Row:
     baseline: str = "unified"
 
 
-OFF, BOTH = {"aia_weight": "off"}, (("", {"aia_weight": "off"}), ("+aia", {}))
+OFF = {"aia_weight": "off"}
+BOTH = ("", OFF), ("+aia", {})
 # Worlds and models in which the tasks may be in each other's way: chosen before any of them was run.
 SETTINGS = {"half": {"preset": "tiny-half"}, "janus": {"preset": "tiny-janus"}, "words": {"shapes": 8, "colours": 8},
             "crowd": {"shapes": 6, "colours": 6, "objects": 4}}
@@ -1330,8 +1332,7 @@ def study(settings):
         print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
         run_row(name, seed, runs)
         found = finished_rows(runs)
-        content = {"summary": summary_of(found), "settings": conflicts_of(found), "claims": claims_of(found),
-                   "rows": found, "machine": judge.machine()}
+        content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": judge.machine()}
         judge.write_json(content, out)
     print_study(content)
     return {claim["claim"]: claim["verdict"] for claim in content["claims"]}
@@ -1412,18 +1413,23 @@ def interval(values):
     return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def verdict(mean, half):
+def verdict(mean, interval):
     """Of a figure that is above zero where a claim holds."""
-    decided = half is not None and abs(mean) > half
+    decided = interval is not None and abs(mean) > interval
     return ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
 
 
+def mean_score(row):
+    return (row["und"] + row["gen"]) / 2
+
+
 MEASURES = ("ntp", "aia_before", "aia", "distance")
+COMPARED = {key: itemgetter(key) for key in ("und", "gen", "ntp_und", "ntp_gen")} | {"both": mean_score}
 
 
 def summary_of(rows):
-    """{row: both scores with mean, interval and difference to its baseline (paired by seed); means of losses, distances
-    and its own seconds}; two experts are one row more."""
+    """{row: both scores with mean and interval; differences to its baseline, paired by seed, of scores, of their mean
+    ("both") and of next-token losses; means of losses, distances and its own seconds}; two experts are one row more."""
     table, result = by_row(rows), {}
     baselines = {name: row.baseline for name, row in ROWS.items()} | {joint: name for name, (_, joint) in PAIRS.items()}
     for name, seeds in table.items():
@@ -1436,25 +1442,9 @@ def summary_of(rows):
             result[name][task] = {"mean": mean, "interval": half} | {
                 key: float(np.mean([row[f"{key}_{task}"] for row in seeds.values()]))
                 for key in MEASURES if all(f"{key}_{task}" in row for row in seeds.values())}
-            if shared:
-                mean, half = interval([seeds[seed][task] - base[seed][task] for seed in shared])
-                result[name][task] |= {"difference": mean, "difference_interval": half}
-    return result
-
-
-def conflicts_of(rows):
-    """{setting: what two experts gain over the unified model}: scores (higher is better) and next-token losses (lower
-    is better) of each task, as mean and interval over seeds, and whether the mean of both scores shows a conflict."""
-    table, result = by_row(rows), {}
-    for name, (_, joint) in PAIRS.items():
-        experts = table.get(joint, {})
-        seeds = sorted({*experts} & {*table.get(name, {})})
-        if seeds:
-            result[name] = {"seeds": seeds} | {key: dict(zip(("mean", "interval"), interval(
-                [experts[seed][key] - table[name][seed][key] for seed in seeds]), strict=True))
-                for key in ("und", "gen", "ntp_und", "ntp_gen")}
-            result[name]["verdict"] = verdict(*interval([mean_score(experts[seed]) - mean_score(table[name][seed])
-                                                         for seed in seeds]))
+        if shared:
+            result[name]["difference"] = {key: dict(zip(("mean", "interval"), interval(
+                [of(seeds[seed]) - of(base[seed]) for seed in shared]), strict=True)) for key, of in COMPARED.items()}
     return result
 
 
@@ -1478,10 +1468,6 @@ def by_row(rows):
 def gap(row, other):
     """Mean distance of the curves of two rows, both tasks."""
     return float(np.mean([np.abs(np.array(row[f"{task}_curve"]) - other[f"{task}_curve"]) for task in aia.TASKS]))
-
-
-def mean_score(row):
-    return (row["und"] + row["gen"]) / 2
 
 
 def better(row, *others):
@@ -1540,9 +1526,9 @@ def claims_of(rows):
     return found
 
 
-def shown(mean, half, sign="+"):
+def shown(mean, interval, sign="+"):
     """Mean with its interval, if there is one."""
-    return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if half is not None else "")
+    return f"{mean:{sign}.3f}" + (f" ± {interval:.3f}" if interval is not None else "")
 
 
 def print_study(content):
@@ -1555,20 +1541,20 @@ def print_study(content):
         cells = [name, str(len(row["seeds"])), *(shown(row[task]["mean"], row[task]["interval"], "") for task in tasks)]
         few = f" ({len(row['paired'])})" if row["baseline"] and row["paired"] != row["seeds"] else ""
         cells += [row["baseline"] + few or "-"]
-        cells += [shown(row[task]["difference"], row[task]["difference_interval"]) if "difference" in row[task] else "-"
-                  for task in tasks]
+        cells += [shown(**row["difference"][task]) if row["baseline"] else "-" for task in tasks]
         cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]
         cells += [f"{row[task]['aia_before']:.4f} -> {row[task]['aia']:.4f}" if "aia_before" in row[task] else "-"
                   for task in tasks]
         cells += [f"{row[task]['distance']:.3f}" if "distance" in row[task] else "-" for task in tasks]
         cells += [f"{row['seconds'] / 60:.1f}"]
         print(f"| {' | '.join(cells)} |")
-    if content["settings"]:
-        print("\nWhat two experts gain over a unified model (a conflict: scores above 0, losses below 0)\n\n"
-              "| setting | seeds | understanding | generation | loss und | loss gen | conflict |\n" + "|---" * 7 + "|")
-    for name, row in content["settings"].items():
-        cells = [shown(row[key]["mean"], row[key]["interval"]) for key in ("und", "gen", "ntp_und", "ntp_gen")]
-        print(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} | {row['verdict']} |")
+    print("\nWhat two experts gain over a unified model (a conflict: scores above 0, losses below 0)\n\n"
+          "| setting | seeds | understanding | generation | loss und | loss gen | conflict |\n" + "|---" * 7 + "|")
+    for name, row in ((name, content["summary"].get(joint)) for name, (_, joint) in PAIRS.items()):
+        if row and row["baseline"]:
+            cells = [shown(**row["difference"][key]) for key in ("und", "gen", "ntp_und", "ntp_gen")]
+            cells += [verdict(**row["difference"]["both"])]
+            print(f"| {name} | {len(row['paired'])} | {' | '.join(cells)} |")
     print("\n| claim | verdict | figure (above 0 where it holds) | seeds |\n|---|---|---|---|")
     for claim in content["claims"]:
         figure = shown(claim["figure"], claim["interval"]) if claim["seeds"] else "-"

@@ -1194,11 +1194,11 @@ def test_the_study_pairs_rows_by_seed():
     plain = [made_up_row("unified", seed, 0.5 + 0.1 * seed, 0.4) for seed in range(4)]
     tuned = [made_up_row("aia", seed, 0.52 + 0.1 * seed + 0.001 * (seed % 2), 0.4) for seed in range(4)]
     summary = train.summary_of(plain + tuned)
-    row = summary["aia"]["und"]
-    assert row["difference"] == pytest.approx(0.0205) and row["difference_interval"] < 0.001 < row["interval"]
+    row, found = summary["aia"]["und"], summary["aia"]["difference"]["und"]
+    assert found["mean"] == pytest.approx(0.0205) and found["interval"] < 0.001 < row["interval"]
     differences = [0.02, 0.021, 0.02, 0.021]
     half = 3.182 * statistics.stdev(differences) / 2                            # t of three degrees of freedom
-    assert row["difference_interval"] == pytest.approx(half) and "difference" not in summary["unified"]["und"]
+    assert found["interval"] == pytest.approx(half) and "difference" not in summary["unified"]
 
 
 def test_experts_are_one_row_of_two_runs():
@@ -1215,13 +1215,12 @@ def test_a_conflict_is_what_the_experts_of_a_setting_gain():
     rows = [made_up_row(name, seed, und, gen) for seed in (0, 1) for name, und, gen in (
         ("unified", 0.9, 0.8), ("expert-und", 0.9, 0.0), ("expert-gen", 0.0, 0.7),
         ("crowd", 0.5, 0.4), ("crowd-und", 0.6, 0.0), ("crowd-gen", 0.0, 0.6))]
-    found = train.conflicts_of(rows + [made_up_row("crowd", 2, 0.5, 0.4), made_up_row("half", 0, 0.5, 0.4)])
-    assert [*found] == ["unified", "crowd"] and found["crowd"]["seeds"] == [0, 1]
-    assert [found["crowd"][key]["mean"] for key in ("und", "gen", "ntp_gen")] == pytest.approx([0.1, 0.2, -0.2])
-    assert found["unified"]["gen"]["mean"] == pytest.approx(-0.1)
-    summary = train.summary_of(rows)
-    assert summary["crowd-experts"]["gen"]["difference"] == pytest.approx(0.2)
+    summary = train.summary_of(rows + [made_up_row("crowd", 2, 0.5, 0.4), made_up_row("half", 0, 0.5, 0.4)])
     assert [name for name, row in summary.items() if row["baseline"]] == ["experts", "crowd-experts"]
+    found = {key: part["mean"] for key, part in summary["crowd-experts"]["difference"].items()}
+    assert found == pytest.approx({"und": 0.1, "gen": 0.2, "both": 0.15, "ntp_und": -0.1, "ntp_gen": -0.2})
+    assert summary["crowd-experts"]["paired"] == [0, 1]
+    assert summary["experts"]["difference"]["gen"]["mean"] == pytest.approx(-0.1)
 
 
 def test_every_row_of_the_study_is_a_run():
