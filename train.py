@@ -931,6 +931,7 @@ def check_finite(norm, metrics, stage, step, batches, run):
         dist.all_gather_object(found, places)
         places = sum(found, [])
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    run.written()                                   # the last good one may be on its way to the disk
     saved = model.checkpoint_places(run.folder)
     good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "

@@ -422,8 +422,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, unscored):
     ("tokenizer", "tokenizer_step", "no checkpoint yet"),
     ("read", "accumulate", "last good checkpoint {}/checkpoints/1-0000000")])
 def test_a_broken_number_stops_before_it_is_stored(stage, function, saved, tmp_path, unscored, monkeypatch):
-    """One infinite weight makes the loss NaN: the message names stage, step, records and the last good checkpoint."""
-    step, calls = getattr(train, function), []
+    """One infinite weight makes the loss NaN: the message names stage, step, records and the last good checkpoint, be
+    it one that is still being written."""
+    step, calls, finish = getattr(train, function), [], train.Writer.finish
+    monkeypatch.setattr(train.Writer, "finish", lambda *given: time.sleep(1) or finish(*given))
 
     def breaks(m, *rest, **named):
         calls.append(1)
