@@ -425,7 +425,7 @@ def test_a_broken_number_stops_before_it_is_stored(stage, function, saved, tmp_p
     """One infinite weight makes the loss NaN: the message names stage, step, records and the last good checkpoint, be
     it one that is still being written."""
     step, calls, finish = getattr(train, function), [], train.Writer.finish
-    monkeypatch.setattr(train.Writer, "finish", lambda *given: time.sleep(1) or finish(*given))
+    monkeypatch.setattr(train.Writer, "finish", lambda *key, **given: time.sleep(1) or finish(*key, **given))
 
     def breaks(m, *rest, **named):
         calls.append(1)
