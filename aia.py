@@ -51,6 +51,7 @@ def intensity(mass, queries):
 # The paper's constants, once
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows: first layer of the stage (counted from 0, of 32), Huber delta, target share T.         Table S4 (Emu3)
+# delta bounds the pull too: |dL_AIA / dI_l| <= delta_l / L, so the first layers of generation are pulled hardest.
 STAGES = {
     "gen": ((0, 0.20, 0.40), (10, 0.10, 0.40), (20, 0.10, 0.40), (25, 0.05, 0.20), (31, 0.05, 0.20)),
     "und": ((0, 0.05, 0.10), (10, 0.05, 0.15), (20, 0.05, 0.30), (25, 0.05, 0.30), (31, 0.05, 0.20)),

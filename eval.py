@@ -474,7 +474,7 @@ def label_of(name, row):
     return row.get("label", LABEL[name])
 
 
-PANEL = {"gen": "generation: image to text", "und": "understanding: text to image"}
+PANEL = {"gen": "generation: image tokens look at text", "und": "understanding: answers look at the image"}
 
 
 def plot_curves(result, file):
@@ -519,7 +519,7 @@ def plot_samples(samples, skills, file, per_skill=4):
         for column in range(per_skill):
             i, panel = row * n + column, panels[row, column]
             panel.imshow(pictures[i], interpolation="nearest")
-            colour, mark = ("#009E73", "right") if right[i] else ("#D55E00", "wrong")
+            colour, mark = ("#009E73", "\N{CHECK MARK}") if right[i] else ("#D55E00", "\N{BALLOT X}")
             panel.set_title(f"{wrap(prompts[i])}\n{mark}", fontsize=8, color=colour)
             panel.set(xticks=[], yticks=[])
             for spine in panel.spines.values():
@@ -743,7 +743,8 @@ class Curves(Loaded):
     n: int = opt(100, "samples for each task")
     decode: bool = opt(False, "measure while the model answers and draws by itself, not on the stored answers")
     seed: int = opt(0, "draws the samples")
-    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder, or here")
+    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder; here for "
+                   "public weights, --data and --decode")
 
 
 def curve_command(settings):
@@ -765,7 +766,8 @@ def curve_command(settings):
     chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
     wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
     result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode, run)
-    out = Path(settings.out or (folder / "curves.png" if run else "curves.png"))
+    own = run and not settings.data and not settings.decode                     # what the run wrote itself
+    out = Path(settings.out or (folder / "curves.png" if own else "curves.png"))
     plot_curves(result, out)
     write_json(result | {"kind": m.config.kind}, out.with_suffix(".json"))
     print_curves(result)
@@ -2353,7 +2355,7 @@ def run_fid(settings, judge):
 # Benchmarks: one command
 # ---------------------------------------------------------------------------------------------------------------------
 def score_world(settings):
-    """Scores of one run on the built-in world, printed and stored."""
+    """Scores of one run on the built-in world, printed, and stored where --out says: its own scores.json stays."""
     m, text, run = load_run(settings)
     if run is None:
         raise InputError(f"{settings.checkpoint} never saw the built-in world: score takes the folder of a run")
@@ -2362,7 +2364,8 @@ def score_world(settings):
               **score_generation(m, text, world, settings.n, settings.seed)[0],
               **score_tokenizer(m, world, 2 * settings.n, settings.seed)}
     print_scores(scores)
-    write_json(scores, settings.out or Path(settings.checkpoint) / "scores.json")
+    if settings.out:
+        write_json(scores, settings.out)
     return scores
 
 
@@ -2392,7 +2395,7 @@ class Score(Loaded):
     bench: str = opt("world", "benchmark", tuple(WAYS))
     data: str = opt("", "folder of the benchmark as it is distributed; mmbench, geneval: or its file; fid: folder of "
                     "pictures, or an .npz with mu and sigma")
-    out: str = opt("", "folder of answers, submission files, scores.json; world: JSON file, empty: in the run folder")
+    out: str = opt("", "folder of answers, submission files, scores.json; world: JSON file, empty: printed only")
     preds: str = opt("", "score this and run no model: predictions.jsonl; geneval, dpg, fid: a folder of pictures")
     variant: str = opt("", "way to score, empty: the first of "
                        + "; ".join(f"{name}: {', '.join(ways)}" for name, ways in WAYS.items() if len(ways) > 1))
@@ -2407,7 +2410,7 @@ class Score(Loaded):
     runs: int = opt(1, "gradings by the judge (mmvet)")
     features: str = opt("", "fid: .npz with features (n, d) in place of --preds")
     batch: int = opt(1, "questions asked together")
-    n: int = opt(100, "world: pictures for each question kind, and prompts for each skill")
+    n: int = opt(60, "world: pictures for each question kind, and prompts for each skill")
     seed: int = opt(0, "draws questions, prompts and codes")
 
 
@@ -2796,7 +2799,7 @@ def figure_study(content, file):
         panel.axvline(0, color="black", linewidth=0.8)
         panel.locator_params(axis="x", nbins=5)
     panels[0].set_yticks([-i for i in range(len(rows))], [
-        f"{name} - {row['baseline']} ({len(row['paired'])})" for name, row in rows.items()])
+        f"{name} \N{MINUS SIGN} {row['baseline']} ({len(row['paired'])})" for name, row in rows.items()])
     finish(figure, panels, file, None)
     print(f"{file}: rows and their seeds, of {content['machine']['date']}")
 

@@ -422,7 +422,7 @@ class Decoder(nn.Module):
     def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False, task="und"):
         """Run embeddings x (B, T, C) through all layers of a task.
 
-        mask (B, T) bool: True = real token; None: no padding, or padding on the right. A cache brings its own
+        mask (B, T) bool: True = real token; None: no padding, or padding on the right; a cache brings its own mask
         condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1)
         -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
         """

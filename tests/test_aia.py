@@ -230,6 +230,14 @@ def test_pull_is_delta_beyond_delta_and_the_error_within():
     torch.testing.assert_close(share.grad * 4, torch.tensor([[0.2, -0.1, 0.05, 0.01]]))
 
 
+def test_without_huber_the_pull_is_the_error():
+    """delta is infinite then: an infinity in a branch that is not taken would still make the gradient NaN."""
+    share = torch.tensor([[0.9, 0.0, 0.45, 0.31]], requires_grad=True)
+    target, delta = aia.targets(4, "gen", variant="no-huber")
+    aia.loss(share, target, delta, torch.tensor([True])).backward()
+    torch.testing.assert_close(share.grad * 4, (share - target).detach())
+
+
 def test_sum_is_the_mean_times_the_valid_samples():
     """So micro-batches may be summed and divided once by the count of the whole step."""
     share, (target, delta) = random(6, 32), aia.targets(32, "und")
