@@ -52,6 +52,14 @@ def opt(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+class Extend(argparse.Action):
+    """A flag that is given twice adds to what was given before, and takes the place of the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
+
+
 def parse(cls, argv=None, prog=None, defaults=()):
     """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2.
     defaults {field: value} stand in for those of the class."""
@@ -63,10 +71,10 @@ def parse(cls, argv=None, prog=None, defaults=()):
         if isinstance(f.default, bool):
             kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
-            kind |= {"nargs": "*", "metavar": f.name.upper()}
+            kind |= {"nargs": "*", "metavar": f.name.upper(), "action": Extend}
         else:
             kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
-            kind |= {} if f.name in positional else {"metavar": type(f.default).__name__.upper()}
+            kind |= {} if f.name in positional or kind["choices"] else {"metavar": type(f.default).__name__.upper()}
         name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
         cli.add_argument(name, **kind | ({"nargs": "?"} if f.name in positional and f.default else {}))
     cli.set_defaults(**dict(defaults))
@@ -103,10 +111,10 @@ def device_of(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).numpy(force=True)                           # meta tensors hold no numbers
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} is not available here: use cpu, or auto, and no more processes than "
                          "GPUs") from error
     return name
@@ -1196,7 +1204,7 @@ def open_sources(texts, kind, on_bad_record="stop"):
     found = [(text, None) if Path(text).exists() or "=" not in text else text.rsplit("=", 1) for text in texts]
     try:
         weights = [Fraction(weight) for _, weight in found if weight]
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         weights = [0]
     if min(weights, default=1) <= 0 or len(weights) not in (0, len(found)):
         raise InputError(f"--data {' '.join(texts)}: give each data set a weight above 0 (PATH=WEIGHT), or none")

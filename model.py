@@ -391,6 +391,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         if config.fork_layer:
+            if config.fork_layer >= config.layers:
+                raise InputError(f"--fork-layer {config.fork_layer}: the model has {config.layers} layers, give less")
             self.gen_layers = nn.ModuleList(Layer(config, i) for i in range(config.fork_layer, config.layers))
             self.gen_norm = RMSNorm(config.width, config.norm_eps)
 

@@ -25,7 +25,7 @@ import sys
 import time
 import weakref
 from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ class TrainConfig:
     lr: float = opt(0.0, "peak learning rate of the language-model stages; 0: the plan of the preset")
     weight_decay: float = opt(-1.0, "of matrices, norms and biases have none; -1: the plan of the preset")
     clip: float = opt(1.0, "largest norm of the gradient")
-    ratio: str = opt("1:1", "samples for generation : understanding")
+    ratio: str = opt("1:1", "samples for generation : understanding; each task's loss is a mean over its own samples")
     mix: str = opt("both", "both: each step has both tasks; drawn: one task a step, drawn by --ratio, as the released "
                    "code does", ("both", "drawn"))
     aia_weight: str = opt("rho", "lambda in L = L_ntp + lambda L_aia: rho (calibrate), paper, released, off, a number, "
@@ -192,11 +192,13 @@ def parse_ratio(text):
 def check_numbers(config):
     """Refuse numbers that would fail after an hour, before anything is written."""
     for name, least in LEAST.items():
-        if getattr(config, name) < least:
+        if not least <= getattr(config, name) < 2**63:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least {least}")
     for name in ("rho", "clip", "tflops", "utilisation"):
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf and not (name == "clip" and config.clip == math.inf):
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
+    if -1 < config.weight_decay < 0:
+        raise InputError(f"--weight-decay {config.weight_decay}: give at least 0, or -1 for that of the plan")
     data.world_of(asdict(config))
     aia.fixed_weights(config.aia_weight)
     parse_ratio(config.ratio)
@@ -204,11 +206,14 @@ def check_numbers(config):
         plan(config)
     if config.lora_rank and not config.init:
         raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
-    if config.fork_layer and not (config.init and config.fork_layer < model.PRESETS[config.preset].layers):
-        raise InputError(f"--fork-layer {config.fork_layer}: give a layer of the model of --init FOLDER; it copies "
-                         "weights that have learned")
-    if config.arms == "both" and config.preset == "tiny-unifork":
-        raise InputError("--arms both compares with and without AIA: tiny-unifork is trained without it")
+    if config.fork_layer and not config.init:
+        raise InputError(f"--fork-layer {config.fork_layer} needs --init FOLDER: it copies weights that have learned")
+    if config.arms == "both" and not judge.has_aia(asdict(config)):
+        raise InputError("--arms both compares with and without AIA: tiny-unifork and --aia-weight off are without")
+    if config.encoded and not (config.data or config.val):
+        raise InputError("--encoded holds pictures of your own: the built-in world needs none, leave it out")
+    if config.pure_bf16 and config.dtype == "float32":
+        raise InputError("--pure-bf16 with --dtype float32: leave out one of them")
     if config.lora_rank and config.pure_bf16:
         raise InputError(f"--lora-rank {config.lora_rank} with --pure-bf16: give --dtype bfloat16 --no-pure-bf16 "
                          "instead, which holds in bfloat16 all that stands still")
@@ -221,8 +226,11 @@ def plan(config):
         stages = tuple(stage for stage in stages if stage.name not in ("tokenizer", "read", "align", "joint"))
     elif config.recipe or config.preset not in PLANS:
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
-    if config.data or not parse_ratio(config.ratio)[1]:       # a user's records may hold no questions
+    if config.data:                                 # a user's records may hold no questions
         stages = tuple(stage for stage in stages if stage.name != "read")
+    shares = parse_ratio(config.ratio)              # a stage of a task that has no share has nothing to train on
+    stages = tuple(stage for stage in stages if not stage.ratio or any(
+        own and share for own, share in zip(parse_ratio(stage.ratio), shares, strict=True)))
     if config.arms == "both":
         stages = (*stages[:-1], replace(stages[-1], name="control", aia=False), stages[-1])
     changed = []
@@ -359,7 +367,7 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
     loss = sum over tasks of  ntp_sum / label_tokens(task)  +  lambda(task) * aia_sum / valid_samples(task)
     targets {task: (target, delta)}, weights {task: lambda}; weights None is next-token prediction alone, which also
     measures no attention; scale False measures only, without gradients. All processes have the same tasks in turn.
-    -> metrics {"gen": {"ntp", "aia", "intensity"}, "und": ...}
+    -> metrics {"gen": {"ntp", "aia", "intensity"}, "und": ...}; aia and intensity are None without a valid sample
     """
     total, sums, device = counts(batches), {}, device or next(net.parameters()).device
     for i, batch in enumerate(batches):
@@ -384,8 +392,10 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
     for task, row in sums.items():
         ntp, *measured = over_processes(row)
         metrics[task] = {"ntp": ntp.item()}
-        if measured:
-            metrics[task] |= {"aia": measured[0].item(), "intensity": torch.stack(measured[1:])}
+        if measured:                                # None: no sample of the step was valid, so nothing was measured
+            known = total[task][1] > 0
+            metrics[task] |= {"aia": measured[0].item() if known else None,
+                              "intensity": torch.stack(measured[1:]) if known else None}
     return metrics
 
 
@@ -394,14 +404,16 @@ def calibrate(net, schedule, targets, config, autocast, device=None):
     fixed = aia.fixed_weights(config.aia_weight)
     if fixed:
         return fixed
-    n, sums = config.calibration or (10 if config.preset.startswith("tiny") else 100), {}
+    n, rows = config.calibration or (10 if config.preset.startswith("tiny") else 100), {task: [] for task in aia.TASKS}
     for step in range(n):
-        for task, row in accumulate(net, schedule.step(step), targets, {}, False, autocast,
-                                    device).items():
-            sums.setdefault(task, [0.0, 0.0])
-            sums[task][0] += row["ntp"] / n
-            sums[task][1] += row["aia"] / n
-    return {task: aia.weight_for_ratio(*sums[task], config.rho) if task in sums else 0.0 for task in aia.TASKS}
+        for task, row in accumulate(net, schedule.step(step), targets, {}, False, autocast, device).items():
+            rows[task] += [(row["ntp"], row["aia"])] if row["aia"] is not None else []
+    for task, share in zip(aia.TASKS, schedule.ratio, strict=True):
+        if share and not rows[task]:
+            raise InputError(f"lambda of task {task} cannot be calibrated: {n} batches hold no sample of it that AIA "
+                             "can use; give a larger --calibration, or numbers with --aia-weight")
+    return {task: aia.weight_for_ratio(*np.mean(found, 0).tolist(), config.rho) if found else 0.0
+            for task, found in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,12 +656,23 @@ class Run:
         if self.state and self.state[1]["records"] != self.records():
             raise InputError(f"{self.folder} was started with {self.state[1]['records']} records, now there are "
                              f"{self.records()}: resume with the same data, or choose another --out")
+        for task, share in zip(aia.TASKS, parse_ratio(config.ratio), strict=True):
+            if share and not self.source.count(task):
+                raise InputError(f"--data holds no record for task {task!r}: add some, or train with --ratio "
+                                 + ("1:0" if task == "und" else "0:1"))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
         self.m = self.open(min(self.state[1]["stage"], len(self.stages) - 1) if self.state else 0, self.state)
         if self.m.config.kind != kind:
             raise InputError(f"--init {config.init} is a model of kind {self.m.config.kind}, but --preset "
                              f"{config.preset} of kind {kind}: choose the preset that fits")
+        size = attrgetter("kind", "layers", "width", "ffn")
+        like = [name for name, c in model.PRESETS.items() if size(c) == size(self.m.config)]
+        if like and config.preset not in like:      # its plan would be another's; sizes that no preset has are free
+            raise InputError(f"--init {config.init} has the size of {' or '.join(like)}, not of {config.preset}: give "
+                             f"--preset {like[0]}")
+        if self.world and config.init and not self.state:
+            self.check_world()
         branch = model.PRESETS[config.preset].fork_layer
         if branch and self.m.config.fork_layer != branch:
             raise InputError(f"--preset {config.preset} has branches from layer {branch} on, --init from layer "
@@ -666,6 +689,15 @@ class Run:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
         self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
         print("settings " + json.dumps(asdict(config)))
+
+    def check_world(self):
+        """Refuse weights that have met what this run would hold out."""
+        made = self.m.tokenizer_file.with_name("settings.json")
+        made = asdict(TrainConfig()) | (model.read_json(made) if made.exists() else {"data": "unknown"})
+        for name in ("seed", "shapes", "colours", "objects"):
+            if not made["data"] and made[name] != getattr(self.config, name):
+                raise InputError(f"--init {self.config.init} learned the world of --{name} {made[name]} and has met "
+                                 f"what that of {getattr(self.config, name)} holds out: give --{name} {made[name]}")
 
     def open(self, index, saved=None):
         """The model of a stage: from a checkpoint (place, manifest) of this run, from --init, or fresh."""
@@ -750,8 +782,12 @@ class Run:
     def log(self, entry):
         if rank():
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.folder / 'metrics.jsonl'} could not be written ({error.strerror}): make room, "
+                             "then go on with --resume; checkpoints are untouched") from error
 
 
 def uses_bf16(config, device):
@@ -787,7 +823,7 @@ def check_settings(stored, config, folder):
     stored = plain | stored                         # a run of before a setting was there had its default
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
             "checkpoint_activations", "compile", "encoded", "parallel", "shard", "whole_gradients", "offload", "keep",
-            "val_every"}
+            "val_every", "on_bad_record"}
     for name in stored:
         if name not in free and stored[name] != given.get(name):
             flag = "--" + name.replace("_", "-")
@@ -811,7 +847,9 @@ def train(config, stages=None):
         for index in range(begin, len(run.stages)):
             run_stage(run, index, state)
             state = None
-    run.written()
+        run.written()
+        if over_processes(torch.tensor(run.stopping)):
+            raise Stop(run.stopping)
     return finish(run)
 
 
@@ -862,7 +900,10 @@ def run_stage(run, index, state):
           f"{sum(p.numel() for p in run.m.parameters()):,} parameters move")
     run.m.train()
     bar = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=True if rank() else None)
+    if schedule and config.val and not run.held:    # a bad record is told now, not after hours
+        run.held = held_batches(run)
     since, waited, coming = (time.time(), first), 0.0, schedule and schedule.steps(first, stage.steps)
+    places = torch.zeros(2, dtype=torch.long)       # tokens, and positions with padding, since the last report
     for step in range(first, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage)
@@ -870,6 +911,7 @@ def run_stage(run, index, state):
             start = time.time()
             batches = next(coming)
             waited += time.time() - start
+            places += sum(torch.tensor([sum(batch.lengths), batch.tokens.numel()]) for batch in batches)
             metrics = accumulate(net, batches, run.targets, weights, autocast=run.autocast, device=run.device)
         else:                                       # too small to share: every process does the same
             batches, metrics = [], tokenizer_step(run.m, pictures_of(run), step, stage, config.seed)
@@ -883,10 +925,12 @@ def run_stage(run, index, state):
         optimizer.zero_grad()
         bar.update()
         if (step + 1) % config.log_every == 0 or step + 1 == stage.steps:
-            since = report(run, index, step, since, metrics, weights, float(norm), batches, bar, waited)
-            waited = 0.0
+            since = report(run, index, step, since, metrics, weights, float(norm), places, bar, waited)
+            waited, places = 0.0, torch.zeros_like(places)
         if schedule and config.val and (step + 1) % config.val_every == 0:
+            start = time.time()
             held_out(run, net, index, step, bar)
+            since = since[0] + time.time() - start, since[1]                    # no part of the rates
         stopping = bool(over_processes(torch.tensor(run.stopping)))
         if stopping or ((step + 1) % config.save_every == 0 and step + 1 < stage.steps):
             run.save(index, step + 1, optimizer, weights)
@@ -922,7 +966,7 @@ def pictures_of(run):
 
 def check_finite(norm, metrics, stage, step, batches, run):
     """Stop before a broken number reaches the weights; say where it came from."""
-    losses = [value for row in metrics.values() for name, value in row.items() if name in ("ntp", "aia", "l1")]
+    losses = [row[name] for row in metrics.values() for name in ("ntp", "aia", "l1") if row.get(name) is not None]
     if math.isfinite(norm) and all(map(math.isfinite, losses)):
         return
     places = [place for batch in batches for place in batch.places]
@@ -944,20 +988,31 @@ def ignorance(m, task):
     return math.log((last[-1] if isinstance(last, torch.nn.Sequential) else last).out_features)
 
 
+def held_batches(run):
+    """Up to 64 records of --val, always the same."""
+    ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
+    schedule = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, run.config.micro_batch, 0.0,
+                             run.config.on_bad_record, rank(), processes())
+    batches = schedule.step(0)
+    run.bad += schedule.bad
+    return batches
+
+
 def held_out(run, net, index, step, bar):
-    """Losses on up to 64 records of --val, always the same; in the log under "val"."""
-    if not run.held:
-        ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
-        run.held = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, run.config.micro_batch, 0.0, "skip",
-                                 rank(), processes()).step(0)
+    """Losses on the records of held_batches; in the log under "val"."""
     metrics = accumulate(net, run.held, run.targets, {}, False, run.autocast, run.device)
     rows = {task: {key: row[key] for key in ("ntp", "aia")} for task, row in metrics.items()}
     run.log({"stage": index, "name": run.stages[index].name, "step": step + 1, "val": rows})
-    bar.write(f"held out, step {step + 1} | " + " | ".join(f"{task} {row['ntp']:.3f} aia {row['aia']:.4f}"
-                                                          for task, row in rows.items()), file=sys.stdout)
+    bar.write(f"held out, step {step + 1} | " + " | ".join(map(brief, rows, rows.values())),
+              file=sys.stdout)
 
 
-def report(run, index, step, since, metrics, weights, norm, batches, bar, waited):
+def brief(task, row):
+    """Losses of one task for the terminal."""
+    return f"{task} {row['ntp']:.3f} aia " + ("-" if row["aia"] is None else f"{row['aia']:.4f}")
+
+
+def report(run, index, step, since, metrics, weights, norm, places, bar, waited):
     """One line on the terminal, one object in metrics.jsonl."""
     stage, now = run.stages[index], time.time()
     rate = (now - since[0]) / (step + 1 - since[1])                             # seconds per step
@@ -968,16 +1023,15 @@ def report(run, index, step, since, metrics, weights, norm, batches, bar, waited
     for task, row in metrics.items():
         row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         if task in aia.TASKS:
-            weighted = weights[task] * row["aia"]
+            weighted = weights[task] * (row["aia"] or 0.0)
             entry[task] = row | {"lambda": weights[task], "ratio": row["ntp"] / weighted if weighted else None}
-            parts.append(f"{task} {row['ntp']:.3f} aia {row['aia']:.4f}")
+            parts.append(brief(task, row))
         else:
             entry[task] = row
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
-    if batches:
-        tokens, places = over_processes(torch.tensor([[sum(batch.lengths), batch.tokens.numel()] for batch in
-                                                      batches]).sum(0)).tolist()
-        entry |= {"tokens_per_second": tokens / rate, "padding": 1 - tokens / places,
+    tokens, everywhere = over_processes(places.clone()).tolist()
+    if everywhere:
+        entry |= {"tokens_per_second": tokens / (now - since[0]), "padding": 1 - tokens / everywhere,
                   "waiting": waited / (now - since[0])}
     left = rate * (stage.steps - step - 1)
     bar.write(f"step {step + 1:5d}/{stage.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
@@ -990,19 +1044,19 @@ def report(run, index, step, since, metrics, weights, norm, batches, bar, waited
 def trim_log(path, stage, step):
     """Forget reports of steps that a resumed run takes again."""
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if complete(line)]
-        kept = [line for line in kept if (lambda e: (e["stage"], e["step"]) <= (stage, step))(json.loads(line))]
+        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if (e := whole(line)) and (e["stage"], e["step"]) <= (stage, step)]
         aside = path.with_name("metrics.part")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, path)
 
 
-def complete(line):
-    """Is this a whole line of the log, not one that a kill cut short?"""
+def whole(line):
+    """The object of a line of the log; None of one that a kill cut short."""
     try:
-        return isinstance(json.loads(line), dict)
+        return found if isinstance(found := json.loads(line), dict) else None
     except ValueError:
-        return False
+        return None
 
 
 @contextlib.contextmanager
