@@ -9,7 +9,7 @@ import shutil
 import sys
 import tarfile
 import unicodedata
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.parquet
@@ -1347,3 +1347,14 @@ def test_emu3_refuses_a_side_below_one_code():
     with pytest.raises(InputError, match="20 x 7.*below 8 pixels"):
         data.check_size(20, 7, "emu3")
     data.check_size(20, 7, "janus")
+
+
+def test_a_flag_given_twice_adds():
+    """--data A --data B is both of them, in place of the default, as is --data A B."""
+    @dataclass(frozen=True)
+    class Settings:
+        """Some."""
+        seeds: tuple = data.opt(("0", "1"), "seeds")
+    assert data.parse(Settings, []).seeds == ("0", "1")
+    for words in (["--seeds", "2", "3"], ["--seeds", "2", "--seeds", "3"]):
+        assert data.parse(Settings, words).seeds == ("2", "3")

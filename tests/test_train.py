@@ -466,7 +466,12 @@ def refused(capsys, *argv):
     (["--aia-weight", "lots"], "--aia-weight 'lots'"), (["--aia-targets", "S4"], "32 layers, this model has"),
     (["--aia-targets", "none.json"], "cannot read none.json"), (["--device", "toaster"], "--device toaster"),
     (["--keep", "0"], "--keep 0: give at least 1"), (["--lora-rank", "8"], "--lora-rank 8 needs --init FOLDER"),
-    (["--lora-rank", "8", "--init", "x", "--pure-bf16"], "--pure-bf16: give --dtype bfloat16")])
+    (["--lora-rank", "8", "--init", "x", "--pure-bf16"], "--pure-bf16: give --dtype bfloat16"),
+    (["--lr", "nan"], "--lr nan: give at least 0"), (["--weight-decay", "-0.5"], "--weight-decay -0.5: give"),
+    (["--rho", "inf"], "--rho inf"), (["--seed", str(2**64)], "--seed 18446744073709551616"),
+    (["--data", "x=1/0"], "weight above 0"), (["--device", "meta"], "--device meta is not available"),
+    (["--arms", "both", "--aia-weight", "off"], "--arms both compares"), (["--encoded", "codes"], "leave it out"),
+    (["--pure-bf16", "--dtype", "float32"], "leave out one of them"), (["--fork-layer", "1"], "needs --init FOLDER")])
 def test_bad_settings_are_refused_with_one_line(words, message, tmp_path, capsys):
     """The line names cause and remedy, and nothing has been written: the corrected command runs at once."""
     assert re.search(message, refused(capsys, "--pool", 8, "--out", tmp_path / "run", *words))
@@ -609,6 +614,37 @@ def test_another_models_run_is_no_start(whole, tmp_path, capsys):
     refusal = refused(capsys, "--preset", other, "--init", config.out, "--out", tmp_path / "run")
     assert "choose the preset that fits" in refusal
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, remedy", [
+    (["--preset", "tiny-wide"], "give --preset tiny-"), (["--seed", "1"], "the world of --seed 0 .*give --seed 0"),
+    (["--shapes", "6"], "give --shapes 4"), (["--fork-layer", "2"], "the model has 2 layers")])
+def test_what_does_not_fit_the_start_is_refused(flags, remedy, whole, tmp_path, capsys):
+    """Another size would get the plan of another model, another world holds out what these weights have met."""
+    config, _ = whole
+    if config.preset == "tiny-janus" and "tiny-wide" in flags:
+        flags = ["--preset", "janus-pro-1b"]
+    assert re.search(remedy, refused(capsys, "--preset", config.preset, "--init", config.out, "--out", tmp_path / "run",
+                                     *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_task_is_told_before_anything_is_trained(own, tmp_path, unscored, capsys):
+    """And the remedy that is printed works, also where UniFork has a stage for that task alone."""
+    lines = own.read_text().splitlines()
+    own.write_text("\n".join(line for line in lines if '"value": "<image>"' in line))
+    assert "--ratio 1:0" in refused(capsys, *TWO_STEPS, "--data", own, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    plan = train.plan(settings(tmp_path, "tiny-unifork", data=(str(own),), ratio="1:0"))
+    assert [stage.name for stage in plan] == ["tokenizer", "align", "joint", "branch-gen"]
+    train.train(settings(tmp_path / "run", data=(str(own),), ratio="1:0", steps=1))
+
+
+def test_lambda_is_not_guessed_where_nothing_was_measured(whole, tmp_path):
+    """A batch without a sample that AIA can use would give lambda 0: a whole training without AIA, unnoticed."""
+    config, _ = whole
+    with pytest.raises(InputError, match="task gen cannot be calibrated.*larger --calibration"):
+        train.train(settings(tmp_path, config.preset, init=config.out, ratio="1:50"))
 
 
 def test_attention_can_be_chosen_for_a_loaded_run(whole, tmp_path, unscored):
@@ -960,6 +996,33 @@ def test_held_out_losses_come_every_so_often(own, tmp_path, unscored, capsys):
     assert [json.loads(line).get("grad_norm") for line in (tmp_path / "alone/metrics.jsonl").read_text().splitlines()] \
         == [entry["grad_norm"] for entry in log if "val" not in entry]
     assert re.search(r"first loss gen \d.* \(knowing nothing: 6.3", capsys.readouterr().out)
+
+
+def test_a_bad_held_out_record_is_told_at_the_start(own, tmp_path, unscored):
+    """Not at the end of a long run; and the remedy that is printed may be added to --resume."""
+    bad = own.with_name("bad.jsonl")
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    lines[1]["conversations"][0]["value"] += " very long" * 2000
+    bad.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = {"data": (str(own),), "val": str(bad), "steps": 2}
+    with pytest.raises(InputError, match="bad.jsonl:2: .*--on-bad-record skip"):
+        train.train(settings(tmp_path / "run", **flags))
+    run = train.train(settings(tmp_path / "run", **flags, resume=True, on_bad_record="skip"))
+    assert len(run.bad) == 1 and "bad.jsonl:2" in run.bad[0]
+
+
+def test_a_signal_in_the_last_moment_stops_too(tmp_path, unscored, monkeypatch):
+    """The evaluation that follows may take longer than a job has left."""
+    save = train.Run.save
+
+    def signalled(run, stage, *rest):
+        save(run, stage, *rest)
+        if stage == len(run.stages):
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train.Run, "save", signalled)
+    with pytest.raises(train.Stop):
+        train.train(settings(tmp_path, steps=1))
+    assert model.checkpoint_places(tmp_path)[-1].name == "4-0000000"
 
 
 def torchrun(*flags):
