@@ -684,6 +684,8 @@ class Run:
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
         self.encoded = data.Encoded(config.encoded, self.m) if config.encoded else None
         first_decides(self.begin_folder)
+        if not model.find_tokenizer(self.folder):
+            raise InputError(f"{self.folder} has lost its tokenizer: put {' or '.join(model.TOKENIZERS)} back")
         self.text = data.Text(model.find_tokenizer(self.folder), kind)
         if self.text.ids != self.m.ids:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
@@ -798,7 +800,7 @@ def uses_bf16(config, device):
 def resumed_from(folder, config):
     """(place, manifest) of the newest whole checkpoint with --resume, None where a run begins. What is damaged is put
     aside, as its place is needed again."""
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    used = folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir()))
     if used and not (config.resume and (folder / "settings.json").exists()):
         remedy = "is no run folder:" if config.resume else "is not empty: continue it with --resume, or"
         raise InputError(f"{folder} {remedy} choose another --out")
