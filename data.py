@@ -52,6 +52,13 @@ def opt(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def at_least(settings, least):
+    """Refuse numbers of a settings dataclass that are below {field: least}, not a number, or beyond 64 bits."""
+    for name, low in least.items():
+        if not low <= getattr(settings, name) < 2**63:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least {low}")
+
+
 class Extend(argparse.Action):
     """A flag that is given twice adds to what was given before, and takes the place of the default."""
 
@@ -71,7 +78,7 @@ def parse(cls, argv=None, prog=None, defaults=()):
         if isinstance(f.default, bool):
             kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
-            kind |= {"nargs": "*", "metavar": f.name.upper(), "action": Extend}
+            kind |= {"nargs": "*" if f.name in positional else "+", "metavar": f.name.upper(), "action": Extend}
         else:
             kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
             kind |= {} if f.name in positional or kind["choices"] else {"metavar": type(f.default).__name__.upper()}
@@ -98,7 +105,7 @@ def run(command):
     """Run a command line: bad input is one clear line on stderr and exit status 2, never a traceback."""
     try:
         command()
-    except InputError as error:
+    except (InputError, OSError, SafetensorError) as error:                     # the latter two: a full disk, no rights
         if os.environ.get("RANK", "0") != "0":      # what all processes meet, the first one says, and torchrun ends all
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
@@ -518,6 +525,8 @@ class Text:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def _encode(self, text):
+        if half := re.search("[\ud800-\udfff]", text):
+            raise InputError(f"the text holds half a character, {half[0]!r}: take it out")
         if self.allow_special:
             parts = re.split("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")", text)
             return tuple(i for part in parts
@@ -813,7 +822,7 @@ def parse_record(line, place, folder, strict=True):
     strict: the layouts of public sets are taken too, and fields that no one needs are ignored."""
     try:
         entry = line if isinstance(line, dict) else json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error}): write one object per line") from error
     entry = entry if strict or not isinstance(entry, dict) else published(entry)
     known = {"id", "image", "conversations", "task"}
@@ -875,9 +884,12 @@ def open_picture(source, kind):
         raise InputError(f"{name} is missing: paths are relative to the JSON file") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large to open safely ({error}): shrink it first") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:                       # of one file; readers raise whatever a broken one leads them to
         why = re.sub(" <.*>", "", str(error))        # the address of a buffer
         raise InputError(f"{name} cannot be opened ({why}): is it a picture, and complete?") from error
+    if picture.mode[0] in "IF":
+        raise InputError(f"{name} has more than 8 bits a channel ({picture.mode}), which would be cut off: save it "
+                         "with 8")
     check_size(*picture.size, kind)
     return picture
 
@@ -889,7 +901,7 @@ def load_picture(source, kind):
     picture = open_picture(source, kind)
     try:
         return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:
         name = "the picture" if isinstance(source, bytes) else f"picture {source}"
         raise InputError(f"{name} is broken ({error}): replace it") from error
 
@@ -908,7 +920,7 @@ def question_parts(turns, n_images):
             if i:
                 parts.append(number)
                 number += 1
-            text = text.strip() if i else text      # the templates set the line breaks around a picture
+            text = text.lstrip() if i else text     # the templates set the line breaks around a picture
             parts += [text] if text else []
         result.append((parts, answer))
     return result
@@ -924,7 +936,7 @@ FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                        # th
 TABLES = ("parquet", "arrow")
 COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
 ENDINGS = ("jpg", "jpeg", "png", "webp")
-BROKEN = (OSError, ValueError, NotImplementedError, tarfile.TarError)       # what readers raise, pyarrow among them
+BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarError)          # what readers raise
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)
 
 
@@ -969,7 +981,7 @@ def json_elements(file):
     """The objects of a JSON array of any size: brackets outside strings are counted, nothing is parsed or kept."""
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
         depth = number = start = 0
-        for token in JSON_TOKEN.finditer(text) if re.match(rb"\s*\[", text) else ():
+        for token in JSON_TOKEN.finditer(text) if re.match(rb"(?:\xef\xbb\xbf)?\s*\[", text) else ():
             if token[1] in (b"[", b"{"):
                 start = token.start() if depth == 1 else start
                 depth += 1
@@ -979,8 +991,10 @@ def json_elements(file):
                     number += 1
                     yield start, token.end() - start, number
                 elif depth == 0:
+                    if text[token.end():].strip():
+                        break
                     return
-        raise ValueError("no JSON array, or not all of it")
+        raise ValueError("no JSON array, or not all of it, or more behind it; JSON lines are named .jsonl")
 
 
 def tar_samples(file):
@@ -998,6 +1012,10 @@ def tar_samples(file):
             end = member.offset_data + -(-member.size // 512) * 512 if key else end         # whole blocks
         if last:
             yield start, end - start, number + 1
+        tar.fileobj.seek(tar.offset)                 # tarfile takes a broken header for the end
+        rest = tar.fileobj.read(2**20)
+        if len(rest) < 512 or rest.strip(b"\0"):
+            raise tarfile.ReadError("no end mark where the samples stop")
 
 
 def split_name(member):
@@ -1110,7 +1128,7 @@ def load_index(path, files):
             file.seek(rows.offset + rows.nbytes)     # behind the array: the two are written together
             head = json.loads(file.read())
         gen, bad, seen = head["count"]["gen"], head["bad"], {tuple(one) for one in head["files"]}
-    except (*BROKEN, EOFError, AttributeError, LookupError, TypeError) as error:
+    except (*BROKEN, EOFError, AttributeError, TypeError) as error:
         raise InputError(f"{stored} is broken ({error}): {again}") from error
     if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
         raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
@@ -1156,8 +1174,8 @@ class FileSource:
     def read_whole(self, kind, stop):
         for file in self.files:
             try:
-                lines = file.read_text(encoding="utf-8").split("\n")               # other separators are text in JSON
-            except (OSError, UnicodeDecodeError) as error:
+                lines = file.read_bytes().split(b"\n")                             # other separators are text in JSON
+            except OSError as error:
                 raise InputError(f"data set {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -1569,6 +1587,7 @@ class Export:
 def export(settings):
     """Write n records: pictures/NNNNN.png and train.jsonl."""
     folder = Path(settings.folder)
+    at_least(settings, {"seed": 0})
     if not settings.folder or settings.n < 2:
         raise InputError("export needs a folder and --n of at least 2: python data.py export FOLDER --n 200")
     world = world_of(asdict(settings))
@@ -1608,7 +1627,7 @@ def index(settings):
         aside, listed = stored.with_suffix(".part"), stored.with_suffix("").with_suffix(".bad.txt")
         listed.unlink(missing_ok=True)
         if bad:
-            aside.write_text("\n".join([*bad, ""]), encoding="utf-8")
+            aside.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
             os.replace(aside, listed)
             print(f"{bad_report(bad, [path])}\nall are in {listed}")
         if not any(map(len, rows.values())):
@@ -1669,26 +1688,26 @@ def encode(settings):
         mine = {f"{name}/{picture_key(path)}": (task, i, j) for task in tasks
                 for i in range(rank, source.count(task), world)
                 for j, path in enumerate(source.record(task, i).pictures)}           # where it is: bytes would not fit
-        todo, made = [(key, place) for key, place in mine.items() if key not in store.parts], {}
+        todo, made, missing = [(key, place) for key, place in mine.items() if key not in store.parts], {}, 0
         for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
             keys, places = zip(*todo[first:first + TOGETHER], strict=True)
             pictures = [source.record(task, i).pictures[j] for task, i, j in places]
             try:
                 made |= zip(keys, make(pictures), strict=True)
             except InputError:
-                if settings.on_bad_record == "stop":
-                    raise
-                for key, picture in zip(keys, pictures, strict=True):           # find it
+                for key, (task, i, _), picture in zip(keys, places, pictures, strict=True):             # find it
                     try:
                         made[key], = make([picture])
                     except InputError as error:
-                        source.bad.append(str(error))
+                        missing += 1
+                        note_bad(f"{source.record(task, i).place}: {error}", source.bad,
+                                 settings.on_bad_record == "stop")
             full = len(made) >= PICTURES or sum(one.nbytes for one in made.values()) >= PART
             if full or first + TOGETHER >= len(todo):
                 store.add(made, f"{rank:03d}-{number:05d}")
                 number, made = number + 1, {}
         if mine:
-            print(f"{name}: {len(todo)} pictures encoded, {len(mine) - len(todo)} were there")
+            print(f"{name}: {len(todo) - missing} pictures encoded, {len(mine) - len(todo)} were there")
     if source.bad:
         print(bad_report(source.bad, [settings.data]))
 

@@ -629,7 +629,9 @@ def grid_for(aspect, config):
 def generate(settings):
     """Write one picture file."""
     out = Path(settings.out)
-    if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+    data.at_least(settings, {"seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
+    form = Image.registered_extensions().get(out.suffix.lower())
+    if not out.parent.is_dir() or out.is_dir() or form not in Image.SAVE:
         raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
     m, text, _ = load_run(settings)
     pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature,
@@ -637,7 +639,8 @@ def generate(settings):
     picture = Image.fromarray(data.to_picture(pixels))
     scale = settings.scale or max(240 // max(picture.size), 1)
     size = tuple(side * scale for side in picture.size)
-    picture.resize(size, Image.Resampling.NEAREST).save(settings.out)
+    with aside(out) as part:
+        picture.resize(size, Image.Resampling.NEAREST).save(part, form)
     print(f"{settings.out}: {picture.width} x {picture.height}, each pixel shown {scale} times, from "
           f"{settings.prompt!r} with seed {settings.seed}")
     return {"out": settings.out, "width": size[0], "height": size[1]}
@@ -660,6 +663,9 @@ HELP = "/image FILE shows a picture with your next question, /new starts over, /
 
 def chat(settings):
     """Print one answer, or talk until the end of the input."""
+    data.at_least(settings, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
+    if not 0 < settings.top_p <= 1:
+        raise InputError(f"--top-p {settings.top_p}: give a share above 0, at most 1")
     m, text, _ = load_run(settings)
     preparer = data.Preparer(m, text, training=False)
     generator = torch.Generator(next(m.parameters()).device).manual_seed(settings.seed)
@@ -794,14 +800,15 @@ def distance(rows, name):
 class Collect:
     """Put the results of several finished runs into one JSON file, with means over seeds."""
 
-    runs: str = opt("runs/*", "run folders, a pattern")
+    runs: tuple = opt(("runs/*",), "run folders, one or more patterns")
     out: str = opt("assets/laptop.json", "JSON file to write")
 
 
 def collect(settings):
     """Read result.json, scores.json and curves.json of each run; write them with mean and range for each preset."""
-    rows = []
-    for file in sorted(glob.glob(f"{settings.runs}/scores.json")):              # runs on own pictures have none
+    rows, named = [], " ".join(settings.runs)
+    places = {file for pattern in settings.runs for file in glob.glob(f"{pattern}/scores.json")}
+    for file in sorted(places):                     # runs on own pictures have none
         row, scores, lines, made = (json.loads(Path(file).with_name(f"{name}.json").read_text())
                                     for name in ("result", "scores", "curves", "settings"))
         world = data.world_of(made)
@@ -812,12 +819,12 @@ def collect(settings):
                     | {"distance": {f"{task} {name}": distance(lines[task], name) for task in aia.TASKS
                                     for name in ("before", "after") if name in lines[task]}})
     if not rows:
-        raise InputError(f"no finished run of the world matches {settings.runs}: train some, then give their folders")
+        raise InputError(f"no finished run of the world matches {named}: train some, then give their folders")
     summary = {}
     for preset in sorted({row["preset"] for row in rows}):
         mine = [row for row in rows if row["preset"] == preset]
         if any(row["world"] != mine[0]["world"] for row in mine):
-            raise InputError(f"--runs {settings.runs}: the runs of {preset} had worlds of different size (--shapes, "
+            raise InputError(f"--runs {named}: the runs of {preset} had worlds of different size (--shapes, "
                              "--colours, --objects), whose scores have no common mean: collect them apart")
         summary[preset] = {key: {"mean": float(np.mean([row[key] for row in mine])),
                                  "min": min(row[key] for row in mine), "max": max(row[key] for row in mine)}
@@ -2788,6 +2795,8 @@ def figure_5(runs, paper, file):
 def figure_study(content, file):
     """Both scores of each row, less those of its baseline with the same seed: mean and 95 % interval, none of one seed.
     Two experts are one row."""
+    if not {"summary", "machine"} <= content.keys():
+        raise InputError("--study: give a file that train.py study wrote")
     rows = {name: row for name, row in content["summary"].items() if row["baseline"]}
     figure, panels = canvas([TASK_NAME[task] for task in ("und", "gen")], "", "difference of scores", None)
     figure.set_figheight(1.4 + 0.3 * len(rows))

@@ -191,9 +191,7 @@ def parse_ratio(text):
 
 def check_numbers(config):
     """Refuse numbers that would fail after an hour, before anything is written."""
-    for name, least in LEAST.items():
-        if not least <= getattr(config, name) < 2**63:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least {least}")
+    data.at_least(config, LEAST)
     for name in ("rho", "clip", "tflops", "utilisation"):
         if not 0 < getattr(config, name) < math.inf and not (name == "clip" and config.clip == math.inf):
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
@@ -317,6 +315,12 @@ def first_decides(work):
     if found[1]:
         raise InputError(found[1])
     return found[0]
+
+
+def replicated(m):
+    """A model that every process holds whole (ddp). Modules of one task get no gradient from the other."""
+    alone = m.config.kind == "janus" or m.config.fork_layer > 0
+    return DistributedDataParallel(m, find_unused_parameters=alone, forward_sync_buffers=False)
 
 
 def shard_model(m, config, frozen, device):
@@ -869,9 +873,8 @@ def equip(run, stage, state):
                                         parse_ratio(stage.ratio or config.ratio), config.micro_batch,
                                         on_bad_record=config.on_bad_record, rank=rank(), world=processes(), mix=mix)
                           for mix in (config.mix, "both"))
-        if processes() > 1 and not run.sharded():   # modules of one task get no gradient from the other
-            alone = run.m.config.kind == "janus" or run.m.config.fork_layer > 0
-            net = DistributedDataParallel(run.m, find_unused_parameters=alone, forward_sync_buffers=False)
+        if processes() > 1 and not run.sharded():
+            net = replicated(run.m)
     if state:
         place, weights = run.state[0], state["weights"]
         model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
@@ -1222,7 +1225,8 @@ class Ledger(TorchDispatchMode):
 def rehearse(config, attention, recompute):
     """One step of the first process, on samples of the dearer task: a drawing of Emu3, or a picture and a long answer
     of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
-    stage = RECIPES[config.recipe][0] if config.recipe else PLANS.get(config.preset, LARGE)[-1]
+    stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
+    stage = [stage for stage in stages if not stage.ratio][-1]                  # the last that trains both tasks
     with torch.device("meta"):
         m = model.build(config.preset, attention=attention).train()
     m.lm.checkpoint_activations, c, n, ledger = recompute, m.config, config.micro_batch, Ledger()
@@ -1355,6 +1359,7 @@ ROWS = {
        for row, what in rows_of(name, flags, {"half": "56", "janus": "46"}.get(name, "6")).items()}}
 # Unified model: how the names of its two experts begin, and of the row that joins them.
 PAIRS = {"unified": ("expert", "experts")} | {name: (name, f"{name}-experts") for name in SETTINGS}
+PUBLISHED = Path("assets/study.json")
 QUICK = ("aia", "unified", "unifork-2", "raw", "no-huber")
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
@@ -1378,13 +1383,21 @@ def study(settings):
     names = QUICK if settings.quick else [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
     unknown, runs = {*settings.rows} - {*ROWS} - groups, Path(settings.runs)
     seeds = settings.seeds[:1] if settings.quick else settings.seeds
-    out = settings.out or (runs / "study.json" if settings.quick else "assets/study.json")
+    out = Path(settings.out or (runs / "study.json" if settings.quick else PUBLISHED))
     if unknown or not names:
         raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
-    if not (seeds and all(seed.isdigit() for seed in seeds)):
+    if not (seeds and all(seed.isdecimal() for seed in seeds)):
         raise InputError(f"--seeds {' '.join(seeds)}: give whole numbers")
+    if not out.parent.is_dir() and out.parent != runs:
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
     names = dict.fromkeys(needed for name in names for needed in (*needs(name), name))
     todo = [(int(seed), name) for seed in seeds for name in names]
+    if out == PUBLISHED and not settings.out and out.exists():
+        lost = {(row["seed"], row["row"]) for row in model.read_json(out)["rows"]} - {*todo} - {
+            (row["seed"], row["row"]) for row in finished_rows(runs)}
+        if lost:
+            out = runs / "study.json"
+            print(f"{PUBLISHED} tells of {len(lost)} runs that are not in {runs}: it stays, {out} is written")
     for number, (seed, name) in enumerate(todo, 1):
         print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
         run_row(name, seed, runs)
@@ -1413,7 +1426,9 @@ def run_row(name, seed, runs):
         flags["aia_targets"] = str(experts_targets(runs, seed))
     config = TrainConfig(**flags)
     if (folder / "result.json").exists():
-        check_settings(model.read_json(folder / "settings.json"), config, folder)
+        stored = model.read_json(folder / "settings.json")                      # what it began from may have moved
+        check_settings(stored | {name: getattr(config, name) for name in ("init", "aia_targets") if stored.get(name)},
+                       config, folder)
     else:
         stages = plan(config)
         if 0 in parse_ratio(config.ratio):          # as many samples of its task a step as a model of both
@@ -1431,7 +1446,8 @@ def finished_rows(runs):
         files = ("result.json", "alignment.json") if "1" in row.groups else ("result.json",)
         places = {folder.name.removeprefix(f"{name}-seed"): folder for folder in runs.glob(f"{name}-seed*")
                   if all((folder / file).exists() for file in files)}
-        found += [read_row(name, int(seed), places[seed]) for seed in sorted(filter(str.isdigit, places), key=int)]
+        found += [read_row(name, int(seed), places[seed]) for seed in sorted(filter(str.isdecimal, places), key=int)
+                  if model.read_json(places[seed] / "settings.json")["seed"] == int(seed)]              # no copies
     return found
 
 
@@ -1463,16 +1479,16 @@ def experts_targets(runs, seed):
 
 
 def interval(values):
-    """Mean and half of its 95 % interval (Student's t); None without at least two seeds."""
+    """Mean and half of its 95 % interval (Student's t); None without at least three seeds."""
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, None
     return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def verdict(mean, interval):
     """Of a figure that is above zero where a claim holds."""
-    decided = interval is not None and abs(mean) > interval
+    decided = interval is not None and abs(mean) > interval > 0                 # 0: equal by chance, scores have steps
     return ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
 
 
@@ -1570,15 +1586,16 @@ CLAIMS = (
 
 
 def claims_of(rows):
-    """Verdict of each claim: one of several numbers decides against it, all decide for it; the figure is the least."""
+    """Verdict of each claim: one of several numbers decides against it, all decide for it; the figure is the least of
+    those that decided."""
     table, found = by_row(rows), []
     for claim, names, number in CLAIMS:
         seeds = sorted(set.intersection(*({*table.get(name, {})} for name in names)))
         values = [np.atleast_1d(number(*(table[name][seed] for name in names))) for seed in seeds]
         parts = [interval(part) for part in zip(*values, strict=True)] or [(None, None)]
-        mean, half = min(parts, key=lambda part: part[0])
         verdicts = {verdict(*part) for part in parts}
         decision = next((one for one in ("does not hold", "not decided here") if one in verdicts), "holds")
+        mean, half = min((part for part in parts if verdict(*part) == decision), key=lambda part: part[0])
         found.append({"claim": claim, "verdict": decision, "figure": mean, "interval": half, "seeds": len(seeds)})
     return found
 

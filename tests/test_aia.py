@@ -117,6 +117,14 @@ def test_reference_models_are_staged_by_one_rule(reference, expected):
     assert torch.equal(aia.targets(32, "und", reference)[0], aia.targets(32, "und")[0])
 
 
+def test_own_curves_are_staged_by_one_rule():
+    """A layer belongs to the stage of its middle; the task decides the stages, and one without a layer is not there."""
+    assert aia.stages_from_curve(aia.targets(32, "und")[0].tolist(), "und") == [
+        (first / 32, delta, target) for first, delta, target in aia.STAGES["und"]]
+    assert aia.stages_from_curve([0.31, 0.12], "und") == [(0.0, 0.05, 0.3), (0.625, 0.05, 0.1)]
+    assert aia.stages_from_curve([0.31]) == [(0.0, 0.1, 0.3)]
+
+
 def test_resampling_keeps_both_ends_and_is_linear_between():
     """Five layers read a curve of two points at 0, 1/4, 1/2, 3/4 and 1 of its depth."""
     assert aia.resample([0.0, 1.0], 5) == [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -525,7 +525,7 @@ def test_masks_of_janus_understanding(texts):
     config = replace(PRESET["janus"], image_size=2 * PRESET["janus"].vit_patch)              # 2 x 2 image tokens
     picture = [(ids["boi"], "."), ([ids["placeholder"]] * 4, "k"), (ids["eoi"], ".")]
     check("und", data.JanusTemplate(config, texts["janus"]).understanding(turns, None),
-          (ids["bos"], "."), (ids["user"], "."), (e(": "), "."), *picture, (e("\nand"), "."), *picture,
+          (ids["bos"], "."), (ids["user"], "."), (e(": "), "."), *picture, (e("\nand "), "."), *picture,
           (e("\nred?\n\n"), "."), (ids["assistant"], "."), (e(":"), "."), (e(" yes"), "q"), (ids["eos"], "t"),
           (ids["user"], "."), (e(": how many crosses?\n\n"), "."), (ids["assistant"], "."), (e(":"), "."),
           (e(" two or three"), "q"), (ids["eos"], "t"))
@@ -1175,13 +1175,55 @@ def test_a_decompression_bomb_is_refused(limit, album, preparers, monkeypatch):
     assert len(use(file, preparers["emu3"], "skip")[1]) == 1
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"], ids=["missing", "empty", "not UTF-8"])
+@pytest.mark.parametrize("content", [None, b""], ids=["missing", "empty"])
 def test_a_file_without_records_is_refused(content, tmp_path):
     """The message names the file, not a place inside the program."""
     if content is not None:
         (tmp_path / "train.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=f"data set {tmp_path / 'train.jsonl'} .*(give|see)"):
         data.FileSource(tmp_path / "train.jsonl", "emu3")
+
+
+def test_one_bad_byte_costs_one_record(album):
+    """A mark of UTF-8 at the start is none; a line that is not UTF-8 is a bad record as any other."""
+    file = album(DRAWN, ASKED)
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\xef\xbb\xbf" + b"\n".join([lines[0], lines[1].replace(b"yes", b"\xff"), lines[1]]))
+    source = data.FileSource(file, "emu3", "skip")
+    assert [source.count(task) for task in aia.TASKS] == [1, 1]
+    assert len(source.bad) == 1 and ":2: not JSON" in source.bad[0]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_many_bits_are_refused(mode, album, tmp_path):
+    """Made 8-bit by cutting, all but the darkest of their values would be white."""
+    ramp = Image.fromarray(np.linspace(0, 65535, 4096).reshape(64, 64).astype(np.uint16))
+    ramp.convert(mode).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="a.tiff has more than 8 bits a channel"):
+        data.load_picture(tmp_path / "a.tiff", "emu3")
+
+
+def test_half_a_character_is_a_bad_record(album, preparers):
+    """JSON may name one half of a pair; no tokenizer takes it."""
+    batch, bad = use(album(json.dumps(entry("a.png", ("\ud83d?", "yes"))), ASKED, DRAWN), preparers["emu3"], "skip")[:2]
+    assert len(bad) == 1 and "half a character" in bad[0]
+
+
+@pytest.mark.parametrize("harm", [lambda tar, at: tar[:at], lambda tar, at: tar[:at + 100],
+                                  lambda tar, at: tar[:at] + b"x" + tar[at + 1:], lambda tar, at: tar + tar],
+                         ids=["cut before a header", "cut in it", "a wrong byte", "two joined"])
+def test_a_broken_archive_is_no_shorter_one(harm, tmp_path):
+    """tarfile takes any broken header for the end; what is behind it would be missing without a word."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:
+        for i in range(3):
+            at = tar.offset
+            add(tar, f"{i}.png", b"x")
+            add(tar, f"{i}.txt", b"a cat")
+    assert len([*data.tar_samples(file)]) == 3
+    file.write_bytes(harm(file.read_bytes(), at))
+    with pytest.raises((tarfile.TarError, OSError)):
+        [*data.tar_samples(file)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -132,14 +132,6 @@ def test_token_ids_are_measured_by_the_rule_of_both_tasks(tmp_path):
     assert judge.hf_measure(m, judge.hf_ids(tmp_path / "ids.jsonl", range(40, 48), 64), 1)["und"]["samples"] == 1
 
 
-def test_stages_of_a_curve_are_means_and_short_models_leave_some_out():
-    """The table's own 32 layers give the table back; a stage without a layer is not there."""
-    found = aia.stages_from_curve(aia.targets(32, "und")[0].tolist(), "und")
-    assert found == [(first / 32, delta, target) for first, delta, target in aia.STAGES["und"]]
-    assert aia.stages_from_curve([0.31, 0.12], "und") == [(0.0, 0.05, 0.3), (0.625, 0.05, 0.1)]
-    assert aia.stages_from_curve([0.31]) == [(0.0, 0.1, 0.3)]
-
-
 @pytest.mark.parametrize("ids, rest, why", [
     ([1, 40, 41], {"task": "draw"}, "give"), ([1, 64], {}, "below 64"), ([1, "40"], {}, "give"), ([], {}, "give"),
     (None, {}, "give"), ([1, 40, 41, 9, 2], {"task": "und", "answer": 2}, "after codes"), ([40, 41], {}, "nothing"),
