@@ -53,10 +53,10 @@ def opt(default, help, choices=None):
 
 
 def at_least(settings, least):
-    """Refuse numbers of a settings dataclass that are below {field: least}, not a number, or beyond 64 bits."""
+    """Refuse numbers of a settings dataclass that are below {field: least}, too large for 64 bits, or not numbers."""
     for name, low in least.items():
         if not low <= getattr(settings, name) < 2**63:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least {low}")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least {low}, below 2^63")
 
 
 class Extend(argparse.Action):
@@ -349,9 +349,12 @@ class World:
                 return scene, wanted
 
 
+WORLD = ("seed", "shapes", "colours", "objects")       # settings of a run that say which world it has
+
+
 def world_of(run):
     """The world of a run, by its settings; runs of before worlds could be harder have the easiest."""
-    return World(**{name: run[name] for name in ("seed", "shapes", "colours", "objects") if name in run})
+    return World(**{name: run[name] for name in WORLD if name in run})
 
 
 def random_scene(world, rng, kind, wanted=None):
@@ -1489,6 +1492,14 @@ def deal(position, weights):
     return len(weights) - 1, int(position)
 
 
+def check_tasks(source, ratio):
+    """Refuse a source without records of a task that has a share."""
+    for task, share in zip(aia.TASKS, ratio, strict=True):
+        if share and not source.count(task):
+            other = "1:0" if task == "und" else "0:1"
+            raise InputError(f"the data hold no record for task {task!r}: add some, or train with --ratio {other}")
+
+
 class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
 
@@ -1501,10 +1512,7 @@ class Schedule:
         mixed = isinstance(source, Mixture) and source.weights
         parts = list(zip(source.sources, source.weights, strict=True)) if mixed else [(source, 1)]
         self.parts = {task: [part for part in parts if part[0].count(task)] for task in aia.TASKS}
-        for task, share in zip(aia.TASKS, ratio, strict=True):
-            if share and not source.count(task):
-                other = "1:0" if task == "und" else "0:1"
-                raise InputError(f"the data hold no record for task {task!r}: add some, or train with --ratio {other}")
+        check_tasks(source, ratio)
 
     def record(self, task, position):
         """The record at a position of the task's endless stream, and its random numbers."""

@@ -69,7 +69,7 @@ def left_padded(samples, pad, device):
 
 
 def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, negative=None, batch=128, roles="tags"):
-    """Prompts -> pixels (n, 3, S, S) in [-1, 1], on the CPU. Same seed, same pictures."""
+    """Prompts -> pixels (n, 3, S, S) in [-1, 1], on the CPU. Same seed and prompts, same pictures."""
     generator, pixels = torch.Generator(next(m.parameters()).device).manual_seed(seed), []
     for start in range(0, len(prompts), batch):
         codes = draw_codes(m, text, prompts[start:start + batch], generator, guidance, temperature, size, negative,
@@ -557,6 +557,8 @@ def aside(file):
         yield part
         os.replace(part, file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{file} cannot be written ({error.strerror or error}): give a file in a folder that exists, "
                          "with room") from error
 
@@ -1746,14 +1748,22 @@ KEPT = ("bench", "variant", "checkpoint", "vision_tokenizer", "dtype", "rope_bf1
 def settings_of(settings, prompts):
     """What answers or pictures depend on. Those of one folder come from one model, asked the same in the same way."""
     mine = {name: getattr(settings, name) for name in KEPT}
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
-    mine["questions"], file = f"{len(prompts)} (SHA-256 {digest})", Path(settings.out) / "settings.json"
+    digest, file = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12], Path(settings.out) / "settings.json"
+    mine |= {"questions": f"{len(prompts)} (SHA-256 {digest})", "weights": weights_of(settings.checkpoint)}
     stored = model.read_json(file) if file.exists() else mine
     for name, value in mine.items():
         if stored.get(name) != value:
             raise InputError(f"{settings.out} holds results with {name} {stored.get(name)!r}, now it is {value!r}: "
                              "give another --out, or score those with --preds")
     return mine
+
+
+def weights_of(checkpoint):
+    """What changes when other weights come under the same name: names, sizes and times of their files, in short."""
+    folder = model.find_folder(checkpoint)
+    files = [folder] if folder.is_file() else sorted(
+        file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pth"))
+    return hashlib.sha256(json.dumps(data.stamps(files, folder)).encode()).hexdigest()[:12]
 
 
 def load_asked(settings, mine):

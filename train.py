@@ -193,8 +193,10 @@ def check_numbers(config):
     """Refuse numbers that would fail after an hour, before anything is written."""
     data.at_least(config, LEAST)
     for name in ("rho", "clip", "tflops", "utilisation"):
-        if not 0 < getattr(config, name) < math.inf and not (name == "clip" and config.clip == math.inf):
+        if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
+    if config.rho == math.inf:
+        raise InputError("--rho inf: --aia-weight off leaves AIA out")
     if -1 < config.weight_decay < 0:
         raise InputError(f"--weight-decay {config.weight_decay}: give at least 0, or -1 for that of the plan")
     data.world_of(asdict(config))
@@ -660,10 +662,7 @@ class Run:
         if self.state and self.state[1]["records"] != self.records():
             raise InputError(f"{self.folder} was started with {self.state[1]['records']} records, now there are "
                              f"{self.records()}: resume with the same data, or choose another --out")
-        for task, share in zip(aia.TASKS, parse_ratio(config.ratio), strict=True):
-            if share and not self.source.count(task):
-                raise InputError(f"--data holds no record for task {task!r}: add some, or train with --ratio "
-                                 + ("1:0" if task == "und" else "0:1"))
+        data.check_tasks(self.source, parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
         self.m = self.open(min(self.state[1]["stage"], len(self.stages) - 1) if self.state else 0, self.state)
@@ -698,10 +697,12 @@ class Run:
 
     def check_world(self):
         """Refuse weights that have met what this run would hold out."""
-        made = self.m.tokenizer_file.with_name("settings.json")
-        made = asdict(TrainConfig()) | (model.read_json(made) if made.exists() else {"data": "unknown"})
-        for name in ("seed", "shapes", "colours", "objects"):
-            if not made["data"] and made[name] != getattr(self.config, name):
+        file = self.m.tokenizer_file.with_name("settings.json")
+        made = asdict(TrainConfig()) | model.read_json(file) if file.exists() else {}
+        if not made or made["data"]:                # public weights, or own pictures: nothing is known
+            return
+        for name in data.WORLD:
+            if made[name] != getattr(self.config, name):
                 raise InputError(f"--init {self.config.init} learned the world of --{name} {made[name]} and has met "
                                  f"what that of {getattr(self.config, name)} holds out: give --{name} {made[name]}")
 
@@ -1008,8 +1009,7 @@ def held_out(run, net, index, step, bar):
     metrics = accumulate(net, run.held, run.targets, {}, False, run.autocast, run.device)
     rows = {task: {key: row[key] for key in ("ntp", "aia")} for task, row in metrics.items()}
     run.log({"stage": index, "name": run.stages[index].name, "step": step + 1, "val": rows})
-    bar.write(f"held out, step {step + 1} | " + " | ".join(map(brief, rows, rows.values())),
-              file=sys.stdout)
+    bar.write(f"held out, step {step + 1} | " + " | ".join(map(brief, rows, rows.values())), file=sys.stdout)
 
 
 def brief(task, row):
@@ -1034,7 +1034,7 @@ def report(run, index, step, since, metrics, weights, norm, places, bar, waited)
         else:
             entry[task] = row
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
-    tokens, everywhere = over_processes(places.clone()).tolist()
+    tokens, everywhere = over_processes(places).tolist()
     if everywhere:
         entry |= {"tokens_per_second": tokens / (now - since[0]), "padding": 1 - tokens / everywhere,
                   "waiting": waited / (now - since[0])}
@@ -1374,7 +1374,8 @@ class Study:
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
     quick: bool = opt(False, "five rows of one seed: to show how it goes, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
-    out: str = opt("", "JSON file to write; empty: assets/study.json, with --quick study.json in the folder of runs")
+    out: str = opt("", "JSON file to write; empty: assets/study.json, or study.json in the folder of runs with --quick "
+                   "and where the former knows more runs")
 
 
 def study(settings):
@@ -1383,29 +1384,31 @@ def study(settings):
     names = QUICK if settings.quick else [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
     unknown, runs = {*settings.rows} - {*ROWS} - groups, Path(settings.runs)
     seeds = settings.seeds[:1] if settings.quick else settings.seeds
-    out = Path(settings.out or (runs / "study.json" if settings.quick else PUBLISHED))
     if unknown or not names:
         raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
     if not (seeds and all(seed.isdecimal() for seed in seeds)):
         raise InputError(f"--seeds {' '.join(seeds)}: give whole numbers")
-    if not out.parent.is_dir() and out.parent != runs:
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if settings.out and not Path(settings.out).parent.is_dir():
+        raise InputError(f"--out {settings.out}: there is no folder {Path(settings.out).parent}")
     names = dict.fromkeys(needed for name in names for needed in (*needs(name), name))
     todo = [(int(seed), name) for seed in seeds for name in names]
-    if out == PUBLISHED and not settings.out and out.exists():
-        lost = {(row["seed"], row["row"]) for row in model.read_json(out)["rows"]} - {*todo} - {
-            (row["seed"], row["row"]) for row in finished_rows(runs)}
-        if lost:
-            out = runs / "study.json"
-            print(f"{PUBLISHED} tells of {len(lost)} runs that are not in {runs}: it stays, {out} is written")
+    published = names_of(model.read_json(PUBLISHED)["rows"]) if PUBLISHED.exists() else set()
     for number, (seed, name) in enumerate(todo, 1):
         print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
         run_row(name, seed, runs)
         found = finished_rows(runs)
         content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": judge.machine()}
+        known = published <= names_of(found) and not settings.quick             # nothing that was found is lost
+        out = settings.out or (PUBLISHED if known else runs / "study.json")
         judge.write_json(content, out)
     print_study(content)
+    print(f"written to {out}")
     return {claim["claim"]: claim["verdict"] for claim in content["claims"]}
+
+
+def names_of(rows):
+    """Which runs the rows of a study tell of."""
+    return {(row["row"], row["seed"]) for row in rows}
 
 
 def needs(name):

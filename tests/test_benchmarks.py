@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -1167,6 +1168,12 @@ def test_a_folder_holds_answers_of_one_kind(runs, alone, tmp_path, capsys):
     shutil.copy(tmp_path / "8.jpg", picture)
     command(*janus)
     assert re.search("out holds results with checkpoint '.*: give another --out", refused(capsys, *emu3))
+    weights = next(runs["janus"].rglob("*.safetensors"))
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))          # as if trained anew
+    assert re.search("out holds results with weights '.*: give another --out", refused(capsys, *janus))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    command(*janus)
     edit(tmp_path / "data/Questions.csv", "Is it", "Was it")
     assert re.search(r"out holds results with questions '8 \(SHA-256", refused(capsys, *janus))
     geneval_files(tmp_path / "data")

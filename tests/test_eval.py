@@ -619,7 +619,7 @@ def test_the_page_needs_nothing_else_and_shows_the_run(tmp_path):
     assert all(f"<td>{cell}</td>" in page for cell in (0.875, 0.75, 0.3)) and "b/run</h2><p>This run has no res" in page
 
 
-def test_a_study_is_drawn_with_its_intervals(tmp_path):
+def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
     """A row of one seed has no interval; the two runs that make up the experts are one row."""
     part = {"mean": 0.1, "interval": None}
     rows = {**{name: {"seeds": [0], "baseline": ""} for name in ("unified", "expert-gen")},
@@ -629,3 +629,7 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path):
     command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
     assert Image.open(tmp_path / "drawn/study.png").size == (1350, 300)         # 0.3 inches more for each of two rows
     assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["study.png"]
+    judge.write_json({}, tmp_path / "other.json")
+    with pytest.raises(SystemExit, match="2"):
+        command("figures", "--study", tmp_path / "other.json", "--out", tmp_path / "drawn")
+    assert "give a file that train.py study wrote" in capsys.readouterr().err

@@ -1370,6 +1370,25 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     shutil.copytree(tmp_path / "runs/aia-seed3", tmp_path / "runs/aia-seed5")
     with pytest.raises(InputError, match="aia-seed5 was started with --seed 3, not 5"):
         train.main([*map(str, flags), "--seeds", "5"])
+    assert {row["seed"] for row in train.finished_rows(tmp_path / "runs")} == {3, 4}            # a copy is no seed
+
+
+def test_a_published_study_is_not_replaced_by_one_that_knows_less(tmp_path, monkeypatch, capsys):
+    """A folder of runs may have fewer of them, or none yet, as in a fresh clone."""
+    published, found = tmp_path / "assets.json", [made_up_row("aia", 0, 0.5, 0.5)]
+    monkeypatch.setattr(train, "PUBLISHED", published)
+    monkeypatch.setattr(train, "run_row", lambda *row: None)
+    monkeypatch.setattr(train, "finished_rows", lambda runs: found)
+    (tmp_path / "runs").mkdir()
+    for known, file in (([], published), ([("aia", 0), ("aia", 1)], tmp_path / "runs/study.json"),
+                        ([("aia", 0)], published)):
+        judge.write_json({"rows": [{"row": row, "seed": seed} for row, seed in known]}, published)
+        train.main(["study", "--rows", "aia", "--seeds", "0", "--runs", str(tmp_path / "runs")])
+        assert f"written to {file}" in capsys.readouterr().out
+        assert len(json.loads(file.read_text())["rows"]) == 1
+        assert file == published or len(json.loads(published.read_text())["rows"]) == 2
+    with pytest.raises(InputError, match="there is no folder .*missing"):
+        train.main(["study", "--rows", "aia", "--out", str(tmp_path / "missing/study.json")])
 
 
 def test_a_run_of_before_a_setting_was_there_keeps_its_default(tmp_path):
