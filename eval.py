@@ -52,6 +52,7 @@ import data
 import model
 from aia import InputError
 from data import opt
+from parts import kernels
 
 # Legend: B samples, T tokens, L layers; scores are shares in 0..1.
 
@@ -3417,7 +3418,7 @@ def bench_fits(settings):
             # inputs of L layers, T C each + what one layer keeps while it is recomputed, T (20 C + 4 ffn) in bfloat16
             # + the logits of a chunk of tokens, their softmax and gradient
             peak = {tokens: held + (tokens * (c.layers * c.width * stream + 2 * (20 * c.width + 4 * c.ffn))
-                                    + 3 * 4 * model.CHUNK * c.vocab) / 1e9 for tokens in (3000, 8282)}
+                                    + 3 * 4 * kernels.CHUNK["cuda"] * c.vocab) / 1e9 for tokens in (3000, 8282)}
             fits = {tokens: next((card for card in CARDS if gb <= 0.9 * card), None) for tokens, gb in peak.items()}
             moving = sum(p.numel() for p in m.parameters() if p.requires_grad)
             rows.append({"preset": preset, "manner": manner, "moving": moving, "held_gb": held, "peak_gb": peak,
@@ -3534,7 +3535,7 @@ def timed_process(rank, world, parallel, repeats, folder):
         step = Step("aia", 512)
         net, batches = step.m, [step.batch] * (4 // world)
         if parallel == "ddp":
-            net = train.DistributedDataParallel(step.m, forward_sync_buffers=False)
+            net = train.DistributedDataParallel(step.m, broadcast_buffers=False)
         elif parallel == "fsdp":
             train.freeze(step.m, train.LARGE[0])
             train.shard_model(step.m, train.TrainConfig(parallel="fsdp"), ("vq",), "cpu")

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import aia
 from aia import InputError
+from parts import kernels
 
 # Legend: B samples, T tokens, C channels (width), H heads, G key/value heads, D head size, L layers, V vocabulary,
 # N image tokens of one picture, K codebook rows, S side of a picture in pixels; h, w: sides of a code grid.
@@ -777,27 +778,12 @@ class SigLIP(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The two models
 # ---------------------------------------------------------------------------------------------------------------------
-CHUNK = 256                                     # tokens that meet the vocabulary at once
-
-
 def next_token_loss(x, head, target):
-    """Sum of the cross-entropy of head(x) with target: x (n, C), target (n,) -> scalar.
-
-    Logits exist for CHUNK tokens at a time, forward and backward. All of them would outgrow everything else: at Emu3's
-    size, 8,192 tokens times 184,622 words are 6 GB in float32.
-    """
+    """Sum of the cross-entropy of head(x) with target: x (n, C), target (n,) -> scalar."""
     *before, last = head if isinstance(head, nn.Sequential) else [head]
     for layer in before:
         x = layer(x)
-    weight, bias = last.weight, last.bias
-    if torch.is_autocast_enabled(x.device.type):    # which knows linear layers, but not this function
-        x, weight, bias = (part if part is None else part.to(torch.get_autocast_dtype(x.device.type))
-                           for part in (x, weight, bias))
-    # The result has the type of x: in half precision a sum of thousands of tokens is better taken here.
-    exact = x.dtype in (torch.float32, torch.float64)
-    loss = F.linear_cross_entropy(x, weight, target, linear_bias=bias, reduction="sum" if exact else "none",
-                                  options=nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK))
-    return aia.at_least_float32(loss).sum()
+    return kernels.chunked_cross_entropy(x, last.weight, last.bias, target)
 
 
 @dataclass

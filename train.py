@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -322,7 +321,7 @@ def first_decides(work):
 def replicated(m):
     """A model that every process holds whole (ddp). Modules of one task get no gradient from the other."""
     alone = m.config.kind == "janus" or m.config.fork_layer > 0
-    return DistributedDataParallel(m, find_unused_parameters=alone, forward_sync_buffers=False)
+    return DistributedDataParallel(m, find_unused_parameters=alone, broadcast_buffers=False)
 
 
 def shard_model(m, config, frozen, device):
@@ -1181,9 +1180,6 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        if function.namespace == "torch_nn":        # the loss in chunks, an operation made of others
-            with self, torch.no_grad():
-                return OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
         if {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} == {torch.Tensor}:
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
