@@ -11,6 +11,7 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 import argparse
 import base64
 import concurrent.futures
+import contextlib
 import functools
 import glob
 import hashlib
@@ -40,6 +41,7 @@ from tqdm import tqdm
 import aia
 import model
 from aia import InputError
+from parts import kernels
 
 # Legend: B samples of one task, T tokens, N image tokens of one picture, S side of a picture in pixels.
 
@@ -1250,6 +1252,9 @@ def picture_key(file):
         return ""
 
 
+ENCODING = 2                                     # raised whenever the same weights encode a picture otherwise
+
+
 class Encoded:
     """What frozen towers made of pictures, stored by `data.py encode`: safetensors files of codes/KEY, as encode_images
     gives them, and features/KEY (N, vit_width), KEY as in picture_key. Files made with other weights, or by another
@@ -1282,7 +1287,7 @@ class Encoded:
             towers["features"] = (self.m.vision, janus_reading)
         found = {}
         for name, (tower, resize) in towers.items():
-            mix = hashlib.blake2b(digest_size=8)
+            mix = hashlib.blake2b(b"encoding %d" % ENCODING, digest_size=8)
             for key, weight in sorted(tower.state_dict().items()):
                 if weight.is_floating_point():       # not the counters of batch norm
                     exact = weight.float().cpu().contiguous()               # public ones are the same in both types
@@ -1324,9 +1329,33 @@ class Batch:
     codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
     places: tuple = ()                       # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
+    # What follows from the above, made while the batch is still on the CPU, so that a GPU is never asked how many there
+    # are. Who replaces a mask sets its indices to None.
+    rows: torch.Tensor | None = None         # (B, R) indices of queries, -1 behind the last of a sample
+    keys: torch.Tensor | None = None         # (B, K) indices of the condition
+    predicting: torch.Tensor | None = None   # (n,) which of the B T tokens have a successor with a label ...
+    targets: torch.Tensor | None = None      # ... and that label
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = kernels.indices(self.queries)
+        if self.keys is None:
+            self.keys = kernels.indices(self.condition)
+        if self.targets is None:
+            following = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()       # (B T,)
+            self.predicting = (following != -100).nonzero()[:, 0]
+            self.targets = following[self.predicting]
+
+    def each(self, change):
+        """A copy with all its tensors changed alike."""
+        return replace(self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
     def to(self, device):
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
+        return self.each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self):
+        """In memory from which a GPU copies while the CPU goes on."""
+        return self.each(lambda x: x.pin_memory())
 
 
 PIXELS_AT_ONCE = 2**16                       # for the picture tokenizer, whose activations are a thousand times larger
@@ -1339,6 +1368,9 @@ class Preparer:
         self.m, self.config, self.text, self.training, self.encoded = m, m.config, text, training, encoded
         self.template = text and TEMPLATES[m.config.kind](m.config, text, training)    # None: for pictures only
         self.known = {}                                                         # codes of world pictures, by content
+        self.device = next(m.vq.parameters()).device
+        # Pictures are encoded while a step computes: on a GPU beside it, not queued behind it.
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def recall(self, name, source):
         """The "codes" or "features" of a picture if they were made before, else None."""
@@ -1348,14 +1380,15 @@ class Preparer:
 
     def codes(self, pictures):
         """Codes of pictures, each a CPU tensor; equal-sized ones are encoded together, known ones are not."""
-        found, device, shapes = [self.recall("codes", p) for p in pictures], next(self.m.vq.parameters()).device, {}
+        found, shapes = [self.recall("codes", p) for p in pictures], {}
         for i, source in enumerate(pictures):
             if found[i] is None:
                 pixels = written(load_picture(source, self.config.kind), self.config, self.training)
                 shapes.setdefault(pixels.shape, {})[i] = pixels
         for (_, height, width), group in shapes.items():
             parts = torch.stack(list(group.values())).split(max(1, PIXELS_AT_ONCE // (height * width)))
-            codes = torch.cat([self.m.encode_images(part.to(device)).cpu() for part in parts])
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                codes = torch.cat([self.m.encode_images(part.to(self.device)).cpu() for part in parts])
             for i, one in zip(group, codes, strict=True):
                 found[i] = one.clone()
                 if isinstance(pictures[i], np.ndarray):
@@ -1382,9 +1415,8 @@ class Preparer:
         side = self.config.image_size
         said = (("nothing", "<image>" if task == "gen" else "nothing"),)
         batch = self.batch([Record("nothing", task, said, (np.zeros((side, side, 3), np.uint8),))])
-        batch.labels.fill_(-100)
-        batch.aia_valid.fill_(False)
-        return replace(batch, places=(), lengths=(0,))
+        return replace(batch, labels=torch.full_like(batch.labels, -100), targets=None, places=(), lengths=(0,),
+                       aia_valid=torch.zeros_like(batch.aia_valid))
 
     def pieces(self, records, rngs=None, drop=0.0):
         """Records of one task -> pieces of each, whether its prompt was kept, and fields of a Batch that Janus-Pro has
@@ -1553,7 +1585,7 @@ class Schedule:
     def step(self, step):
         """The micro-batches of a step, each of one task. One without a usable record counts nothing, or where no other
         process waits for it, is left out."""
-        bad, batches = self.bad if self.on_bad_record == "skip" else None, []
+        bad, batches, cuda = self.bad if self.on_bad_record == "skip" else None, [], self.preparer.device.type == "cuda"
         for task, positions in self.groups(step):
             try:
                 batch = usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
@@ -1562,11 +1594,15 @@ class Schedule:
             except Exception as error:              # out of memory, a fault in a library: say with which records
                 error.add_note(f"while preparing {', '.join(self.record(task, i)[0].place for i in positions)}")
                 raise
-            batches += [batch or self.preparer.nothing(task)] if batch or self.world > 1 else []
+            if batch or self.world > 1:
+                batch = batch or self.preparer.nothing(task)
+                batches.append(batch.pinned() if cuda else batch)
         return batches
 
     def steps(self, first, end):
         """The batches of each step; the next ones are prepared while these train."""
+        if self.preparer.stream:                    # weights may just have been trained, on the stream of the steps
+            self.preparer.stream.wait_stream(torch.cuda.current_stream())
         # One thread of its own: with more, it would take the cores of a CPU from the training and slow it by half.
         with concurrent.futures.ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
             coming = worker.submit(self.step, first)

@@ -294,7 +294,7 @@ def measure(m, batches, target, delta):
         ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
         first = torch.zeros_like(batch.condition)
         first[:, 0] = True
-        on_first = m(replace(batch, condition=first)).intensity                 # (B, L)
+        on_first = m(replace(batch, condition=first, keys=None)).intensity                # (B, L)
         found.append(out.intensity[batch.aia_valid].cpu())
         sink.append(on_first[batch.aia_valid].cpu())
         sinkless.append((out.intensity - on_first * batch.condition[:, :1])[batch.aia_valid].cpu())
@@ -3273,7 +3273,7 @@ def fresh(script, threads):
                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
     if done.returncode:
         raise RuntimeError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
-    return [float(word) for word in done.stdout.split()]
+    return [float(word) for word in done.stdout.splitlines()[-1].split()]            # libraries may print before
 
 
 def resident(field):
@@ -3337,8 +3337,8 @@ def released_loss(m, batch, target, delta, weight):
     samples that cuts out queries and keys, a Huber loss for each, and logits of all tokens."""
     maps = []
 
-    def keep_map(q, k, v, visible, condition):
-        causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    def keep_map(q, k, v, visible, condition, rectangle):
+        causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
         scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~causal, -torch.inf)
         maps.append(scores.softmax(-1))                                         # (B, H, T, T)
         return maps[-1] @ v, None

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class Config:
     system: str = ""                     # Janus-Pro: what stands before a conversation, except in training
     init_std: float = 0.02               # of fresh weights; small widths learn many times faster from larger ones ...
     embed_std: float = 0.02              # ... and from embeddings that the first layers do not drown
-    attention: str = "fused"             # "fused" or "explicit"
+    attention: str = "auto"              # a key of ATTENTION
     lora_rank: int = 0                   # of what is trained beside the decoder's frozen projections; 0: nothing
     fork_layer: int = 0                  # UniFork: from this layer on each task has layers of its own; 0: all shared
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
@@ -214,13 +214,14 @@ PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TIN
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention: two bodies, one meaning
+# Attention: three bodies, one meaning
 # ---------------------------------------------------------------------------------------------------------------------
 # q (B, H, T, D); k, v (B, G, U, D), where U >= T counts cached keys too, and G heads are shared by H / G queries each.
 # visible (B or 1, 1, T, U) bool, or None: causal where T = U, everything where T = 1.
 # condition (B, U) bool, or None if nobody asks.
-# Both return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
-def attend_explicit(q, k, v, visible=None, condition=None):
+# rectangle: indices of rows (B, R) and keys (B, K) that count, -1 for padding; None: all rows and the condition.
+# All return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
+def attend_explicit(q, k, v, visible=None, condition=None, rectangle=None):
     """softmax(Q K^T / sqrt(D)) V written out: the one to read, and the reference of the tests."""
     share = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)         # (B, H, U, D)
@@ -237,15 +238,18 @@ def attend_explicit(q, k, v, visible=None, condition=None):
     return out, (attention * condition[:, None, None]).sum(-1)                  # (B, H, T)
 
 
-def attend_fused(q, k, v, visible=None, condition=None):
+def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
     """The same through one fused kernel, without ever keeping a T x U map.
 
     Attention is a weighted mean of values. Give condition keys the value 1 in one more channel and all others 0, and
-    that channel's mean *is* the weight spent on the condition: exact, differentiable, nearly free.
+    that channel's mean *is* the weight spent on the condition: exact, differentiable, and nearly free on a CPU. A GPU's
+    kernels are made for a few head sizes: there 128 + 8 channels may cost as much as 192.
     """
-    # One query sees every cached key; more of them need the causal mask.
-    shape = {"attn_mask": visible, "is_causal": visible is None and q.shape[2] > 1,
-             "enable_gqa": q.shape[1] != k.shape[1]}
+    # One query sees every cached key; more of them need the causal mask. Written out, as torch.compile with lengths
+    # that vary would take a comparison for a symbol, which no kernel accepts.
+    causal = True if visible is None and q.shape[2] > 1 else False
+    grouped = True if q.shape[1] != k.shape[1] else False
+    shape = {"attn_mask": visible, "is_causal": causal, "enable_gqa": grouped}
     if condition is None:
         return F.scaled_dot_product_attention(q, k, v, **shape), None
     flag = condition[:, None, :, None].to(v.dtype).expand(*v.shape[:3], 1)      # (B, G, U, 1)
@@ -256,7 +260,28 @@ def attend_fused(q, k, v, visible=None, condition=None):
     return out[..., :-8], out[..., -8].contiguous()                             # (B, H, T, D), (B, H, T)
 
 
-ATTENTION = {"explicit": attend_explicit, "fused": attend_fused}
+def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
+    """The same through the kernel that passes without AIA take: rows of the rectangle get their mass from its
+    log-sum-exp (kernels.MassFromLse), the others 0, which Eq. 1 does not read. Under a mask it is `attend_fused`."""
+    if condition is None or visible is not None or q.shape[2] != k.shape[2]:
+        return attend_fused(q, k, v, visible, condition)
+    if rectangle is None:
+        rectangle = kernels.indices(torch.ones_like(condition)), kernels.indices(condition)
+    # mass(q) = sum_{k in condition} exp(q.k / sqrt(D) - lse(q))
+    return kernels.attention_and_mass(q, k, v, *rectangle)                      # (B, H, T, D), (B, H, T)
+
+
+# What "auto" takes on a device. On CUDA log-sum-exp is to follow when a measurement (lab/gpu.py) has shown that the
+# flag channel costs more than 5 % of a step.
+AUTO = {"cpu": attend_fused, "cuda": attend_fused}
+
+
+def attend_auto(q, k, v, visible=None, condition=None, rectangle=None):
+    """The body that suits the device."""
+    return AUTO.get(q.device.type, attend_fused)(q, k, v, visible, condition, rectangle)
+
+
+ATTENTION = {"auto": attend_auto, "explicit": attend_explicit, "fused": attend_fused, "lse": attend_lse}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,22 +308,65 @@ def rotate(x, rope):
 
 
 class Cache:
-    """Keys and values of all layers, allocated once for prompts with mask (B, T) bool and `new` tokens after them;
-    their rotations and who is real are known beforehand too."""
+    """Keys and values of all layers in columns that are allocated once: those of prompts with mask (B, T) bool, then
+    `new` more. A step fills the same columns for all rows.
+
+    A row may stand still while others go on: its columns are masked, and its position stays. Column, position and mask
+    are tensors, so a step of fixed shape can be recorded and replayed (`recorded`).
+    """
 
     def __init__(self, lm, mask, new):
-        c, like, self.used = lm.config, lm.embed_tokens.weight, 0
-        real = F.pad(mask, (0, new), value=True)                                # (B, U)
-        self.mask = None if bool(mask.all()) else real
-        shape = (len(mask), c.kv_heads, real.shape[1], c.head_dim)
+        c, like, device = lm.config, lm.embed_tokens.weight, mask.device
+        self.mask = F.pad(mask, (0, new), value=True)                           # (B, U): who is real in each column
+        self.even = bool(mask.all())                # no row has a masked column so far: attention needs no mask
+        self.used, self.whole = 0, False            # columns in use; whether a step reads all of them, under the mask
+        self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
+        self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
+        shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
         self.k, self.v = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
-        self.rope = lm.rotations(positions(real if self.mask is not None else real[:1]))
+        self.rope = lm.rotations(torch.arange(shape[2], device=device)[None])   # (1, 1, U, D) each
+
+    def enter(self, new, moving=None):
+        """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
+        Where moving (B,) bool is false, a row stands still."""
+        first, self.used = self.used, self.used + new
+        end = self.mask.shape[1] if self.whole else self.used
+        columns = torch.arange(first, self.used, device=self.mask.device)       # (new,)
+        if self.whole:
+            columns = self.column + columns - first
+            self.column += new
+        self.columns, self.now = columns, (first, self.used)
+        if self.even and moving is None and not self.whole:
+            return [part[:, :, first:end] for part in self.rope], visibility(None, columns, end)
+        self.leave_even(first)
+        if moving is not None:
+            self.mask.index_copy_(1, columns, moving[:, None].expand(-1, new))
+        real = self.mask.index_select(1, columns)                               # (B, new)
+        position = (self.position[:, None] + real.cumsum(1) - 1).clamp(min=0)   # (B, new)
+        self.position += real.sum(1)
+        rope = [part[0, 0].index_select(0, position.flatten()).view(*position.shape, -1)[:, None] for part in self.rope]
+        return rope, visibility(self.mask[:, :end], columns, end)
+
+    def leave_even(self, used):
+        """Where all rows were in step so far, their position is the number of columns."""
+        if self.even:
+            self.position.fill_(used)
+        self.even = False
 
     def add(self, layer, k, v):
         """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
-        end = self.used + k.shape[2]
-        self.k[layer][:, :, self.used:end], self.v[layer][:, :, self.used:end] = k, v
+        if self.whole:
+            return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
+        first, end = self.now
+        self.k[layer][:, :, first:end], self.v[layer][:, :, first:end] = k, v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def recorded(self, step):
+        """step(x), which calls the decoder with this cache, as CUDA graphs (kernels.Recorded)."""
+        self.leave_even(self.used)
+        self.whole = True
+        self.column.fill_(self.used)
+        return kernels.Recorded(step, (self.column, self.position))
 
 
 LORA_ALPHA = 16.0                               # with R = 16 the addition counts as it is, with another R by 16 / R
@@ -336,7 +404,7 @@ class Attention(nn.Module):
         self.v_proj = projection(config.width, shared, config.lora_rank)
         self.o_proj = projection(inner, config.width, config.lora_rank)
 
-    def forward(self, x, batch, rope, visible, condition, cache):
+    def forward(self, x, batch, rope, visible, condition, rectangle, cache):
         split = (batch, len(x) // batch, -1, self.head_dim)
         q = self.q_proj(x).view(split).transpose(1, 2)                          # (B, H, T, D)
         k = self.k_proj(x).view(split).transpose(1, 2)                          # (B, G, T, D)
@@ -344,7 +412,10 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.add(self.index, k, v)                                  # (B, G, U, D)
-        out, mass = self.attend(q, k, v, visible, condition)                    # (B, H, T, D), (B, H, T)
+        if cache is not None and cache.whole:
+            out, mass = kernels.attend_columns(q, k, v, visible), None          # (B, H, T, D)
+        else:
+            out, mass = self.attend(q, k, v, visible, condition, rectangle)     # (B, H, T, D), (B, H, T)
         return self.o_proj(out.transpose(1, 2).reshape(len(x), -1)), mass       # (B T, C), (B, H, T)
 
 
@@ -372,8 +443,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = FeedForward(config.width, config.ffn, config.lora_rank)
 
-    def forward(self, x, batch, rope, visible=None, condition=None, cache=None):
-        attended, mass = self.self_attn(self.input_layernorm(x), batch, rope, visible, condition, cache)
+    def forward(self, x, batch, rope, visible=None, condition=None, rectangle=None, cache=None):
+        attended, mass = self.self_attn(self.input_layernorm(x), batch, rope, visible, condition, rectangle, cache)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), mass
 
@@ -408,12 +479,14 @@ class Decoder(nn.Module):
         return [*self.layers, *(self.gen_layers if self.config.fork_layer else ())]
 
     def rotations(self, positions):
-        """Cosine and signed sine of RoPE for positions (B, T), in the type of the weights: two tensors (B, 1, T, D).
+        """Cosine and signed sine of RoPE for positions (B, T), in the type of activations: two tensors (B, 1, T, D).
 
         The frequencies are made here each time, in float32: a buffer would be rounded by model.to(bfloat16), which at
         theta 1e6 and position 9216 is wrong by 10 radians. rope_bf16 repeats that slip, to match published scripts.
         """
-        c, dtype = self.config, self.embed_tokens.weight.dtype
+        c, dtype, kind = self.config, self.embed_tokens.weight.dtype, positions.device.type
+        if torch.is_autocast_enabled(kind):         # else q and k would become float32 again, twice the traffic
+            dtype = torch.get_autocast_dtype(kind)
         steps = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequency = c.theta ** (-steps / c.head_dim)                            # (D / 2,)
         if self.rope_bf16:
@@ -422,33 +495,33 @@ class Decoder(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)        # (B, 1, T, D) each
 
-    def forward(self, x, mask=None, condition=None, queries=None, cache=None, hidden=False, task="und"):
+    def forward(self, x, mask=None, condition=None, queries=None, rectangle=None, cache=None, moving=None, hidden=False,
+                task="und"):
         """Run embeddings x (B, T, C) through all layers of a task.
 
         mask (B, T) bool: True = real token; None: no padding, or padding on the right; a cache brings its own mask
-        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1)
+        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1); rectangle: their indices
+        moving (B,) bool, with a cache: rows where it is false stand still; None: all go on
         -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
         """
-        past, (batch, new, _) = cache.used if cache else 0, x.shape
+        batch, new, _ = x.shape
         if cache:
-            mask = None if cache.mask is None else cache.mask[:, :past + new]
-            rope = [part[:, :, past:past + new] for part in cache.rope]         # (B or 1, 1, T, D) each
+            rope, visible = cache.enter(new, moving)
         else:
             mask = None if mask is None or bool(mask.all()) else mask
-            rope = self.rotations(positions(mask) if mask is not None else torch.arange(new, device=x.device)[None])
-        visible = visibility(mask, past, x)
+            columns = torch.arange(new, device=x.device)
+            rope = self.rotations(columns[None] if mask is None else positions(mask))
+            visible = visibility(mask, columns, new)
         x, intensities, states = x.flatten(0, 1), [], [x]                       # (B T, C)
         layers, norm = self.path(task)
         for layer in layers:
             # Recomputed in the backward pass, mass included, instead of kept.
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpoint_activations else layer
-            x, mass = run(x, batch, rope, visible, condition, cache)            # (B T, C), (B, H, T)
+            x, mass = run(x, batch, rope, visible, condition, rectangle, cache)         # (B T, C), (B, H, T)
             if mass is not None:
                 intensities.append(aia.intensity(mass, queries))                # (B,)
             if hidden:
                 states.append(x.unflatten(0, (batch, new)))
-        if cache:
-            cache.used += new
         x = norm(x).unflatten(0, (batch, new))                                  # (B, T, C)
         return x, torch.stack(intensities, 1) if intensities else None, states if hidden else None
 
@@ -458,17 +531,18 @@ def positions(mask):
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def visibility(mask, past, x):
-    """Who sees whom: (B or 1, 1, T, U) bool of new tokens x (B, T, C) after `past` cached ones, or None: causal where
-    nothing is cached, everything where one token is new. mask (B, U) bool or None: no padding."""
-    new = x.shape[1]
-    if mask is None and (past == 0 or new == 1):
+def visibility(mask, columns, end):
+    """Which of `end` keys the tokens in columns (T,) see: (B or 1, 1, T, U) bool, or None: causal where the columns are
+    all there are, everything where one token is new. mask (B, U) bool or None: no padding."""
+    if mask is None and len(columns) in (1, end):
         return None
-    keys = torch.arange(past + new, device=x.device)                            # (U,)
-    causal = keys <= keys[past:, None]                                          # (T, U)
+    keys = torch.arange(end, device=columns.device)                             # (U,)
+    causal = keys <= columns[:, None]                                           # (T, U)
+    if mask is None:
+        return causal[None, None]
     # A padded row sees at least itself, else its softmax is 0/0 and poisons everything.
-    visible = causal[None] if mask is None else causal & mask[:, None] | (keys == keys[past:, None])
-    return visible[:, None]                                                     # (B or 1, 1, T, U)
+    itself = keys == columns[:, None]                                           # (T, U)
+    return ((causal & mask[:, None]) | itself)[:, None]                         # (B, 1, T, U)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -796,11 +870,19 @@ class Output:
     hidden: list | None = None
 
 
+ASK_EVERY = 16                                  # tokens between looks whether all answers have ended, on a GPU
+REPLAY_FROM = 64                                # steps that are worth recording one
+
+
 class Unified(nn.Module):
     """What Emu3 and Janus-Pro share. Each adds how tokens and pictures enter, and which head reads them out."""
 
     def __init__(self, config):
         super().__init__()
+        # Convolutions are those of the picture encoders alone, which must be exact: by default cuDNN rounds what goes
+        # into them to 10 bits (TF32), and 2 to 10 % of the codes change. The switch is the process's and threads share
+        # it, so that it is set once and not around each call.
+        torch.backends.cudnn.allow_tf32 = False
         self.config, self.ids, self.tokenizer_file = config, dict(config.ids), None
         self.lm = Decoder(config)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
@@ -810,12 +892,12 @@ class Unified(nn.Module):
         """Loss and intensities of one data.Batch: padding on the right, one task."""
         x = self.embed(batch)                                                   # (B, T, C)
         condition = batch.condition if intensity else None
-        x, intensities, states = self.lm(x, None, condition, batch.queries, hidden=hidden, task=batch.task)
-        # Position t predicts the label at t + 1; positions without a label never meet the head.
-        target = batch.labels[:, 1:]                                            # (B, T - 1)
-        labelled = target != -100
-        ntp = next_token_loss(x[:, :-1][labelled], self.head(batch.task), target[labelled])
-        return Output(ntp, int(labelled.sum()), intensities, states)
+        x, intensities, states = self.lm(x, None, condition, batch.queries, (batch.rows, batch.keys), hidden=hidden,
+                                         task=batch.task)
+        # Only positions that predict a label meet the head.
+        x = x.flatten(0, 1).index_select(0, batch.predicting)                   # (n, C)
+        ntp = next_token_loss(x, self.head(batch.task), batch.targets)
+        return Output(ntp, len(batch.targets), intensities, states)
 
     def logits(self, ids, pixels=None, mask=None):
         """Text logits (B, T, V). ids (B, T) hold one placeholder per image token, filled in order from pixels
@@ -851,9 +933,9 @@ class Unified(nn.Module):
         top_k = self.config.top_k if top_k is None else top_k
         mask, guided = left_padding(ids, mask), guidance != 1
         rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
-        x, cache, codes = self.embed_text(rows), Cache(self.lm, mask, h * (w + 1)), []
+        step, x, codes = self.steps(mask, h * (w + 1), "gen"), self.embed_text(rows), []
         for i in range(h * w):
-            logits = self.code_logits(self.lm(x, cache=cache, task="gen")[0][:, -1]).float()       # (rows, K)
+            logits = self.code_logits(step(x)).float()                          # (rows, K)
             if guided:
                 # Rows alternate: conditional, unconditional. s = u + g (c - u)
                 given, free = logits[0::2], logits[1::2]
@@ -871,10 +953,11 @@ class Unified(nn.Module):
         temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended. watch is called with the
         tokens (B,) of each step, as they come.
         """
-        x, cache = self.embed_text(ids, pixels), Cache(self.lm, left_padding(ids, mask), max_new_tokens)
+        step, x = self.steps(left_padding(ids, mask), max_new_tokens, "und"), self.embed_text(ids, pixels)
         done, new = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), []
-        while len(new) < max_new_tokens and not done.all():
-            logits = self.lm_head(self.lm(x, cache=cache)[0][:, -1]).float()    # (B, V)
+        ask = 1 if ids.device.type == "cpu" else ASK_EVERY
+        while len(new) < max_new_tokens and (len(new) % ask or not done.all()):
+            logits = self.lm_head(step(x)).float()                              # (B, V)
             token = sample(logits, temperature, 0, top_p, generator)            # (B,)
             token = token.masked_fill(done, self.ids["pad"])
             new.append(token)
@@ -882,7 +965,27 @@ class Unified(nn.Module):
                 watch(token)
             done |= token == self.ids["eos"]
             x = self.lm.embed_tokens(token[:, None])                            # (B, 1, C)
-        return torch.stack(new, 1) if new else ids[:, :0]
+        if not new:
+            return ids[:, :0]
+        tokens = torch.stack(new, 1)
+        going = (tokens == self.ids["eos"]).cumsum(1) == 0                      # (B, T): rows that have not ended
+        return tokens[:, :int(going.any(0).sum()) + 1]
+
+    def steps(self, mask, new, task):
+        """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
+        tokens -> the last hidden state (rows, C). After the prompts CUDA replays it: a step is 1,000 small kernels."""
+        cache, replayed = Cache(self.lm, mask, new), None
+
+        def step(x):
+            return self.lm(x, cache=cache, task=task)[0][:, -1]                 # (rows, C)
+
+        def run(x):
+            nonlocal replayed
+            if replayed is None and cache.used and x.device.type == "cuda" and new >= REPLAY_FROM:
+                replayed = cache.recorded(step)
+            with kernels.no_planning(x.device.type):
+                return (replayed or step)(x)
+        return run
 
 
 class Emu3(Unified):
@@ -959,31 +1062,41 @@ class Janus(Unified):
         return self.gen_head if task == "gen" else self.lm_head
 
     def embed(self, batch):
+        if batch.task == "gen":
+            return self.fill(batch.tokens, self.embed_codes(batch.codes))
         if batch.features is not None:
             return self.fill(batch.tokens, self.read(batch.features))
-        if batch.task == "und":
-            return self.embed_text(batch.tokens, batch.pixels)
-        return self.fill(batch.tokens, self.embed_codes(batch.codes))
+        return self.fill(batch.tokens, None if batch.pixels is None else self.see(batch.pixels))
 
     def embed_text(self, ids, pixels=None):
-        if pixels is None:
-            return self.fill(ids, None)
-        parts = pixels.to(self.vision.pos_embed.dtype).split(READ_AT_ONCE)
-        return self.fill(ids, torch.cat([self.read(self.vision(part)) for part in parts]))
+        holes, features = int((ids == self.ids["placeholder"]).sum()), None if pixels is None else self.see(pixels)
+        given = 0 if features is None else features.shape[0] * features.shape[1]
+        if given != holes:
+            raise InputError(f"{holes} placeholders in the text, but {given} image tokens: "
+                             "write one placeholder per image token")
+        return self.fill(ids, features)
+
+    def see(self, pixels):
+        """Pictures (n, 3, S, S) through SigLIP -> (n, N, C)."""
+        held, half = self.vision.pos_embed.dtype, self.aligner[0].weight.dtype
+        # A frozen SigLIP beside sharded weights is held in float32 and has no autocast: it is given one here.
+        alone = held is torch.float32 and half is torch.bfloat16
+        with torch.autocast(pixels.device.type, half) if alone else nullcontext():
+            return torch.cat([self.read(self.vision(part.to(held))) for part in pixels.split(READ_AT_ONCE)])
 
     def read(self, features):
         """Features of SigLIP (n, N, vit_width) -> (n, N, C). A frozen SigLIP may be more exact than what follows."""
         return self.aligner(features.to(self.aligner[0].weight.dtype))
 
     def fill(self, ids, features):
-        """Embed ids (B, T); placeholders take features (n, N, C) in order."""
+        """Embed ids (B, T); placeholders take features (n, N, C) in order. Nothing here waits for a GPU."""
         x = self.lm.embed_tokens(ids)                                           # (B, T, C)
-        holes = ids == self.ids["placeholder"]
-        given = 0 if features is None else features.shape[0] * features.shape[1]
-        if given != int(holes.sum()):
-            raise InputError(f"{int(holes.sum())} placeholders in the text, but {given} image tokens: "
-                             "write one placeholder per image token")
-        return x if features is None else x.masked_scatter(holes[..., None], features.to(x.dtype))
+        if features is None:
+            return x
+        holes = ids == self.ids["placeholder"]                                  # (B, T)
+        number = (holes.flatten().cumsum(0) - 1).clamp(min=0)                   # (B T,): which feature a hole takes
+        taken = features.to(x.dtype).flatten(0, 1).index_select(0, number)      # (B T, C)
+        return torch.where(holes[..., None], taken.view_as(x), x)
 
     def embed_codes(self, codes):
         """Codes (B, N) -> (B, N, C)."""
@@ -1032,7 +1145,9 @@ def sample(logits, temperature, top_k, top_p, generator=None):
         # Keep the fewest ids whose sum reaches top_p; the likeliest one always stays.
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probability = torch.zeros_like(probability).scatter(-1, order, ordered)
-    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+    # The least of exponential variables with rates p is that of i with odds p_i: what torch.multinomial does, which
+    # then waits for the GPU to check its input.
+    return (probability / torch.empty_like(probability).exponential_(1.0, generator=generator)).argmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1081,10 +1196,10 @@ def fork(m):
 def fresh_lora(m, device="cpu"):
     """{name: tensor} of what LoRA adds, before training: A normal, B zero. It follows from torch.manual_seed alone, and
     processes that share out the weights make the whole and keep their part: all layouts begin the same."""
-    generator, made = torch.Generator().manual_seed(torch.initial_seed()), {}
+    generator, made = torch.Generator("cpu").manual_seed(torch.initial_seed()), {}
     for name, like in m.state_dict().items():
         if "lora_" in name:
-            value = torch.zeros(like.shape)
+            value = torch.zeros(like.shape, device="cpu")       # as the generator, whatever torch.device says
             if name.endswith("lora_a"):             # A x is as large as x
                 value.normal_(0.0, like.shape[1] ** -0.5, generator=generator)
             made[name] = own_part(value.to(device), like)
@@ -1119,9 +1234,12 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")              
 
 # A checkpoint of train.py is a folder: shards that torch.distributed.checkpoint wrote as safetensors (nothing is ever
 # unpickled), and a manifest.json with what is no tensor and the checksum of every file. It is complete or not there.
+new_checksum = functools.partial(hashlib.blake2b, digest_size=16)
+
+
 def checksum(file):
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(content, new_checksum).hexdigest()
 
 
 def read_manifest(place):
@@ -1162,7 +1280,7 @@ def read_tensors(tensors, place):
              no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
 
 
-def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="fused", part="",
+def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
          shard=None, lora_rank=None, fork_layer=0):
     """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
 
@@ -1192,7 +1310,7 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     return m.eval()
 
 
-def from_manifest(manifest, place, device="cpu", attention="fused", shard=None, dtype=None, lora_rank=None,
+def from_manifest(manifest, place, device="cpu", attention="auto", shard=None, dtype=None, lora_rank=None,
                   fork_layer=0):
     """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
     dtype None: as stored. lora_rank, fork_layer: fresh LoRA or fork, of which the checkpoint knows nothing."""

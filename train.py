@@ -14,6 +14,7 @@ combinations, curves and samples.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -36,6 +37,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -51,6 +54,7 @@ import eval as judge
 import model
 from aia import InputError
 from data import opt
+from parts import kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +85,8 @@ class TrainConfig:
                            "or a JSON file")
     aia_variant: str = opt("full", "what is left out of AIA", aia.VARIANTS)
     arms: str = opt("aia", "both: train stage 3 a second time without AIA, from the same weights", ("aia", "both"))
-    attention: str = opt("fused", "fused kernel or written out; same result", tuple(model.ATTENTION))
+    attention: str = opt("auto", "explicit: written out; fused: one kernel; lse: one kernel, AIA from its log-sum-exp; "
+                         "auto: what suits the device. The result is the same", tuple(model.ATTENTION))
     checkpoint_activations: bool = opt(False, "recompute each layer in the backward pass: less memory, slower steps")
     parallel: str = opt("ddp", "what the processes of torchrun share out: ddp nothing, fsdp weights, gradients and "
                         "optimizer, hsdp the same within a node", ("ddp", "fsdp", "hsdp"))
@@ -361,8 +366,7 @@ def counts(batches):
     """{task: (label tokens, valid samples)} of a whole step, all processes together: what its sums are divided by."""
     total = torch.zeros(len(aia.TASKS), 2, dtype=torch.long)
     for batch in batches:
-        total[aia.TASKS.index(batch.task)] += torch.tensor([int((batch.labels[:, 1:] != -100).sum()),
-                                                            int(batch.aia_valid.sum())])
+        total[aia.TASKS.index(batch.task)] += torch.tensor([len(batch.targets), int(batch.aia_valid.sum())])
     return dict(zip(aia.TASKS, over_processes(total).tolist(), strict=True))
 
 
@@ -372,7 +376,7 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
     loss = sum over tasks of  ntp_sum / label_tokens(task)  +  lambda(task) * aia_sum / valid_samples(task)
     targets {task: (target, delta)}, weights {task: lambda}; weights None is next-token prediction alone, which also
     measures no attention; scale False measures only, without gradients. All processes have the same tasks in turn.
-    -> metrics {"gen": {"ntp", "aia", "intensity"}, "und": ...}; aia and intensity are None without a valid sample
+    -> sums {task: (tensor on the device, valid samples)} for `metrics_of`: a GPU works on while nobody asks for numbers
     """
     total, sums, device = counts(batches), {}, device or next(net.parameters()).device
     for i, batch in enumerate(batches):
@@ -388,20 +392,30 @@ def accumulate(net, batches, targets, weights, scale=True, autocast=contextlib.n
                 aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid, reduction="sum")
                 # L = L_NTP + lambda L_AIA (Eq. 3)
                 loss = loss + weights.get(batch.task, 0.0) * aia_sum / valid
-                measured = out.intensity.detach()[batch.aia_valid].sum(0)                           # (L,)
+                measured = torch.where(batch.aia_valid[:, None], out.intensity.detach(), 0.0).sum(0)            # (L,)
                 row += [aia_sum.detach()[None] / valid, measured / valid]
             if scale:
                 (loss * processes()).backward()                                     # reducing takes the mean
-        sums[batch.task] = sums.get(batch.task, 0.0) + torch.cat(row).cpu()                         # (2 + L,)
+        before, _ = sums.get(batch.task, (0.0, 0))
+        sums[batch.task] = before + torch.cat(row), total[batch.task][1]                            # (2 + L,)
+    return sums
+
+
+def metrics_of(sums, *more):
+    """What `accumulate` summed, over all processes, as {"gen": {"ntp", "aia", "intensity"}, "und": ...}, and scalars
+    `more` as numbers: the one moment of a step that waits for the device. aia and intensity are None without a valid
+    sample."""
+    rows = [row for row, _ in sums.values()]
+    together = torch.cat([*rows, *(value.detach().reshape(1).to(rows[0]) for value in more)]).cpu()
+    ends = together.split([*map(len, rows), *(1 for _ in more)])
     metrics = {}
-    for task, row in sums.items():
+    for (task, (_, valid)), row in zip(sums.items(), ends, strict=False):
         ntp, *measured = over_processes(row)
         metrics[task] = {"ntp": ntp.item()}
         if measured:                                # None: no sample of the step was valid, so nothing was measured
-            known = total[task][1] > 0
-            metrics[task] |= {"aia": measured[0].item() if known else None,
-                              "intensity": torch.stack(measured[1:]) if known else None}
-    return metrics
+            metrics[task] |= {"aia": measured[0].item() if valid else None,
+                              "intensity": torch.stack(measured[1:]) if valid else None}
+    return (metrics, *(value.item() for value in ends[len(rows):])) if more else metrics
 
 
 def calibrate(net, schedule, targets, config, autocast, device=None):
@@ -411,7 +425,8 @@ def calibrate(net, schedule, targets, config, autocast, device=None):
         return fixed
     n, rows = config.calibration or (10 if config.preset.startswith("tiny") else 100), {task: [] for task in aia.TASKS}
     for step in range(n):
-        for task, row in accumulate(net, schedule.step(step), targets, {}, False, autocast, device).items():
+        sums = accumulate(net, schedule.step(step), targets, {}, False, autocast, device)
+        for task, row in metrics_of(sums).items():
             rows[task] += [(row["ntp"], row["aia"])] if row["aia"] is not None else []
     for task, share in zip(aia.TASKS, schedule.ratio, strict=True):
         if share and not rows[task]:
@@ -559,32 +574,60 @@ def tensors_of(m, optimizer=None, known=None):
     return tensors
 
 
+class Summed(io.BufferedWriter):
+    """A file whose checksum is taken while it is written."""
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "w"))
+        self.sum = model.new_checksum()
+
+    def write(self, part):
+        self.sum.update(part)
+        return super().write(part)
+
+
+class Summing(FileSystem):
+    """Leaves the checksum of each file NAME beside it, under NAME.sum."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        with Summed(path) as file:
+            yield file
+        Path(f"{path}.sum").write_text(file.sum.hexdigest(), encoding="ascii")
+
+
 class Writer(dcp.HuggingFaceStorageWriter):
     """Writes a checkpoint under a second name; once every process has, adds the manifest and renames. Whoever is killed
     before that leaves the previous checkpoint as the newest."""
 
     def __init__(self, place, manifest, keep):
         super().__init__(f"{place}.part", save_distributed=True)
-        self.place, self.manifest, self.keep = place, manifest, keep
+        self.place, self.manifest, self.keep, self.fs = place, manifest, keep, Summing()
 
     def finish(self, metadata, results):
         """Runs on the first process only, after all shards are on disk."""
-        part = Path(self.path)
-        files = {file.name: model.checksum(file) for file in sorted(part.glob("*.safetensors"))}
+        part, files = Path(self.path), {}
+        for file in sorted(part.glob("*.sum")):
+            files[file.stem] = file.read_text(encoding="ascii")
+            file.unlink()
         judge.write_json(self.manifest | {"files": files}, part / "manifest.json")
         os.replace(part, self.place)
         for old in model.checkpoint_places(self.place.parent.parent)[:-self.keep] if self.keep else ():
             shutil.rmtree(old)
 
 
-def save_checkpoint(tensors, manifest, place, keep=0, group=None):
-    """Write a checkpoint folder in the background, each process its shards -> future, None if it is there already.
-    keep: how many of the numbered checkpoints beside it stay. group: processes, on a channel of their own."""
+def save_checkpoint(tensors, manifest, place, keep=0, group=None, stager=None):
+    """Write a checkpoint folder in the background, each process its shards; where weights are not shared out, the first
+    process alone -> future, None where there is nothing to do. keep: how many of the numbered checkpoints beside it
+    stay. group: processes, on a channel of their own. stager: copies tensors off a GPU; None: into pageable memory."""
     if first_decides(place.exists):
         return None
     first_decides(lambda: shutil.rmtree(f"{place}.part", ignore_errors=True))
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    if alone and rank():
+        return None
     return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
-                          no_dist=processes() == 1)
+                          async_stager=stager, no_dist=alone)
 
 
 def memory_gb():
@@ -598,29 +641,43 @@ def memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-class Operations(TorchDispatchMode):
-    """Notes the names of all operations that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = ""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names += f" {function}"
-        return function(*args, **(kwargs or {}))
-
-
-def attention_kernel(c, device, dtype):
-    """Which kernel attention runs on for the heads of a Config: what one call of it runs."""
-    if c.attention == "explicit":
+def attention_kernel(m, device, dtype):
+    """Which kernels the attention of a model runs on, without AIA and with it."""
+    c, attend = m.config, m.lm.layers[0].self_attn.attend
+    if attend is model.attend_explicit:
         return "explicit, every map is kept"
     q, k = (torch.zeros(1, heads, 64, c.head_dim, device=device, dtype=dtype) for heads in (c.heads, c.kv_heads))
-    with Operations() as seen:
-        model.attend_fused(q.requires_grad_(), k, k, condition=torch.ones(1, 64, dtype=torch.bool, device=k.device))
-    for kernel in ("flash", "cudnn", "efficient"):
-        if f"_{kernel}_attention" in seen.names:
-            return f"fused, {kernel} kernel"
+    asked = torch.ones(1, 64, dtype=torch.bool, device=device)
+    plain, measured = (kernel_of(attend(q.requires_grad_(), k, k, condition=condition)[0].grad_fn)
+                       for condition in (None, asked))
+    return plain if plain == measured else f"{plain}; with AIA {measured}"
+
+
+def kernel_of(node):
+    """The kernel behind an output of attention, by the name of the step that will differentiate it."""
+    while node and type(node).__name__.startswith(("Slice", "MassFromLse")):
+        if "Lse" in type(node).__name__:
+            return f"fused, {node.kernel.name} kernel and its log-sum-exp"
+        node = node.next_functions[0][0]
+    for kernel in ("Flash", "Cudnn", "Efficient"):
+        if f"{kernel}Attention" in type(node).__name__:
+            return f"fused, {kernel.lower()} kernel"
     return "fused, but on the slow math fallback: no fast kernel takes heads of this size and type here"
+
+
+def settle_attention(m, device, dtype):
+    """Where log-sum-exp is asked for, try it (kernels.try_lse); a device without it goes on with the flag channel."""
+    c = m.config
+    chosen = model.AUTO.get(torch.device(device).type) if c.attention == "auto" else model.ATTENTION[c.attention]
+    if chosen is not model.attend_lse:
+        return
+    found, faults = kernels.try_lse(device, dtype, c.heads, c.kv_heads, c.head_dim)
+    for fault in faults:
+        print(f"attention by log-sum-exp: {fault}")
+    if not found:
+        print("attention by log-sum-exp is not to be had here: fused attention with a flag channel instead")
+        for layer in m.lm.all_layers():
+            layer.self_attn.attend = model.attend_fused
 
 
 class Stop(Exception):
@@ -635,6 +692,7 @@ class Run:
         self.config, self.started, self.stopping, self.seconds, self.bad = config, time.time(), 0, 0.0, []
         self.folder, self.saving = Path(config.out or f"runs/{config.preset}-seed{config.seed}"), None
         self.held = None                            # batches of --val, made when they are first needed
+        self.stager, self.staged = None, None       # memory for copies of a checkpoint, and the names it was made for
         self.device = start_processes(config)
         self.group = dist.new_group(backend="gloo") if processes() > 1 else None        # of saving in the background
         self.state = first_decides(lambda: resumed_from(self.folder, config))
@@ -680,7 +738,7 @@ class Run:
             raise InputError(f"--preset {config.preset} has branches from layer {branch} on, --init from layer "
                              f"{self.m.config.fork_layer} (0: none): add --fork-layer {branch}, or use another --init")
         dtype = torch.bfloat16 if uses_bf16(config, self.device) else torch.float32
-        print(f"attention: {attention_kernel(self.m.config, self.device, dtype)}")
+        print(f"attention: {attention_kernel(self.m, self.device, dtype)}")
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
@@ -733,6 +791,7 @@ class Run:
         for name in {"vq", *stage.frozen} & {name for name, _ in m.named_children()}:
             getattr(m, name).to(self.device)
         m.lm.rope_bf16, m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
+        settle_attention(m, self.device, torch.bfloat16 if uses_bf16(config, self.device) else torch.float32)
         if config.compile:
             for layer in m.lm.all_layers():
                 layer.compile()
@@ -767,11 +826,22 @@ class Run:
         """Begin to write a checkpoint folder, of the model alone unless told otherwise."""
         self.written()
         tensors = tensors_of(self.m, optimizer)
+        # Pinned memory is copied into at the full speed of the bus, but slow to get: it stays for checkpoints of the
+        # same tensors.
+        if self.device.startswith("cuda") and self.staged != tensors.keys():
+            self.stager, self.staged = BlockingAsyncStager(cache_staged_state_dict=True), tensors.keys()
         manifest = {"config": asdict(self.m.config), "dtype": str(tensors["model.lm.norm.weight"].dtype).split(".")[1]}
-        self.saving = save_checkpoint(tensors, manifest | (more or {}), self.folder / name, keep, self.group)
+        self.saving = save_checkpoint(tensors, manifest | (more or {}), self.folder / name, keep, self.group,
+                                      self.stager)
 
     def written(self):
-        """Wait for the checkpoint that is being written, and tell what went wrong with it."""
+        """Wait for the checkpoint that is being written, and tell what went wrong with it, all processes alike."""
+        if self.sharded():
+            self.wait()
+        else:                                       # only the first one writes
+            first_decides(self.wait)
+
+    def wait(self):
         try:
             if self.saving:
                 self.saving.result()
@@ -917,11 +987,13 @@ def run_stage(run, index, state):
             batches = next(coming)
             waited += time.time() - start
             places += sum(torch.tensor([sum(batch.lengths), batch.tokens.numel()]) for batch in batches)
-            metrics = accumulate(net, batches, run.targets, weights, autocast=run.autocast, device=run.device)
+            sums = accumulate(net, batches, run.targets, weights, autocast=run.autocast, device=run.device)
         else:                                       # too small to share: every process does the same
             batches, metrics = [], tokenizer_step(run.m, pictures_of(run), step, stage, config.seed)
         norm = torch.nn.utils.clip_grad_norm_([p for p in run.m.parameters() if p.grad is not None], config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if schedule:
+            metrics, norm = metrics_of(sums, norm)
         check_finite(norm, metrics, stage, step, batches, run)
         if schedule and step == 0:
             print("first loss " + ", ".join(f"{task} {row['ntp']:.2f} (knowing nothing: {ignorance(run.m, task):.2f})"
@@ -1005,7 +1077,7 @@ def held_batches(run):
 
 def held_out(run, net, index, step, bar):
     """Losses on the records of held_batches; in the log under "val"."""
-    metrics = accumulate(net, run.held, run.targets, {}, False, run.autocast, run.device)
+    metrics = metrics_of(accumulate(net, run.held, run.targets, {}, False, run.autocast, run.device))
     rows = {task: {key: row[key] for key in ("ntp", "aia")} for task, row in metrics.items()}
     run.log({"stage": index, "name": run.stages[index].name, "step": step + 1, "val": rows})
     bar.write(f"held out, step {step + 1} | " + " | ".join(map(brief, rows, rows.values())), file=sys.stdout)
@@ -1188,7 +1260,11 @@ class Ledger(TorchDispatchMode):
         if name == "index" and args[1][0].dtype is torch.bool:
             with unset_fake_temporarily():
                 args = (args[0], list(args[1][0].nonzero().unbind(1)))
-        out = function(*args, **kwargs)
+        if name == "allreduce_":                    # has no form without numbers before torch 2.10
+            with unset_fake_temporarily():
+                out = args[0], function([torch.zeros(1)], *args[1:], **kwargs)[1]
+        else:
+            out = function(*args, **kwargs)
         if function.overloadpacket in flop_registry:
             self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
         elif name in KERNELS:
@@ -1274,7 +1350,7 @@ def dry_run(config):
         raise InputError(f"--tokens {config.tokens}: {config.preset} takes {least} to {c.context}")
     dist.init_process_group("fake", rank=0, world_size=n)
     try:
-        ways = [(attention, recompute) for attention in model.ATTENTION for recompute in (True, False)]
+        ways = [(attention, recompute) for attention in ("explicit", "fused") for recompute in (True, False)]
         rows = {way: rehearse(config, *way) for way in ways}
     finally:
         dist.destroy_process_group()

@@ -192,7 +192,7 @@ def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
     first = torch.zeros_like(batch.condition)
     first[:, 0] = task == "gen"
     with torch.inference_mode():
-        gap = m(replace(batch, condition=first)).intensity.mean(0)
+        gap = m(replace(batch, condition=first, keys=None)).intensity.mean(0)
     assert (gap > 1e-3).all() or task == "und"
     torch.testing.assert_close(torch.tensor(rows["intensity"]) - torch.tensor(rows["without_first_token"]), gap)
 
@@ -455,7 +455,7 @@ def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
     batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 3)
     found, masses = judge.measure(m, [batch], *aia.targets(2, task))["sink"], []
 
-    def look(q, k, v, visible=None, condition=None):
+    def look(q, k, v, visible=None, condition=None, rectangle=None):
         scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
         masses.append(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -1e9).softmax(-1)[..., 0])
         return model.attend_explicit(q, k, v, visible, condition)

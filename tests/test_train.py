@@ -25,6 +25,7 @@ import eval as judge
 import model
 import train
 from aia import InputError
+from parts import kernels
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("tiny-emu3", "tiny-janus")
@@ -73,7 +74,7 @@ OFF = aia.WEIGHTS["off"]
 def gradients(m, batches, weights):
     """{parameter: gradient} and metrics of one step."""
     m.zero_grad()
-    metrics = train.accumulate(m, batches, TARGETS, weights)
+    metrics = train.metrics_of(train.accumulate(m, batches, TARGETS, weights))
     return {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}, metrics
 
 
@@ -148,7 +149,8 @@ def test_one_batch_is_overfit_on_both_tasks(name, texts):
     train.fill_codebook(m.vq, torch.stack([data.to_tensor(p) for p in plan.source.pictures]))      # codes that differ
     optimizer = train.make_optimizer(m, train.Stage("joint", 150, 4, 3e-3, 1, ("vq",), weight_decay=0.0))
     while len(losses) < 150 and (not losses or any(losses[-1][task] > 0.02 * losses[0][task] for task in aia.TASKS)):
-        losses.append({task: row["ntp"] for task, row in train.accumulate(m, plan.step(0), TARGETS, OFF).items()})
+        losses.append({task: row["ntp"] for task, row in
+                       train.metrics_of(train.accumulate(m, plan.step(0), TARGETS, OFF)).items()})
         optimizer.step()
         optimizer.zero_grad()
     for task in aia.TASKS:
@@ -694,10 +696,34 @@ def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vec
 
 @both_models
 def test_the_kernel_of_attention_is_told(name):
-    """Heads of one width run on the fast kernel, shared ones too; explicit attention says what it keeps."""
-    assert train.attention_kernel(model.PRESETS[name], "cpu", torch.float32) == "fused, flash kernel"
-    explicit = replace(model.PRESETS[name], attention="explicit")
-    assert "every map" in train.attention_kernel(explicit, "cpu", torch.float32)
+    """Both kinds of pass by the step that differentiates them: heads of one width on the fast kernel, shared ones too;
+    where AIA takes another way than a plain pass, both are told."""
+    def told(**changes):
+        m = fresh(name, **changes)
+        train.settle_attention(m, "cpu", torch.float32)
+        return train.attention_kernel(m, "cpu", torch.float32)
+    assert told() == told(heads=4, kv_heads=2) == told(attention="fused") == "fused, flash kernel"
+    assert told(attention="lse") == "fused, flash kernel; with AIA fused, flash for CPUs kernel and its log-sum-exp"
+    assert "every map" in told(attention="explicit")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "slow math fallback" in told()
+
+
+def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, capsys):
+    """A kernel that is not there and one that is wrong are named, and attention takes the flag channel."""
+    cpu, = kernels.KERNELS["cpu"]
+    absent = replace(cpu, name="absent", forward=lambda *args: torch.ops.aten.of_another_version(*args))
+    wrong = replace(cpu, name="wrong", backward=lambda *args: [2 * grad for grad in cpu.backward(*args)])
+    monkeypatch.setattr(kernels, "PASSED", {})
+    monkeypatch.setitem(kernels.KERNELS, "cpu", (absent, wrong))
+    m = fresh("tiny-emu3", attention="lse")
+    train.settle_attention(m, "cpu", torch.float32)
+    said = capsys.readouterr().out
+    assert "absent: " in said and "wrong: wrong by" in said and "flag channel instead" in said
+    assert all(layer.self_attn.attend is model.attend_fused for layer in m.lm.layers)
+    monkeypatch.setitem(kernels.KERNELS, "cpu", (wrong, cpu))
+    assert kernels.try_lse("cpu", torch.float32, 4, 2, 16)[0] == cpu.name
+    assert kernels.kernel_for(torch.zeros(1)) is cpu
 
 
 @both_models
@@ -708,11 +734,12 @@ def test_plain_training_measures_no_attention(name, texts):
     found = {}
     for how, weights in (("plain", None), ("zero", dict.fromkeys(aia.TASKS, 0.0))):
         m.zero_grad()
-        metrics = train.accumulate(m, batches, {task: aia.targets(2, task) for task in aia.TASKS}, weights)
+        sums = train.accumulate(m, batches, {task: aia.targets(2, task) for task in aia.TASKS}, weights)
+        metrics = train.metrics_of(sums)
         found[how] = {task: row["ntp"] for task, row in metrics.items()}, m.lm.layers[0].self_attn.q_proj.weight.grad
     assert found["plain"][0] == pytest.approx(found["zero"][0])
     torch.testing.assert_close(found["plain"][1], found["zero"][1])
-    assert "aia" not in train.accumulate(m, batches[:1], {}, None)[batches[0].task]
+    assert "aia" not in train.metrics_of(train.accumulate(m, batches[:1], {}, None))[batches[0].task]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -835,7 +862,8 @@ def twenty_steps(m, net, optimizer, text):
     both, drawn, losses, first = plan("both"), plan("drawn"), [], None
     targets = {task: aia.targets(m.config.layers, task) for task in aia.TASKS}
     for step in range(20):
-        metrics = train.accumulate(net, (both if step < 10 else drawn).step(step), targets, {"gen": 20.0, "und": 30.0})
+        sums = train.accumulate(net, (both if step < 10 else drawn).step(step), targets, {"gen": 20.0, "und": 30.0})
+        metrics = train.metrics_of(sums)
         losses.append([metrics.get(task, {}).get(key, 0.0) for task in aia.TASKS for key in ("ntp", "aia")])
         first = first or {name: gathered(p.grad) for name, p in m.named_parameters() if p.grad is not None}
         optimizer.step()
