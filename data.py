@@ -137,9 +137,10 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring", "wedge", "bar", "corn
 COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
            "black": (25, 25, 25), "pink": (225, 55, 175), "brown": (120, 70, 30), "cyan": (30, 200, 215)}
 BACKGROUND = (245, 245, 245)
-CELL, GRID = 8, 2                               # pixels per cell, cells per side of a picture
-CELLS, WORLD_SIZE = GRID * GRID, GRID * CELL
-EXTENT = 3.6                                    # half the extent of a shape in pixels
+GRID = 2                                        # cells per side of a picture
+CELLS = GRID * GRID
+CELL, CELL_SIDES = 8, range(8, 33, 8)           # pixels per side of a cell: the usual one, and all that codes of 8 fill
+EXTENT = 0.45                                   # half the extent of a shape, as a share of its cell
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -156,10 +157,14 @@ class Thing:
     place: int
 
 
-def sprites():
-    """All (shape, colour), and their smooth-edged cells (n, CELL, CELL, 3) in 0..255. Entry 0 is the empty cell."""
-    fine, r = 8, EXTENT
-    at = (np.arange(CELL * fine) + 0.5) / fine - CELL / 2
+SPRITE_OF = {name: i for i, name in enumerate([None, *itertools.product(SHAPES, COLOURS)])}         # None: empty
+
+
+@functools.cache
+def sprites(cell):
+    """The smooth-edged pictures (n, cell, cell, 3) in 0..255 of all that SPRITE_OF names."""
+    fine, r = 8, EXTENT * cell
+    at = (np.arange(cell * fine) + 0.5) / fine - cell / 2
     y, x = np.meshgrid(at, at, indexing="ij")
     inside = {
         "circle": x * x + y * y < r * r,
@@ -171,27 +176,21 @@ def sprites():
         "bar": (abs(x) < 0.4 * r) & (abs(y) < r),
         "corner": (abs(x) < r) & (abs(y) < r) & ((x < -0.3 * r) | (y > 0.3 * r)),
     }
-    names, cells = [None], [np.broadcast_to(np.float32(BACKGROUND), (CELL, CELL, 3))]
+    pictures = [np.broadcast_to(np.float32(BACKGROUND), (cell, cell, 3))]
     for shape in SHAPES:
-        cover = inside[shape].reshape(CELL, fine, CELL, fine).mean((1, 3))[..., None]
-        for colour, rgb in COLOURS.items():
-            names.append((shape, colour))
-            cells.append(cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND))
-    return names, np.stack(cells).astype(np.float32)
+        cover = inside[shape].reshape(cell, fine, cell, fine).mean((1, 3))[..., None]
+        pictures += [cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND) for rgb in COLOURS.values()]
+    return np.stack(pictures).astype(np.float32)
 
 
-SPRITE_NAMES, SPRITES = sprites()
-SPRITE_OF = {name: i for i, name in enumerate(SPRITE_NAMES)}
-
-
-def draw(scenes):
-    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = WORLD_SIZE."""
+def draw(scenes, cell=CELL):
+    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = GRID * cell."""
     cells = np.zeros((len(scenes), CELLS), int)
     for row, scene in zip(cells, scenes, strict=True):
         for thing in scene:
             row[thing.place] = SPRITE_OF[thing.shape, thing.colour]
-    tiles = SPRITES[cells].reshape(-1, GRID, GRID, CELL, CELL, 3)
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, WORLD_SIZE, WORLD_SIZE, 3).round().astype(np.uint8)
+    tiles = sprites(cell)[cells].reshape(-1, GRID, GRID, cell, cell, 3)
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, GRID * cell, GRID * cell, 3).round().astype(np.uint8)
 
 
 def read(pictures, world):
@@ -200,10 +199,10 @@ def read(pictures, world):
     Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its picture
     unclear.
     """
-    n, names = len(pictures), [None, *((shape, colour) for shape in world.shapes for colour in world.colours)]
-    tiles = pictures.reshape(n, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
+    n, cell, names = len(pictures), world.cell, [None, *itertools.product(world.shapes, world.colours)]
+    tiles = pictures.reshape(n, GRID, cell, GRID, cell, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
     tiles = tiles.reshape(n * CELLS, -1)
-    known = SPRITES[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
+    known = sprites(cell)[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
     square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (n CELLS, sprites)
     best = square.argmin(1)
     good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
@@ -305,17 +304,20 @@ def plural(word):
 class World:
     """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them.
 
-    shapes, colours: how many words of each kind it has; objects: how many different things a scene holds at most. The
-    defaults are the easiest world.
+    shapes, colours: how many words of each kind it has; objects: how many different things a scene holds at most; cell:
+    side of a cell in pixels. The defaults are the easiest world.
     """
 
-    def __init__(self, seed, shapes=4, colours=4, objects=2):
+    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL):
         for name, value, least, most in (("shapes", shapes, 4, len(SHAPES)), ("colours", colours, 4, len(COLOURS)),
                                          ("objects", objects, 2, min(CELLS, shapes - 2, colours - 2))):
             if not least <= value <= most:          # a choice needs two words that are absent
                 raise InputError(f"--{name} {value}: give {least} to {most}" + (
                     f" with --shapes {shapes} --colours {colours}" if name == "objects" else ""))
+        if cell not in CELL_SIDES:
+            raise InputError(f"--cell {cell}: give {', '.join(map(str, CELL_SIDES[:-1]))} or {CELL_SIDES[-1]}")
         self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
+        self.cell, self.side = cell, GRID * cell    # of a cell and of a picture, in pixels
         self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
         self.skills = SKILLS + self.several
         self.kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))          # of training scenes
@@ -351,7 +353,7 @@ class World:
                 return scene, wanted
 
 
-WORLD = ("seed", "shapes", "colours", "objects")       # settings of a run that say which world it has
+WORLD = ("seed", "shapes", "colours", "objects", "cell")       # settings of a run that say which world it has
 
 
 def world_of(run):
@@ -801,12 +803,12 @@ class WorldSource:
         rng = np.random.default_rng([seed, 2])
         self.world, self.bad, self.paths = world, [], []
         self.scenes = [world.scene(rng) for _ in range(n)]
-        self.pictures, self.rng = draw(self.scenes), rng
+        self.pictures, self.rng = draw(self.scenes, world.cell), rng
 
     @functools.cached_property
     def crowded(self):
         """Pictures for the picture tokenizer, half as many; drawn when they are needed."""
-        return draw([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)])
+        return draw([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)], self.world.cell)
 
     def count(self, task):
         return len(self.scenes)
@@ -1626,6 +1628,7 @@ class Export:
     shapes: int = opt(4, "shapes of the world, 4 to 8")
     colours: int = opt(4, "colours of the world, 4 to 8")
     objects: int = opt(2, "different things in a scene at most: 2 to 4, with two more shapes and colours")
+    cell: int = opt(8, "side of a cell of the world in pixels: 8, 16, 24 or 32; a picture has 2 x 2 cells")
 
 
 def export(settings):

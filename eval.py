@@ -144,7 +144,7 @@ def score_understanding(m, text, world, n, seed=0):
         shown = SHOWN[kind] + (world.several if kind != "count" else ())
         for i in range(n):
             scene, _ = world.held_out_scene(shown[i % len(shown)], rng)
-            picture = data.draw([scene])[0]
+            picture = data.draw([scene], world.cell)[0]
             if kind == "existence":
                 # half of them true, of each kind of scene: with four kinds, turns of four would go with the kinds
                 questions = [(kind, data.question(world, scene, kind, rng, i % 4 < 2 if len(shown) % 4 else i % 8 < 4))]
@@ -196,7 +196,7 @@ def score_tokenizer(m, world, n, seed=0):
     """Encode and decode n held-out pictures: psnr in dB, and the share that is read exactly as it was drawn."""
     rng = np.random.default_rng([seed, 8])
     scenes = [world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(n)]
-    drawn = data.draw(scenes)
+    drawn = data.draw(scenes, world.cell)
     pixels = torch.stack([data.to_tensor(picture) for picture in drawn]).to(next(m.parameters()).device)
     again = torch.cat([m.decode_images(m.encode_images(part)).cpu() for part in pixels.split(64)])
     again = np.stack([data.to_picture(picture) for picture in again])
@@ -224,7 +224,8 @@ class HeldOut:
             asked = [data.question(self.world, scene, kind, rng) for kind in kinds]
             turns = [(q.text, q.answer) for q in asked] if task == "und" else [(data.prompt_text(combination, rng),
                                                                                  "<image>")]
-            records.append(data.Record(f"held-out picture {i}", task, tuple(turns), (data.draw([scene])[0],)))
+            picture = data.draw([scene], self.world.cell)[0]
+            records.append(data.Record(f"held-out picture {i}", task, tuple(turns), (picture,)))
         for start in range(0, n, batch):
             yield preparer.batch(records[start:start + batch])
 
@@ -815,7 +816,7 @@ def collect(settings):
         row, scores, lines, made = (json.loads(Path(file).with_name(f"{name}.json").read_text())
                                     for name in ("result", "scores", "curves", "settings"))
         world = data.world_of(made)
-        row["world"] = [len(world.shapes), len(world.colours), world.objects]
+        row["world"] = [len(world.shapes), len(world.colours), world.objects, world.cell]
         rows.append(row | {key: scores[key] for key in ("und_by_kind", "gen_by_skill", "f1", "acc_plus", "circular",
                                                   "open")}
                     | {"before": {key: scores["before"][key] for key in ("und", "gen") if "before" in scores}}
@@ -828,7 +829,7 @@ def collect(settings):
         mine = [row for row in rows if row["preset"] == preset]
         if any(row["world"] != mine[0]["world"] for row in mine):
             raise InputError(f"--runs {named}: the runs of {preset} had worlds of different size (--shapes, "
-                             "--colours, --objects), whose scores have no common mean: collect them apart")
+                             "--colours, --objects, --cell), whose scores have no common mean: collect them apart")
         summary[preset] = {key: {"mean": float(np.mean([row[key] for row in mine])),
                                  "min": min(row[key] for row in mine), "max": max(row[key] for row in mine)}
                            for key in ("und", "gen", "reader", "psnr", "seconds", "rss_gb", "aia_gen", "aia_und")}
@@ -2363,7 +2364,8 @@ def run_fid(settings, judge):
     world, rng = data.world_of(run), np.random.default_rng([settings.seed, 7])
     pairs = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
     prompts = [data.prompt_text(goal, rng) for _, goal in pairs]
-    real = torch.stack([data.to_tensor(picture) for picture in data.draw([scene for scene, _ in pairs])])
+    shown = data.draw([scene for scene, _ in pairs], world.cell)
+    real = torch.stack([data.to_tensor(picture) for picture in shown])
     drawn = draw(m, text, prompts, settings.seed, settings.guidance or None)
     a, b = (fid_stats(tokenizer_features(m, pixels)) for pixels in (real, drawn))
     return {"score": fid_distance(*a, *b), "features": "of the picture tokenizer", "pictures": len(pairs)}
@@ -2861,7 +2863,7 @@ def different_pairs(settings, kind, run):
             break
         if caption.strip() and not {caption, picture} & seen:
             seen |= {caption, picture}
-            pairs.append((data.draw([picture])[0] if isinstance(picture, tuple) else picture, caption))
+            pairs.append((data.draw([picture], world.cell)[0] if isinstance(picture, tuple) else picture, caption))
     if len(pairs) <= max(NEIGHBOURS) + 1:
         raise InputError(f"{len(pairs)} different pairs of picture and caption are too few for {max(NEIGHBOURS)} "
                          "neighbours: give more drawing records, or a larger --n")
@@ -3198,6 +3200,9 @@ class Rivals:
 
 def bench(settings):
     """Measure one table."""
+    if settings.table == "gpu":
+        import lab.gpu
+        return lab.gpu.measure(lab.gpu.Gpu(**({"out": settings.out} if settings.out else {})))
     import transformers
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -3416,9 +3421,9 @@ def bench_fits(settings):
             held = sum(p.numel() * (moves if p.requires_grad else 4 if name.startswith("vq.") else still)
                        for name, p in m.named_parameters()) / 1e9
             # inputs of L layers, T C each + what one layer keeps while it is recomputed, T (20 C + 4 ffn) in bfloat16
-            # + the logits of a chunk of tokens, their softmax and gradient
+            # + of a chunk of tokens the logits, their softmax in float32, and its gradient
             peak = {tokens: held + (tokens * (c.layers * c.width * stream + 2 * (20 * c.width + 4 * c.ffn))
-                                    + 3 * 4 * kernels.CHUNK["cuda"] * c.vocab) / 1e9 for tokens in (3000, 8282)}
+                                    + (2 + 4 + 2) * kernels.CHUNK["cuda"] * c.vocab) / 1e9 for tokens in (3000, 8282)}
             fits = {tokens: next((card for card in CARDS if gb <= 0.9 * card), None) for tokens, gb in peak.items()}
             moving = sum(p.numel() for p in m.parameters() if p.requires_grad)
             rows.append({"preset": preset, "manner": manner, "moving": moving, "held_gb": held, "peak_gb": peak,

@@ -208,9 +208,15 @@ TINY_UNIFORK = replace(TINY_EMU3, fork_layer=2)      # half of the layers are sh
 # For comparisons: as many parameters as tiny-unifork, all shared; half and double width.
 TINY_WIDE, TINY_HALF, TINY_DOUBLE = (replace(TINY_EMU3, **sizes) for sizes in (
     {"ffn": 448}, {"width": 48, "ffn": 128, "head_dim": 16}, {"width": 192, "ffn": 512, "heads": 6, "kv_heads": 6}))
+# For one GPU: 15.6 M parameters, and a world of larger cells, which have 2 x 2 codes as those of the tiny models. Its
+# weights begin as theirs do, at 1 / sqrt(width).
+SMALL_EMU3 = replace(
+    TINY_EMU3, layers=8, width=384, ffn=1024, heads=6, kv_heads=6, head_dim=64, vocab=TINY_TEXT + 9 + 256, codebook=256,
+    vq_width=64, vq_mult=(1, 1, 1, 1), vq_attention=(3,), image_size=32, min_pixels=32 * 32, max_pixels=32 * 32,
+    init_std=0.05)
 PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TINY_UNIFORK, "tiny-wide": TINY_WIDE,
-           "tiny-half": TINY_HALF, "tiny-double": TINY_DOUBLE, "emu3-8b": EMU3_8B, "janus-pro-1b": JANUS_PRO_1B,
-           "janus-pro-7b": JANUS_PRO_7B}
+           "tiny-half": TINY_HALF, "tiny-double": TINY_DOUBLE, "small-emu3": SMALL_EMU3, "emu3-8b": EMU3_8B,
+           "janus-pro-1b": JANUS_PRO_1B, "janus-pro-7b": JANUS_PRO_7B}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,7 +877,7 @@ class Output:
 
 
 ASK_EVERY = 16                                  # tokens between looks whether all answers have ended, on a GPU
-REPLAY_FROM = 64                                # steps that are worth recording one
+REPLAYED, REPLAY_FROM = ("cuda",), 64            # devices on which, and how many steps from which, one is recorded
 
 
 class Unified(nn.Module):
@@ -981,7 +987,7 @@ class Unified(nn.Module):
 
         def run(x):
             nonlocal replayed
-            if replayed is None and cache.used and x.device.type == "cuda" and new >= REPLAY_FROM:
+            if replayed is None and cache.used and x.device.type in REPLAYED and new >= REPLAY_FROM:
                 replayed = cache.recorded(step)
             with kernels.no_planning(x.device.type):
                 return (replayed or step)(x)

@@ -6,6 +6,7 @@ combinations, curves and samples.
 
     python train.py                                   # tiny-emu3 on the built-in world
     python train.py --preset tiny-janus --seed 1
+    python train.py --preset small-emu3               # larger, in a harder world: for one GPU
     python train.py --data train.jsonl --val val.jsonl
     python train.py --resume                          # go on where the same run stopped
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
@@ -112,6 +113,7 @@ class TrainConfig:
     shapes: int = opt(4, "shapes of the built-in world, 4 to 8")
     colours: int = opt(4, "colours of the built-in world, 4 to 8")
     objects: int = opt(2, "different things in a scene at most: 2 to 4, with two more shapes and colours")
+    cell: int = opt(8, "side of a cell of the built-in world in pixels: 8, 16, 24 or 32; a picture has 2 x 2 cells")
     pool: int = opt(8000, "pictures of the built-in world")
     eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
     log_every: int = opt(50, "steps between reports")
@@ -158,11 +160,23 @@ ALIGN = Stage("align", 200, 32, 3e-3, 30, ("vq", *(f"lm.{part}" for part in ("la
                                                                              "gen_norm"))), weight_decay=0.3)
 TRUNK = ("vq", "lm_head", *(f"lm.{part}" for part in ("embed_tokens", "layers.0", "layers.1")))
 OWN = {"gen": (*TRUNK, "lm.layers", "lm.norm"), "und": (*TRUNK, "lm.gen_layers", "lm.gen_norm")}
+# For one GPU, meant to take ten minutes on an H100: reckoned, it has never run on one. With 14.7 M parameters in the
+# decoder, 37 tokens a drawing and 74 a conversation a joint step is 1.3e12 FLOP: 13 ms at a tenth of 989e12 FLOP/s.
+# Launching its kernels (25 ms) and preparing samples (0.15 ms a drawing, 0.25 a conversation, in a thread beside it)
+# weigh more. At 30, 55, 60 and 70 ms a step the stages take 30, 165, 240 and 70 s, scores perhaps 80.
+SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
+         replace(READ, steps=3000, batch_size=128, lr=1e-3, warmup=100),
+         replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
+         replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
 PLANS = {**dict.fromkeys(("tiny-emu3", "tiny-wide", "tiny-half", "tiny-double"), (TOKENIZER, READ, JOINT, TUNE)),
          "tiny-unifork": (TOKENIZER, READ, ALIGN, JOINT, *(
              Stage(f"branch-{task}", 200, 32, 1e-3, 30, OWN[task], weight_decay=0.3, ratio=ratio)
              for task, ratio in (("gen", "1:0"), ("und", "0:1")))),
-         "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision")))}
+         "tiny-janus": (TOKENIZER, READ, JOINT, replace(TUNE, frozen=("vq", "vision"))), "small-emu3": SMALL}
+# What a preset takes where no flag says otherwise: its world, one pass for each task of a step, and so many pictures
+# that none is drawn more than twenty times.
+SETTINGS_OF = {"small-emu3": {"shapes": 6, "colours": 6, "objects": 3, "cell": 16, "pool": 32_000, "calibration": 10,
+                              "micro_batch": 128}}
 LARGE = (Stage("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), True),)
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and kind of
 # sharding; Janus-Pro's other values are those of the authors' code. Chosen here: four epochs of 256 samples a step for
@@ -731,6 +745,8 @@ class Run:
         if like and config.preset not in like:      # its plan would be another's; sizes that no preset has are free
             raise InputError(f"--init {config.init} has the size of {' or '.join(like)}, not of {config.preset}: give "
                              f"--preset {like[0]}")
+        if self.world:
+            self.check_pictures()
         if self.world and config.init and not self.state:
             self.check_world()
         branch = model.PRESETS[config.preset].fork_layer
@@ -751,6 +767,15 @@ class Run:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
         self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
         print("settings " + json.dumps(asdict(config)))
+
+    def check_pictures(self):
+        """Refuse a world whose pictures have another size than those that the model draws: they could not be read."""
+        size, side = self.m.config.image_size, self.world.side
+        if size != side:
+            fitting = [cell for cell in data.CELL_SIDES if data.GRID * cell == size]
+            remedy = f"--cell {fitting[0]}" if fitting else "--data with pictures of your own"
+            raise InputError(f"the model draws pictures of {size} x {size} pixels, those of the built-in world have "
+                             f"{side} x {side}: give {remedy}")
 
     def check_world(self):
         """Refuse weights that have met what this run would hold out."""
@@ -1294,29 +1319,34 @@ class Ledger(TorchDispatchMode):
         return {self.live[key][0] for key in storages(x) if key in self.live}
 
 
-def rehearse(config, attention, recompute):
-    """One step of the first process, on samples of the dearer task: a drawing of Emu3, or a picture and a long answer
-    of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
+def rehearse(config, attention, recompute, batch=None):
+    """One step of the first process, on samples of the dearer task unless a batch is given: a drawing of Emu3, or a
+    picture and a long answer of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
     stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
     stage = [stage for stage in stages if not stage.ratio][-1]                  # the last that trains both tasks
+    c = replace(model.PRESETS[config.preset], attention=attention, lora_rank=config.lora_rank)
     with torch.device("meta"):
-        m = model.build(config.preset, attention=attention).train()
-    m.lm.checkpoint_activations, c, n, ledger = recompute, m.config, config.micro_batch, Ledger()
-    for name, child in m.named_children():
-        child.to(torch.bfloat16 if config.pure_bf16 and name != "vq" else torch.float32)
+        m = model.MODELS[c.kind](c).train()
+    m.lm.checkpoint_activations, n, ledger = recompute, config.micro_batch, Ledger()
+    half = config.pure_bf16 or config.dtype == "bfloat16"
+    held = torch.bfloat16 if config.pure_bf16 or config.lora_rank and half else torch.float32
+    for name, parameter in m.named_parameters():
+        parameter.data = parameter.data.to(model.held_type(name, held))
     freeze(m, stage)
     shard_model(m, config, {"vq", *stage.frozen}, "cpu")
-    task, first = ("gen", config.tokens // 3) if c.kind == "emu3" else ("und", (c.image_size // c.vit_patch) ** 2)
-    condition = (torch.arange(config.tokens) < first).expand(n, -1)
-    labels, pixels = (0, None) if task == "gen" else (-100, torch.zeros(n, 3, c.image_size, c.image_size))
-    batch = data.Batch(task, condition * c.ids["placeholder"], condition * labels, condition, ~condition,
-                       torch.ones(n).bool(), pixels)
+    if batch is None:
+        task, first = ("gen", config.tokens // 3) if c.kind == "emu3" else ("und", (c.image_size // c.vit_patch) ** 2)
+        condition = (torch.arange(config.tokens) < first).expand(n, -1)
+        labels, pixels = (0, None) if task == "gen" else (-100, torch.zeros(n, 3, c.image_size, c.image_size))
+        batch = data.Batch(task, condition * c.ids["placeholder"], condition * labels, condition, ~condition,
+                           torch.ones(n).bool(), pixels)
     passes = max(1, config.batch_size // (n * processes()))
-    targets = {task: aia.targets(c.layers, task)}
-    with ledger.fake, ledger:
+    targets = {batch.task: aia.targets(c.layers, batch.task)}
+    # Half precision is that of a GPU: its loss is cut as it is there.
+    with kernels.chunks_of("cuda" if half else "cpu"), ledger.fake, ledger:
         m.to_empty(device="cpu")
         optimizer = make_optimizer(m, stage)
-        accumulate(m, [batch] * passes, targets, {task: 1.0})
+        accumulate(m, [batch] * passes, targets, {batch.task: 1.0})
         moving = [p for p in m.parameters() if p.requires_grad]
         kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
                  "frozen": [p for p in m.parameters() if not p.requires_grad] + list(m.buffers())}
@@ -1717,9 +1747,9 @@ def main(argv=None):
     else:
         config = data.parse(TrainConfig, argv, "train.py")
         command = dry_run if config.dry_run_world else train
-        if config.recipe or config.dry_run_world:
-            config = data.parse(TrainConfig, argv, "train.py", (DRY if config.dry_run_world else {}) | (
-                RECIPES[config.recipe][1] if config.recipe else {}))
+        defaults = SETTINGS_OF.get(config.preset, {}) | (DRY if config.dry_run_world else {}) | (
+            RECIPES[config.recipe][1] if config.recipe else {})
+        config = data.parse(TrainConfig, argv, "train.py", defaults)
     try:
         result = command(config)
     except Stop as stop:

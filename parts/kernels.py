@@ -29,6 +29,17 @@ from aia import at_least_float32
 CHUNK = {"cpu": 256, "cuda": 1024}              # tokens that meet the vocabulary at once
 
 
+@contextlib.contextmanager
+def chunks_of(kind):
+    """Cut on a CPU as a device of another kind does, to predict what it needs."""
+    before = CHUNK["cpu"]
+    CHUNK["cpu"] = CHUNK[kind]
+    try:
+        yield
+    finally:
+        CHUNK["cpu"] = before
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy of x W^T + b with target: x (n, C), W (V, C), b (V,) or None, target (n,) -> scalar.
 
@@ -218,11 +229,13 @@ class MassFromLse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_mass):
         q, k, v, out, lse, mass, rows, keys = ctx.saved_tensors
+        lost = mass * d_mass                                                    # (B, H, T)
         # Where nobody uses a row's out there is no direction to shift O in: a gradient too faint to matter makes one.
-        d_out = torch.where((d_out == 0).all(-1, keepdim=True), FAINT, d_out)
+        unused = (at_least_float32(d_out).square().sum(-1) < FAINT**2) & (lost != 0)
+        d_out = torch.where(unused[..., None], FAINT, d_out)                    # (B, H, T, D)
         wide = at_least_float32(d_out)
         # O' = O + m dm dO / |dO|^2
-        shifted = out + (mass * d_mass / wide.square().sum(-1))[..., None] * wide               # (B, H, T, D)
+        shifted = out + (lost / wide.square().sum(-1).clamp(min=FAINT**2))[..., None] * wide    # (B, H, T, D)
         d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, shifted.to(q.dtype), lse, *ctx.rest)
         some_q, some_k = q.gather(2, of_channels(q, rows)), k.gather(2, of_channels(k, keys))
         plain = lse.flatten(2)[..., :q.shape[2]].gather(2, of_heads(q, rows))                   # (B, H, R)
@@ -321,18 +334,21 @@ class Recorded:
         return out
 
     def record(self, x):
-        before, aside = [part.clone() for part in self.state], torch.cuda.Stream()
+        before = [part.clone() for part in self.state]
         try:
+            aside = torch.cuda.Stream()
             for graph in (None, None, torch.cuda.CUDAGraph()):                  # twice for libraries to get ready
                 aside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.graph(graph) if graph else torch.cuda.stream(aside):
                     out = self.step(x)
                 torch.cuda.current_stream().wait_stream(aside)
-                for part, value in zip(self.state, before, strict=True):
-                    part.copy_(value)
+                self.put_back(before)
             return graph, x, out
         except RuntimeError as error:
             print(f"the decoding step cannot be recorded ({str(error).splitlines()[0]}): plain steps", file=sys.stderr)
-            for part, value in zip(self.state, before, strict=True):
-                part.copy_(value)
+            self.put_back(before)
             return None, x, None
+
+    def put_back(self, before):
+        for part, value in zip(self.state, before, strict=True):
+            part.copy_(value)

@@ -1,4 +1,5 @@
-"""Put the repository root on the path, so that a bare `pytest` finds the five files; tests that wait for --slow."""
+"""Put the repository root on the path, so that a bare `pytest` finds the five files; tests that wait for --slow; the
+device of tests that compare numbers."""
 
 import json
 import platform
@@ -16,6 +17,13 @@ torch.set_num_threads(1)          # small tensors: a second thread waits more th
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true",
                      help="run the tests that take minutes too, and write how they went to assets/slow-tests.json")
+    parser.addoption("--device", default="cpu", help="where tests that compare numbers compute, such as cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """What such tests draw is drawn on the CPU and moved here, so that the numbers are the same everywhere."""
+    return torch.device(request.config.getoption("--device"))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -17,9 +17,9 @@ def random(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stretches(length, *pairs):
+def stretches(length, *pairs, device="cpu"):
     """(1, length) bool, true from first to below last of each pair: a span in several pieces."""
-    place = torch.arange(length)[None]
+    place = torch.arange(length, device=device)[None]
     return sum((first <= place) & (place < last) for first, last in pairs).bool()
 
 
@@ -27,38 +27,38 @@ def stretches(length, *pairs):
 # Intensity
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("attend", ATTENDS)
-def test_uniform_attention_has_a_known_intensity(attend):
+def test_uniform_attention_has_a_known_intensity(attend, device):
     """With equal scores token t spends 1/(t+1) on each visible token, 4 of which are the condition."""
-    q = k = v = torch.zeros(1, 2, 12, 8)
-    condition = torch.arange(12)[None] < 4
-    expected = torch.tensor([4 / (t + 1) for t in range(4, 12)]).mean()
+    q = k = v = torch.zeros(1, 2, 12, 8, device=device)
+    condition = torch.arange(12, device=device)[None] < 4
+    expected = torch.tensor([4 / (t + 1) for t in range(4, 12)], device=device).mean()
     _, mass = attend(q, k, v, condition=condition)
     torch.testing.assert_close(aia.intensity(mass, ~condition), expected[None])
 
 
 @pytest.mark.parametrize("attend", ATTENDS)
-def test_intensity_is_that_of_the_stored_map(attend):
+def test_intensity_is_that_of_the_stored_map(attend, device):
     """Eq. 1 on a map that is kept: mean over heads, mean over queries, sum over keys; spans may have holes."""
-    q, k, v = torch.randn(3, 2, 3, 14, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    condition = stretches(14, (1, 4), (7, 9)).repeat(2, 1)
-    queries = torch.cat([stretches(14, (4, 6), (10, 13)), stretches(14, (5, 6))])
-    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(14, 14).triu(1).bool(), -math.inf)
+    q, k, v = torch.randn(3, 2, 3, 14, 8, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    condition = stretches(14, (1, 4), (7, 9), device=device).repeat(2, 1)
+    queries = torch.cat([stretches(14, (4, 6), (10, 13), device=device), stretches(14, (5, 6), device=device)])
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(14, 14, device=device).triu(1).bool(), -math.inf)
     attention = scores.softmax(-1)
     expected = torch.stack([a[:, asked][:, :, keys].mean(0).mean(0).sum()
                             for a, asked, keys in zip(attention, queries, condition, strict=True)])
     torch.testing.assert_close(aia.intensity(attend(q, k, v, condition=condition)[1], queries), expected)
 
 
-def test_a_sample_without_queries_has_intensity_zero():
+def test_a_sample_without_queries_has_intensity_zero(device):
     """There is nothing to average, and 0/0 would poison the other samples of the batch."""
-    queries = torch.tensor([[False] * 5, [True] * 5])
-    assert aia.intensity(torch.ones(2, 3, 5), queries).tolist() == [0.0, 1.0]
+    queries = torch.tensor([[False] * 5, [True] * 5], device=device)
+    assert aia.intensity(torch.ones(2, 3, 5, device=device), queries).tolist() == [0.0, 1.0]
 
 
-def test_the_mean_adds_no_bfloat16_error():
+def test_the_mean_adds_no_bfloat16_error(device):
     """Equal masses average to just themselves in float32; the sum of 300 of them in bfloat16 would be rounded."""
-    mass = torch.full((1, 3, 300), 0.1, dtype=torch.bfloat16)
-    value = aia.intensity(mass, torch.ones(1, 300, dtype=torch.bool))
+    mass = torch.full((1, 3, 300), 0.1, dtype=torch.bfloat16, device=device)
+    value = aia.intensity(mass, torch.ones(1, 300, dtype=torch.bool, device=device))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(mass[0, 0, 0].item(), rel=1e-6)
 
@@ -168,33 +168,36 @@ def test_malformed_targets_name_their_file(tmp_path, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------------------------------
-def loss_of_curve(name, task, table, variant="full"):
-    curve = torch.tensor(aia.reference_curve(("fig1", name, {"gen": "T2I", "und": "I2T"}[task])))
-    return aia.loss(curve[None], *aia.targets(len(curve), task, table, variant), torch.tensor([True])).item()
+def loss_of_curve(name, task, table, device, variant="full"):
+    curve = torch.tensor(aia.reference_curve(("fig1", name, {"gen": "T2I", "und": "I2T"}[task])), device=device)
+    valid = torch.tensor([True], device=device)
+    return aia.loss(curve[None], *aia.targets(len(curve), task, table, variant), valid).item()
 
 
 @pytest.mark.parametrize("name, table, variant, gen, und", [
     ("emu3", "S4", "full", 0.0301, 0.0058), ("janus_pro", "S5", "full", 0.0342, 0.0034),
     ("janus_pro", "S5", "raw", 0.0312, 0.00145), ("janus_pro", "S5", "no-huber", 0.0556, 0.0062),
 ])
-def test_digitised_curves_have_the_documented_loss(name, table, variant, gen, und):
+def test_digitised_curves_have_the_documented_loss(name, table, variant, gen, und, device):
     """The curves of Fig. 1 without AIA against the targets of the paper and of the rows of its Table 3."""
-    got = [loss_of_curve(name, task, table, variant) for task in aia.TASKS]
+    got = [loss_of_curve(name, task, table, device, variant) for task in aia.TASKS]
     assert got == pytest.approx([gen, und], abs=5e-5, rel=0)
 
 
-def test_loss_is_the_huber_loss_averaged_over_layers_and_valid_samples():
+def test_loss_is_the_huber_loss_averaged_over_layers_and_valid_samples(device):
     """PyTorch's huber_loss has the same form (smooth_l1_loss is it divided by delta), taken here one by one."""
-    share, target, delta = random(5, 4), random(4, seed=1), torch.tensor([0.2, 0.05, 0.4, math.inf])
-    valid = torch.tensor([True, False, True, True, False])
+    share, target, delta = (x.to(device) for x in (
+        random(5, 4), random(4, seed=1), torch.tensor([0.2, 0.05, 0.4, math.inf])))
+    valid = torch.tensor([True, False, True, True, False], device=device)
     terms = [F.huber_loss(share[b, i], target[i], delta=min(delta[i].item(), 1e9)) for b in (0, 2, 3) for i in range(4)]
-    torch.testing.assert_close(aia.loss(share, target, delta, valid), torch.tensor(terms).mean())
+    torch.testing.assert_close(aia.loss(share, target, delta, valid), torch.stack(terms).mean())
 
 
-def test_loss_is_that_of_the_released_code_where_all_samples_count():
+def test_loss_is_that_of_the_released_code_where_all_samples_count(device):
     """The authors keep the maps, add a Huber term per sample and layer, and divide by layers times batch."""
-    batch, layers, queries, keys = 3, 30, stretches(16, (9, 16)), stretches(16, (0, 6))
-    maps = torch.randn(layers, batch, 2, 16, 16, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    batch, layers = 3, 30
+    queries, keys = stretches(16, (9, 16), device=device), stretches(16, (0, 6), device=device)
+    maps = torch.randn(layers, batch, 2, 16, 16, generator=torch.Generator().manual_seed(0)).to(device).softmax(-1)
     target, delta = aia.targets(layers, "und", "released")
     total = 0.0
     for layer in range(layers):
@@ -205,14 +208,14 @@ def test_loss_is_that_of_the_released_code_where_all_samples_count():
             total += distance**2 / 2 if near else delta[layer].item() * (distance - delta[layer].item() / 2)
     mass = (maps * keys).sum(-1)                                                # (L, B, H, T)
     ours = torch.stack([aia.intensity(m, queries.expand(batch, -1)) for m in mass], 1)
-    value = aia.loss(ours, target, delta, torch.ones(batch, dtype=torch.bool))
+    value = aia.loss(ours, target, delta, torch.ones(batch, dtype=torch.bool, device=device))
     assert value.item() == pytest.approx(total / (layers * batch), rel=1e-5)
 
 
-def test_invalid_samples_add_exactly_nothing():
+def test_invalid_samples_add_exactly_nothing(device):
     """A dropped prompt has no key to look at: same loss without it, and a gradient of exactly zero."""
-    share, (target, delta) = random(4, 32).requires_grad_(), aia.targets(32, "gen")
-    valid = torch.tensor([True, False, True, False])
+    share, (target, delta) = random(4, 32).to(device).requires_grad_(), aia.targets(32, "gen")
+    valid = torch.tensor([True, False, True, False], device=device)
     value = aia.loss(share, target, delta, valid)
     value.backward()
     assert torch.equal(value, aia.loss(share[valid], target, delta, valid[valid]))
@@ -221,35 +224,35 @@ def test_invalid_samples_add_exactly_nothing():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_no_valid_sample_gives_zero_and_no_nan(reduction):
+def test_no_valid_sample_gives_zero_and_no_nan(reduction, device):
     """A micro-batch of dropped prompts only must not poison the step."""
-    share, (target, delta) = random(2, 32).requires_grad_(), aia.targets(32, "gen")
-    value = aia.loss(share, target, delta, torch.zeros(2, dtype=torch.bool), reduction)
+    share, (target, delta) = random(2, 32).to(device).requires_grad_(), aia.targets(32, "gen")
+    value = aia.loss(share, target, delta, torch.zeros(2, dtype=torch.bool, device=device), reduction)
     value.backward()
     assert value.item() == 0.0
-    assert torch.equal(share.grad, torch.zeros(2, 32))
+    assert torch.equal(share.grad, torch.zeros_like(share))
 
 
-def test_pull_is_delta_beyond_delta_and_the_error_within():
+def test_pull_is_delta_beyond_delta_and_the_error_within(device):
     """The derivative of the Huber term, divided here by 4 layers and 1 sample; above the target it pulls down."""
-    share = torch.tensor([[0.9, 0.0, 0.45, 0.31]], requires_grad=True)
+    share = torch.tensor([[0.9, 0.0, 0.45, 0.31]], device=device, requires_grad=True)
     target, delta = torch.tensor([0.4, 0.4, 0.4, 0.3]), torch.tensor([0.2, 0.1, 0.1, 0.05])
-    aia.loss(share, target, delta, torch.tensor([True])).backward()
-    torch.testing.assert_close(share.grad * 4, torch.tensor([[0.2, -0.1, 0.05, 0.01]]))
+    aia.loss(share, target, delta, torch.tensor([True], device=device)).backward()
+    torch.testing.assert_close(share.grad * 4, torch.tensor([[0.2, -0.1, 0.05, 0.01]], device=device))
 
 
-def test_without_huber_the_pull_is_the_error():
+def test_without_huber_the_pull_is_the_error(device):
     """delta is infinite then: an infinity in a branch that is not taken would still make the gradient NaN."""
-    share = torch.tensor([[0.9, 0.0, 0.45, 0.31]], requires_grad=True)
+    share = torch.tensor([[0.9, 0.0, 0.45, 0.31]], device=device, requires_grad=True)
     target, delta = aia.targets(4, "gen", variant="no-huber")
-    aia.loss(share, target, delta, torch.tensor([True])).backward()
-    torch.testing.assert_close(share.grad * 4, (share - target).detach())
+    aia.loss(share, target, delta, torch.tensor([True], device=device)).backward()
+    torch.testing.assert_close(share.grad * 4, (share - target.to(device)).detach())
 
 
-def test_sum_is_the_mean_times_the_valid_samples():
+def test_sum_is_the_mean_times_the_valid_samples(device):
     """So micro-batches may be summed and divided once by the count of the whole step."""
-    share, (target, delta) = random(6, 32), aia.targets(32, "und")
-    valid = torch.tensor([True, False, True, True, False, True])
+    share, (target, delta) = random(6, 32).to(device), aia.targets(32, "und")
+    valid = torch.tensor([True, False, True, True, False, True], device=device)
     parts = sum(aia.loss(share[i:i + 2], target, delta, valid[i:i + 2], "sum") for i in (0, 2, 4))
     torch.testing.assert_close(parts / 4, aia.loss(share, target, delta, valid))
     with pytest.raises(ValueError, match="'average'"):
@@ -257,12 +260,12 @@ def test_sum_is_the_mean_times_the_valid_samples():
 
 
 @pytest.mark.parametrize("attend", ATTENDS)
-def test_gradient_of_attention_intensity_and_loss_is_exact(attend):
+def test_gradient_of_attention_intensity_and_loss_is_exact(attend, device):
     """Finite differences in float64 from queries, keys and values to the attention's output and to the loss."""
     q, k, v = (torch.randn(1, heads, 6, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-               .requires_grad_() for seed, heads in enumerate((2, 1, 1)))
-    condition, queries = stretches(6, (0, 2), (3, 4)), stretches(6, (2, 3), (4, 6))
-    target, delta, valid = torch.tensor([0.1, 0.9]), torch.tensor([0.05, 2.0]), torch.tensor([True])
+               .to(device).requires_grad_() for seed, heads in enumerate((2, 1, 1)))
+    condition, queries = stretches(6, (0, 2), (3, 4), device=device), stretches(6, (2, 3), (4, 6), device=device)
+    target, delta, valid = torch.tensor([0.1, 0.9]), torch.tensor([0.05, 2.0]), torch.tensor([True], device=device)
 
     def out_and_loss(q, k, v):
         out, mass = attend(q, k, v, condition=condition)
@@ -277,9 +280,9 @@ def test_gradient_of_attention_intensity_and_loss_is_exact(attend):
 # Weight
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("task, ntp, expected", [("gen", 6.129, 3.6), ("und", 1.60, 9.3)])
-def test_weight_makes_the_two_losses_stand_50_to_1(task, ntp, expected):
+def test_weight_makes_the_two_losses_stand_50_to_1(task, ntp, expected, device):
     """Janus-Pro's next-token losses at the start of Fig. 3 and its curves of Fig. 1; the released code has 5 and 10."""
-    value = loss_of_curve("janus_pro", task, "S5")
+    value = loss_of_curve("janus_pro", task, "S5", device)
     weight = aia.weight_for_ratio(ntp, value)
     assert round(weight, 1) == expected
     assert ntp / (weight * value) == pytest.approx(50)

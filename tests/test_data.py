@@ -1,6 +1,7 @@
 """Claims about the data: the drawn world, text, templates and masks, pictures, records, schedule (data.py)."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -72,23 +73,55 @@ def crowds(n, seed=0, size=()):
     return [world.crowd(rng) for _ in range(n)]
 
 
+def every_thing(world):
+    """A scene for each thing at each place."""
+    return [(data.Thing(shape, colour, place),) for shape in world.shapes for colour in world.colours
+            for place in range(data.CELLS)]
+
+
 @worlds
 def test_the_reader_reads_every_drawn_scene_exactly(size):
     """Sprites differ by more than rounding to uint8 changes them: each thing at each place, training and held out."""
     world = data.World(0, *size)
-    single = [(data.Thing(shape, colour, place),) for shape in world.shapes for colour in world.colours
-              for place in range(data.CELLS)]
-    scenes = single + training_scenes(1000, 0, size) + crowds(100, 0, size)
+    scenes = every_thing(world) + training_scenes(1000, 0, size) + crowds(100, 0, size)
     scenes += [scene for scene, _ in held_out_scenes(50, 0, size)]
     found, clear = data.read(data.draw(scenes), world)
     assert [set(scene) for scene in found] == [set(scene) for scene in scenes] and clear.all()
 
 
+@pytest.mark.parametrize("cell", data.CELL_SIDES)
+def test_cells_of_every_size_are_read_back_exactly(cell):
+    """Shapes grow with their cell, and no sprite comes to look like another; which scenes there are stays the same."""
+    world, plain = data.World(0, 8, 8, 4, cell), data.World(0, 8, 8, 4)
+    scenes = every_thing(world) + [world.crowd(random(i)) for i in range(100)]
+    pictures = data.draw(scenes, cell)
+    found, clear = data.read(pictures, world)
+    assert pictures.shape[1:] == (world.side, world.side, 3) == (2 * cell, 2 * cell, 3)
+    assert [set(scene) for scene in found] == [set(scene) for scene in scenes] and clear.all()
+    assert world.held_out == plain.held_out and world.scene(random(0)) == plain.scene(random(0))
+
+
+def test_cells_of_the_usual_size_are_drawn_as_ever():
+    """Trained weights know these bytes. A bar is 2.88 by 7.2 pixels: 4 of 8 samples lie in the pixel columns at its
+    sides, 5 of 8 in the rows at its ends."""
+    world = data.World(0, 8, 8)
+    pictures = data.draw(every_thing(world))
+    assert hashlib.sha256(pictures.tobytes()).hexdigest() == (
+        "663b7a5590031f50bfb9e4c8fa4d2f357d89e2eb53b07c946566c09671adca25")
+    across, along = np.array([0, 0, 0.5, 1, 1, 0.5, 0, 0]), np.array([0.625, *[1.0] * 6, 0.625])
+    cover = along[:, None, None] * across[:, None]
+    bar = cover * data.COLOURS["red"] + (1 - cover) * data.BACKGROUND
+    drawn, = data.draw([(data.Thing("bar", "red", 0),)])
+    assert np.array_equal(drawn[:8, :8], bar.round()) and (drawn[8:] == 245).all() and (drawn[:, 8:] == 245).all()
+
+
 @pytest.mark.parametrize("levels", [256, 2])
-def test_the_reader_finds_nothing_on_noise(levels):
+@pytest.mark.parametrize("cell", [8, 32])
+def test_the_reader_finds_nothing_on_noise(cell, levels):
     """Noise is like no sprite, be it smooth or black and white: no thing, and the picture counts as unclear."""
-    noise = random(0).integers(levels, size=(200, data.WORLD_SIZE, data.WORLD_SIZE, 3)) * (255 // (levels - 1))
-    found, clear = data.read(noise.astype(np.uint8), data.World(0, 8, 8))
+    world = data.World(0, 8, 8, cell=cell)
+    noise = random(0).integers(levels, size=(200, world.side, world.side, 3)) * (255 // (levels - 1))
+    found, clear = data.read(noise.astype(np.uint8), world)
     assert not any(found) and not clear.any()
 
 
@@ -246,18 +279,21 @@ def test_questions_are_answered_correctly(kind, size):
 
 @pytest.mark.parametrize("size, message", [
     ((3, 4, 2), "--shapes 3: give 4 to 8"), ((4, 9, 2), "--colours 9: give 4 to 8"),
-    ((5, 8, 4), "--objects 4: give 2 to 3 with --shapes 5 --colours 8"), ((8, 8, 5), "--objects 5: give 2 to 4")])
+    ((5, 8, 4), "--objects 4: give 2 to 3 with --shapes 5 --colours 8"), ((8, 8, 5), "--objects 5: give 2 to 4"),
+    ((4, 4, 2, 0), "--cell 0: give 8, 16, 24 or 32"), ((4, 4, 2, 12), "--cell 12: give 8, 16, 24 or 32")])
 def test_a_world_of_an_impossible_size_is_refused(size, message):
-    """A choice needs two words that the scene does not show, and a picture has four places."""
+    """A choice needs two words that the scene does not show, a picture has four places, and a cell is made of whole
+    codes."""
     with pytest.raises(InputError, match=re.escape(message)):
         data.World(0, *size)
 
 
 def test_runs_of_before_keep_their_world():
     """Settings that name no size are of the easiest world; others come back as they were."""
-    assert data.world_of({"seed": 3, "lr": 1}).held_out == data.World(3).held_out
-    harder = data.World(3, 6, 5, 3)
-    assert data.world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3}).held_out == harder.held_out
+    before = data.world_of({"seed": 3, "lr": 1})
+    assert before.held_out == data.World(3).held_out and before.cell == 8
+    again = data.world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3, "cell": 16})
+    assert again.held_out == data.World(3, 6, 5, 3).held_out and again.cell == 16
 
 
 def test_rotations_keep_the_right_option():
@@ -745,10 +781,12 @@ def test_several_pictures_stand_where_their_marks_are(kind, album, preparers):
         assert torch.equal(both.pixels, torch.cat([single[0].pixels, single[1].pixels]))
 
 
-def test_an_export_is_read_back_to_the_same_pictures(tmp_path, capsys):
+@pytest.mark.parametrize("cell", [8, 16])
+def test_an_export_is_read_back_to_the_same_pictures(cell, tmp_path, capsys):
     """Pictures are stored without loss, so the built-in world and its export are the same training data."""
-    data.main(["export", str(tmp_path / "world"), "--n", "10", "--seed", "3"])
-    source, drawn = data.FileSource(tmp_path / "world/train.jsonl", "emu3"), data.WorldSource(data.World(3), 10, 3)
+    data.main(["export", str(tmp_path / "world"), "--n", "10", "--seed", "3", *["--cell", "16"] * (cell == 16)])
+    source = data.FileSource(tmp_path / "world/train.jsonl", "emu3")
+    drawn = data.WorldSource(data.World(3, cell=cell), 10, 3)
     assert [source.count(task) for task in ("gen", "und")] == [5, 5] and "10 records" in capsys.readouterr().out
     for offset, task in enumerate(("gen", "und")):
         for i, record in enumerate(source.records[task]):

@@ -18,6 +18,7 @@ import aia
 import data
 import model
 from aia import InputError
+from parts import kernels
 
 TINY = ["tiny-emu3", "tiny-janus"]
 SMALL = {"layers": 2, "heads": 4, "kv_heads": 2}        # shared key/value heads, which the tiny presets do not have
@@ -49,14 +50,28 @@ def shake(m):
     return m.eval()
 
 
-def tiny(name, **changes):
+def tiny(name, device="cpu", **changes):
     """A tiny model, always with the same weights."""
-    return shake(model.build(name, **changes))
+    return shake(model.build(name, **changes)).to(device)
 
 
 @pytest.fixture(scope="module", params=TINY)
-def m(request):
-    return tiny(request.param, **SMALL).requires_grad_(False)
+def m(request, device):
+    return tiny(request.param, device, **SMALL).requires_grad_(False)
+
+
+@pytest.fixture
+def lse(device, monkeypatch):
+    """Of the kernels with a log-sum-exp the one that works on the device, found as training finds it."""
+    monkeypatch.setattr(kernels, "PASSED", {})
+    found, faults = kernels.try_lse(device, torch.float32, 4, 2, 32)
+    assert found, faults
+
+
+@pytest.fixture
+def chunks_of_256(device, monkeypatch):
+    """The loss takes as many tokens at once as on a CPU."""
+    monkeypatch.setitem(kernels.CHUNK, device.type, 256)
 
 
 def close(got, expected, tolerance=1e-5):
@@ -64,7 +79,7 @@ def close(got, expected, tolerance=1e-5):
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * max(expected.abs().max().item(), 1e-12))
 
 
-def batch_of(config, task):
+def batch_of(config, task, device):
     """Two samples of different length: a drawing each, or two turns of questions about a picture each."""
     text = SimpleNamespace(ids=config.ids, encode=lambda text: list(text.encode()))
     template, codes = data.TEMPLATES[config.kind](config, text), torch.randint(config.codebook, (2, *config.grid))
@@ -76,15 +91,20 @@ def batch_of(config, task):
     janus = config.kind == "janus"
     pixels = torch.randn(2, 3, config.image_size, config.image_size) if janus and task == "und" else None
     return data.collate(task, samples, torch.tensor([True, True]), config.ids["pad"], pixels,
-                        codes.flatten(1) if janus and task == "gen" else None)
+                        codes.flatten(1) if janus and task == "gen" else None).to(device)
 
 
-def padded(rows, pad, right=False):
+def ids_of(rows, m):
+    """Rows of ids of the same length -> ids (B, T), where the model is."""
+    return torch.tensor(rows, device=m.lm_head.weight.device)
+
+
+def padded(rows, m, right=False):
     """Rows of ids of different length -> ids (B, T), mask (B, T)."""
     longest = max(map(len, rows))
-    gaps = [[pad] * (longest - len(row)) for row in rows]
-    ids = torch.tensor([row + gap if right else gap + row for row, gap in zip(rows, gaps, strict=True)])
-    lengths, place = torch.tensor([[len(row)] for row in rows]), torch.arange(longest)
+    gaps = [[m.ids["pad"]] * (longest - len(row)) for row in rows]
+    ids = ids_of([row + gap if right else gap + row for row, gap in zip(rows, gaps, strict=True)], m)
+    lengths, place = ids_of([[len(row)] for row in rows], m), torch.arange(longest, device=ids.device)
     return ids, place < lengths if right else place >= longest - lengths
 
 
@@ -98,13 +118,13 @@ def words(n):
 @pytest.mark.parametrize("gaps", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("past", [0, 5, 8])
 @pytest.mark.parametrize("shared", [4, 2, 1])
-def test_all_bodies_of_attention_agree(shared, past, gaps):
+def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
     """Output, mass and gradients, with 4 heads on `shared` ones, cached keys, padding and a condition with holes."""
-    q, w = torch.randn(2, 2, 4, 9 - past, 8)
-    k, v = torch.randn(2, 2, shared, 9, 8)
-    condition, u = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]]).bool(), w[..., 0]
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]).bool() if gaps else None
-    visible = model.visibility(mask, torch.arange(past, 9), 9)
+    q, w = torch.randn(2, 2, 4, 9 - past, 8).to(device)
+    k, v = torch.randn(2, 2, shared, 9, 8).to(device)
+    condition, mask = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
+                                    [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]], device=device).bool()
+    u, visible = w[..., 0], model.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
     results = []
     for attend in (model.attend_auto, model.attend_fused, model.attend_lse, model.attend_explicit):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -118,11 +138,11 @@ def test_all_bodies_of_attention_agree(shared, past, gaps):
 
 @pytest.mark.parametrize("task", aia.TASKS)
 @pytest.mark.parametrize("name", TINY)
-def test_whole_models_agree_with_any_attention(name, task):
+def test_whole_models_agree_with_any_attention(name, task, lse, device):
     """Loss, intensities and all gradients of next-token prediction plus AIA are those of the written-out softmax."""
-    results, batch = [], batch_of(model.PRESETS[name], task)
+    results, batch = [], batch_of(model.PRESETS[name], task, device)
     for attention in model.ATTENTION:
-        one = tiny(name, heads=4, kv_heads=2, attention=attention)
+        one = tiny(name, device, heads=4, kv_heads=2, attention=attention)
         out = one(batch)
         target, delta = aia.targets(one.config.layers, task)
         (out.ntp / out.tokens + 10 * aia.loss(out.intensity, target, delta, batch.aia_valid)).backward()
@@ -157,24 +177,24 @@ def test_full_models_have_the_published_number_of_parameters(preset, total, part
     assert {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in parts} == parts
 
 
-def test_rotary_frequencies_survive_bfloat16():
+def test_rotary_frequencies_survive_bfloat16(device):
     """At position 9216 and theta 1e6 rounded frequencies are radians off; rope_bf16 asks for just that."""
-    m, seen = tiny("tiny-emu3", theta=1e6, layers=1).to(torch.bfloat16), []
+    m, seen = tiny("tiny-emu3", device, theta=1e6, layers=1).to(torch.bfloat16), []
     m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[2]))
     for m.lm.rope_bf16 in (False, True):
-        cache = model.Cache(m.lm, torch.ones(1, 9216).bool(), 1)
+        cache = model.Cache(m.lm, torch.ones(1, 9216, device=device).bool(), 1)
         cache.used = 9216
-        m.lm(torch.zeros(1, 1, m.config.width, dtype=torch.bfloat16), cache=cache)
-    angle = 9216 * 1e6 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
+        m.lm(torch.zeros(1, 1, m.config.width, dtype=torch.bfloat16, device=device), cache=cache)
+    angle = 9216 * 1e6 ** (-torch.arange(0, 32, 2, dtype=torch.float64, device=device) / 32)
     exact = angle.cos().repeat(2), torch.cat([-angle.sin(), angle.sin()])       # the sine brings the sign of its half
     kept, rounded = ([(part.double() - right).abs().max() for part, right in zip(rope, exact, strict=True)]
                      for rope in seen)
     assert max(kept) < 2**-8 < 1 < min(rounded)
 
 
-def test_training_mode_changes_no_picture_code():
+def test_training_mode_changes_no_picture_code(device):
     """Emu3's tokenizer has batch norms, which must not learn from, or depend on, a batch of the language model."""
-    m, pixels = tiny("tiny-emu3", vq_blocks=1), torch.randn(2, 3, 24, 24)
+    m, pixels = tiny("tiny-emu3", device, vq_blocks=1), torch.randn(2, 3, 24, 24).to(device)
     before = m.encode_images(pixels)
     assert torch.equal(m.train().encode_images(pixels), before)
     assert torch.equal(m.eval().encode_images(pixels), before)
@@ -184,9 +204,9 @@ def test_training_mode_changes_no_picture_code():
 # Loss, padding, cache
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", aia.TASKS)
-def test_loss_is_cross_entropy_of_the_full_logits(m, task):
+def test_loss_is_cross_entropy_of_the_full_logits(m, task, device):
     """Position t predicts the label at t + 1, and positions without a label count for nothing."""
-    batch = batch_of(m.config, task)
+    batch = batch_of(m.config, task, device)
     logits = m.head(task)(m.lm(m.embed(batch))[0])
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
     out = m(batch, intensity=False)
@@ -196,13 +216,14 @@ def test_loss_is_cross_entropy_of_the_full_logits(m, task):
 
 @pytest.mark.parametrize("head", ["one layer", "three layers"])
 @pytest.mark.parametrize("n", [0, 1, 600])
-def test_the_chunked_loss_is_the_plain_one(n, head):
+def test_the_chunked_loss_is_the_plain_one(n, head, chunks_of_256, device):
     """Value and all gradients, for no token, one, and more than two chunks; the head of the vocabulary and that of
     Janus-Pro's codes, which has biases."""
     one = torch.nn.Linear(16, 700, bias=False)
     head = one if head == "one layer" else torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(),
                                                                torch.nn.Linear(16, 700))
-    x, target = torch.randn(n, 16, requires_grad=True), torch.randint(700, (n,))
+    x, target = torch.randn(n, 16).to(device).requires_grad_(), torch.randint(700, (n,)).to(device)
+    head = head.to(device)
     expected = F.cross_entropy(head(x), target, reduction="sum") if n else 0.0 * head(x).sum()
     got = model.next_token_loss(x, head, target)
     close(got, expected)
@@ -211,11 +232,12 @@ def test_the_chunked_loss_is_the_plain_one(n, head):
         torch.testing.assert_close(a, b)
 
 
-def test_the_chunked_loss_under_autocast_rounds_as_linear_layers_do():
+def test_the_chunked_loss_under_autocast_rounds_as_linear_layers_do(device):
     """Products in bfloat16, the loss in float32: near the exact one, with gradients for float32 weights."""
-    head, x, target = torch.nn.Linear(64, 700, bias=False), torch.randn(300, 64), torch.randint(700, (300,))
+    head, x, target = (part.to(device) for part in (
+        torch.nn.Linear(64, 700, bias=False), torch.randn(300, 64), torch.randint(700, (300,))))
     exact = F.cross_entropy(head(x), target, reduction="sum")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         got = model.next_token_loss(x, head, target)
     got.backward()
     assert got.dtype == torch.float32 and abs(got / exact - 1) < 1e-3
@@ -237,14 +259,15 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("attention", ["fused", "explicit"])
-def test_fused_training_never_holds_a_map_nor_all_logits(attention):
-    """Forward and backward, with AIA: nothing as large as tokens x tokens or tokens x vocabulary is ever made."""
+def test_fused_training_never_holds_a_map_nor_all_logits(attention, chunks_of_256, device):
+    """Forward and backward, with AIA: nothing as large as tokens x tokens or tokens x vocabulary is ever made. CUDA has
+    kernels for heads that share a key in half precision only."""
     t, vocab = 1024, 1000
-    m = tiny("tiny-emu3", layers=1, vocab=vocab, attention=attention, heads=2, kv_heads=1, head_dim=16, width=32,
-             ffn=64)
+    m = tiny("tiny-emu3", device, layers=1, vocab=vocab, attention=attention, heads=2, kv_heads=1, head_dim=16,
+             width=32, ffn=64)
     tokens, place = torch.randint(480, (1, t)), torch.arange(t)[None]
-    batch = data.Batch("gen", tokens, tokens, place < 400, place >= 400, torch.ones(1).bool())
-    with Largest() as seen:
+    batch = data.Batch("gen", tokens, tokens, place < 400, place >= 400, torch.ones(1).bool()).to(device)
+    with Largest() as seen, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         out = m(batch)
         (out.ntp + out.intensity.sum()).backward()
     limit = min(t * t, t * vocab)
@@ -253,11 +276,11 @@ def test_fused_training_never_holds_a_map_nor_all_logits(attention):
 
 @pytest.mark.parametrize("name, how", [*((name, "checkpointed") for name in TINY), ("tiny-emu3", "compiled")])
 @pytest.mark.parametrize("task", aia.TASKS)
-def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how):
+def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how, device):
     """Loss, intensities and gradients, of which the mass is a part. Both models have the same layers to compile."""
-    batch, results = batch_of(model.PRESETS[name], task), []
+    batch, results = batch_of(model.PRESETS[name], task, device), []
     for changed in (False, True):
-        one = tiny(name, **SMALL).train()
+        one = tiny(name, device, **SMALL).train()
         if changed and how == "checkpointed":
             one.lm.checkpoint_activations = True
         for layer in one.lm.layers if changed and how == "compiled" else ():
@@ -273,33 +296,33 @@ def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how):
 
 
 @pytest.fixture(params=TINY)
-def forked(request):
+def forked(request, device):
     """A model, and the same with UniFork's two branches from its second layer on."""
     m, f = tiny(request.param, **SMALL), model.build(request.param, **SMALL, fork_layer=1)
     f.load_state_dict(m.state_dict(), strict=False)
     model.fork(f)
-    return m.requires_grad_(False), f
+    return m.requires_grad_(False).to(device), f.to(device)
 
 
-def test_equal_branches_are_the_shared_model(forked):
+def test_equal_branches_are_the_shared_model(forked, device):
     """Bit for bit, loss and intensities and what is drawn and said: a fork changes nothing until it is trained."""
     m, f = forked
     for task in aia.TASKS:
-        batch = batch_of(m.config, task)
+        batch = batch_of(m.config, task, device)
         one, two = m(batch), f(batch)
         assert torch.equal(one.ntp, two.ntp) and torch.equal(one.intensity, two.intensity)
-    ids = torch.randint(5, 90, (2, 6))
+    ids = torch.randint(5, 90, (2, 6)).to(device)
     drawn = [x.generate_images(ids, guidance=1, temperature=0) for x in (m, f)]
     said = [x.generate_text(ids, max_new_tokens=4) for x in (m, f)]
     assert torch.equal(*drawn) and torch.equal(*said)
 
 
-def test_each_task_trains_its_own_branch(forked):
+def test_each_task_trains_its_own_branch(forked, device):
     """Routing is by sample: the loss of one task has no gradient in the branch of the other."""
     _, f = forked
     for task in aia.TASKS:
         f.zero_grad()
-        out = f(batch_of(f.config, task))
+        out = f(batch_of(f.config, task, device))
         (out.ntp + out.intensity.sum()).backward()
         moved = {name for name, p in f.lm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         branches = [{name for name, _ in f.lm.named_parameters() if name.startswith(parts)}
@@ -308,13 +331,13 @@ def test_each_task_trains_its_own_branch(forked):
         assert own <= moved and not other & moved and "layers.0.mlp.up_proj.weight" in moved
 
 
-def test_a_branch_of_its_own_is_drawn_with(forked):
+def test_a_branch_of_its_own_is_drawn_with(forked, device):
     """Generation takes the generation branch, cached or not; answers take the other."""
     m, f = forked
     with torch.no_grad():
         for p in f.lm.gen_layers.parameters():
-            p.normal_()
-    ids = torch.randint(5, 90, (2, 6))
+            p.copy_(torch.randn(p.shape))
+    ids = torch.randint(5, 90, (2, 6)).to(device)
     codes = f.generate_images(ids, guidance=1, temperature=0)
     if m.config.kind == "janus":                    # the code of the highest logit at each place of a full pass
         assert torch.equal(f.image_logits(ids, codes.clone()).argmax(-1), codes)
@@ -345,11 +368,11 @@ def test_a_fork_begins_from_public_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
-def test_intensity_in_half_precision_is_right_to_a_thousandth(sharpness):
+def test_intensity_in_half_precision_is_right_to_a_thousandth(sharpness, device):
     """Of the same bfloat16 queries and keys: a token's mass carries bfloat16 rounding, its float32 average hardly."""
-    q, k, v = (sharpness * torch.randn(2, 4, 200, 32) for _ in range(3))
-    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    condition, queries = (torch.arange(200) < 80).expand(2, -1), (torch.arange(200) >= 90).expand(2, -1)
+    q, k, v = ((sharpness * torch.randn(2, 4, 200, 32)).bfloat16().to(device) for _ in range(3))
+    place = torch.arange(200, device=device).expand(2, -1)
+    condition, queries = place < 80, place >= 90
     half = model.attend_fused(q, k, v, None, condition)[1]
     exact = model.attend_explicit(q.double(), k.double(), v.double(), None, condition)[1]
     assert half.dtype == torch.bfloat16
@@ -358,9 +381,9 @@ def test_intensity_in_half_precision_is_right_to_a_thousandth(sharpness):
 
 
 @pytest.mark.parametrize("task", aia.TASKS)
-def test_hidden_states_are_those_between_the_layers(m, task):
+def test_hidden_states_are_those_between_the_layers(m, task, device):
     """L + 1 of them, the embeddings first; the last one, normalised, is what the head reads."""
-    batch = batch_of(m.config, task)
+    batch = batch_of(m.config, task, device)
     states = m(batch, hidden=True).hidden
     assert len(states) == m.config.layers + 1 and torch.equal(states[0], m.embed(batch))
     close(m.lm.norm(states[-1]), m.lm(m.embed(batch))[0])
@@ -370,9 +393,9 @@ def test_hidden_states_are_those_between_the_layers(m, task):
 def test_padding_on_either_side_changes_nothing(m):
     """Pads are masked and positions counted from the first real token; on the right even the mask may be left out."""
     rows = [words(5), words(9)]
-    (left, seen_left), (right, seen_right) = padded(rows, m.ids["pad"]), padded(rows, m.ids["pad"], right=True)
+    (left, seen_left), (right, seen_right) = padded(rows, m), padded(rows, m, right=True)
     for b, row in enumerate(rows):
-        alone = m.logits(torch.tensor([row]))[0]
+        alone = m.logits(ids_of([row], m))[0]
         close(m.logits(left, mask=seen_left)[b][seen_left[b]], alone)
         close(m.logits(right, mask=seen_right)[b][seen_right[b]], alone)
         close(m.logits(right)[b][seen_right[b]], alone)
@@ -382,27 +405,27 @@ def test_padding_on_either_side_changes_nothing(m):
 @pytest.mark.parametrize("lengths", [(9, 9), (6, 9)], ids=["equal", "padded"])
 def test_cached_steps_equal_the_full_pass(m, lengths):
     """Steps of 4, 1, 2 (Emu3's code and row end), 1 and 1 tokens see the same keys at the same positions."""
-    ids, mask = padded([words(n) for n in lengths], m.ids["pad"])
+    ids, mask = padded([words(n) for n in lengths], m)
     x, cache, parts = m.lm.embed_tokens(ids), model.Cache(m.lm, mask[:, :4], 5), []
     for n in (4, 1, 2, 1, 1):
         parts.append(m.lm(x[:, cache.used:cache.used + n], cache=cache)[0])
     close(torch.cat(parts, 1)[mask], m.lm(x, mask)[0][mask])
 
 
-def test_greedy_text_equals_full_passes_and_stops_at_eos(m):
+def test_greedy_text_equals_full_passes_and_stops_at_eos(m, device):
     """A batch of questions about pictures, padded on the left, against one question at a time without a cache."""
     picture = [m.ids["placeholder"]] * (16 if m.config.kind == "emu3" else 4)
-    pixels, expected = torch.randn(2, 3, 16, 16), []
+    pixels, expected = torch.randn(2, 3, 16, 16).to(device), []
     rows = [words(3) + picture + words(2), words(6) + picture + words(4)]
     for b, row in enumerate(rows):
         new = []
         for _ in range(8):
-            new.append(m.logits(torch.tensor([row + new]), pixels[b:b + 1])[0, -1].argmax().item())
+            new.append(m.logits(ids_of([row + new], m), pixels[b:b + 1])[0, -1].argmax().item())
         expected.append(new)
-    ids, mask = padded(rows, m.ids["pad"])
+    ids, mask = padded(rows, m)
     assert m.generate_text(ids, pixels, mask, max_new_tokens=8).tolist() == expected
     # The same weights with the last token of one answer as EOS: both answers end where it first comes up.
-    stopping = tiny(f"tiny-{m.config.kind}", **SMALL, ids=m.ids | {"eos": expected[0][2]})
+    stopping = tiny(f"tiny-{m.config.kind}", device, **SMALL, ids=m.ids | {"eos": expected[0][2]})
     ends = [new[:new.index(expected[0][2]) + 1] if expected[0][2] in new else new for new in expected]
     assert len(ends[0]) != len(ends[1])
     longest = max(map(len, ends))
@@ -416,13 +439,13 @@ def test_greedy_text_equals_full_passes_and_stops_at_eos(m):
 def next_code_logits(m, prompt, codes):
     """Logits (K,) of the code after a prompt and the codes so far, by a pass over the whole sequence."""
     if m.config.kind == "janus":
-        drawn = m.gen_aligner(m.gen_embed(torch.tensor([codes], dtype=torch.long)))
-        x = torch.cat([m.lm.embed_tokens(torch.tensor([prompt])), drawn], 1)
+        drawn = m.gen_aligner(m.gen_embed(ids_of([codes], m).long()))
+        x = torch.cat([m.lm.embed_tokens(ids_of([prompt], m)), drawn], 1)
         return m.gen_head(m.lm(x)[0][0, -1])
     tokens = []
     for i, code in enumerate(codes):
         tokens += [m.ids["visual"] + code, m.ids["eol"]][:2 if (i + 1) % GRID[1] == 0 else 1]
-    return m.logits(torch.tensor([prompt + tokens]))[0, -1, m.ids["visual"]:][:m.config.codebook]
+    return m.logits(ids_of([prompt + tokens], m))[0, -1, m.ids["visual"]:][:m.config.codebook]
 
 
 def draw_slowly(m, prompt, guidance, negative):
@@ -441,18 +464,18 @@ def test_greedy_drawing_equals_full_passes(m, guidance, lengths):
     """A batch with a cache, guidance and forced row ends draws what each prompt alone draws without them."""
     rows, negative = [words(n) for n in lengths], words(6) if m.config.kind == "emu3" else None
     expected = [draw_slowly(m, row, guidance, negative) for row in rows]
-    ids, mask = padded(rows, m.ids["pad"])
-    negative = negative and torch.tensor([negative])
+    ids, mask = padded(rows, m)
+    negative = negative and ids_of([negative], m)
     for how in ({"temperature": 0}, {"top_k": 1}):                              # of one code to choose from, any draw
         codes = m.generate_images(ids, mask, GRID, negative, guidance, **how)   # takes the likeliest
         assert codes.flatten(1).tolist() == expected
     assert len(set(sum(expected, []))) > 3      # a model that repeats one code would prove little
 
 
-def test_teacher_forced_logits_are_those_of_each_step(m):
+def test_teacher_forced_logits_are_those_of_each_step(m, device):
     """One pass over prompt and codes gives what drawing them one by one gives; Emu3's row ends are skipped."""
     rows, codes = [words(5), words(5)], torch.randint(m.config.codebook, (2, *GRID))
-    got = m.image_logits(torch.tensor(rows), m.as_codes(codes))
+    got = m.image_logits(ids_of(rows, m), m.as_codes(codes).to(device))
     for row, flat, logits in zip(rows, codes.flatten(1).tolist(), got, strict=True):
         close(logits, torch.stack([next_code_logits(m, row, flat[:i]) for i in range(6)]))
 
@@ -465,19 +488,19 @@ def test_emu3_rows_end_with_a_row_end_token():
     assert (block - visual).tolist() == [[[0, 1, 2, eol - visual], [63, 4, 5, eol - visual]]]
 
 
-def test_sampling_keeps_what_it_is_told_to():
+def test_sampling_keeps_what_it_is_told_to(device):
     """Of probabilities 0.1, 0.5, 0.05, 0.35: temperature 0 takes the second, top-k 2 and top-p 0.6 two of them."""
-    logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().expand(4000, -1)
+    logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().to(device).expand(4000, -1)
 
     def shares(temperature=1.0, top_k=0, top_p=1.0):
-        drawn = model.sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+        drawn = model.sample(logits, temperature, top_k, top_p, torch.Generator(device).manual_seed(0))
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
-    two = torch.tensor([0, 0.5, 0, 0.35]) / 0.85
-    cold = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
+    two = torch.tensor([0, 0.5, 0, 0.35], device=device) / 0.85
+    cold = torch.tensor([0.1, 0.5, 0.05, 0.35], device=device) ** 2
     for got, expected in [(shares(), logits[0].exp()), (shares(top_k=2), two), (shares(top_p=0.6), two),
-                          (shares(0.5), cold / cold.sum()), (shares(top_p=0.45), torch.eye(4)[1]),
-                          (shares(0), torch.eye(4)[1])]:
+                          (shares(0.5), cold / cold.sum()), (shares(top_p=0.45), torch.eye(4, device=device)[1]),
+                          (shares(0), torch.eye(4, device=device)[1])]:
         assert torch.equal(got > 0, expected > 0)
         torch.testing.assert_close(got, expected, rtol=0, atol=0.03)
 
@@ -486,18 +509,18 @@ def test_sampling_keeps_what_it_is_told_to():
 # Refusals
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("holes, pictures", [(15, 1), (0, 1), (16, 0), (16, 2)])
-def test_placeholders_must_match_the_pictures(m, holes, pictures):
+def test_placeholders_must_match_the_pictures(m, holes, pictures, device):
     """A picture of 4 x 4 tokens needs 16 of them, else codes would land on the wrong places."""
-    ids = torch.tensor([words(2) + [m.ids["placeholder"]] * holes])
+    ids = ids_of([words(2) + [m.ids["placeholder"]] * holes], m)
     with pytest.raises(InputError, match=f"^{holes} placeholders"):
-        m.logits(ids, torch.randn(pictures, 3, 16, 16) if pictures else None)
+        m.logits(ids, torch.randn(pictures, 3, 16, 16).to(device) if pictures else None)
 
 
 @pytest.mark.parametrize("guidance", [1.0, None])
 def test_generation_refuses_prompts_padded_on_the_right(m, guidance):
     """It would go on after a pad."""
-    ids, mask = padded([words(3), words(5)], m.ids["pad"], right=True)
-    negative = torch.tensor([words(4)]) if m.config.kind == "emu3" else None
+    ids, mask = padded([words(3), words(5)], m, right=True)
+    negative = ids_of([words(4)], m) if m.config.kind == "emu3" else None
     with pytest.raises(InputError, match="padded on the left"):
         m.generate_text(ids, None, mask)
     with pytest.raises(InputError, match="padded on the left"):
@@ -506,9 +529,9 @@ def test_generation_refuses_prompts_padded_on_the_right(m, guidance):
 
 def test_guidance_needs_the_prompt_of_its_model(m):
     """Emu3 is guided away from a negative prompt, Janus-Pro from its own prompt blanked."""
-    negative = torch.tensor([words(4)]) if m.config.kind == "janus" else None
+    negative = ids_of([words(4)], m) if m.config.kind == "janus" else None
     with pytest.raises(InputError, match="negative prompt"):
-        m.generate_images(torch.tensor([words(4)]), size=GRID, negative=negative)
+        m.generate_images(ids_of([words(4)], m), size=GRID, negative=negative)
 
 
 @pytest.mark.parametrize("name, changes, message", [
@@ -523,8 +546,8 @@ def test_unknown_settings_are_refused(name, changes, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Parity with transformers: tiny random checkpoints of its Emu3 and Janus
 # ---------------------------------------------------------------------------------------------------------------------
-def copy_weights(theirs, ours):
-    """Fill our model from theirs by renaming; every weight of theirs must be used."""
+def copy_weights(theirs, ours, device):
+    """Fill our model from theirs by renaming, then move both; every weight of theirs must be used."""
     source, state, used = theirs.state_dict(), {}, set()
     for key, value in ours.state_dict().items():
         parts = model.public_names(key, ours.config, "hf")
@@ -533,11 +556,11 @@ def copy_weights(theirs, ours):
         used.update(parts)
     assert used == set(source)
     ours.load_state_dict(state)
-    return theirs.requires_grad_(False), ours.requires_grad_(False)
+    return theirs.requires_grad_(False).to(device), ours.requires_grad_(False).to(device)
 
 
 @pytest.fixture(scope="module")
-def emu3():
+def emu3(device):
     hf = pytest.importorskip("transformers")
     ids = dict(zip(("pad", "bos", "eos", "placeholder", "eol", "eof", "img", "boi", "eoi"), range(9), strict=True),
                visual=40)
@@ -555,11 +578,11 @@ def emu3():
         model.EMU3_8B, layers=3, width=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=112, codebook=64,
         vq_width=32, ids=ids))
     shake(theirs).model.vqmodel.quantize.embedding.weight.data *= 0.2           # rows among the latents: many codes
-    return copy_weights(theirs, ours)
+    return copy_weights(theirs, ours, device)
 
 
 @pytest.fixture(scope="module")
-def janus():
+def janus(device):
     hf = pytest.importorskip("transformers")
     text = {"model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 128,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
@@ -575,7 +598,7 @@ def janus():
         model.JANUS_PRO_7B, layers=3, width=64, ffn=128, heads=4, kv_heads=4, head_dim=16, vocab=160, codebook=64,
         vq_width=32, vq_latent=16, image_size=64, vit_width=32, vit_layers=2, vit_heads=4, vit_ffn=128,
         ids={"bos": 100, "eos": 101, "pad": 102, "boi": 110, "eoi": 111, "placeholder": 120}))
-    return copy_weights(shake(theirs), ours)
+    return copy_weights(shake(theirs), ours, device)
 
 
 @pytest.fixture(params=["emu3", "janus"])
@@ -583,16 +606,16 @@ def pair(request):
     return request.getfixturevalue(request.param)
 
 
-def test_logits_equal_transformers(pair):
+def test_logits_equal_transformers(pair, device):
     """Text only, and text with a picture, in a batch padded on the left."""
     theirs, ours = pair
     holes, size = (54, (48, 64)) if ours.config.kind == "emu3" else (16, (64, 64))
-    picture, pixels = [ours.ids["placeholder"]] * holes, torch.randn(2, 3, *size)
-    shapes = {"image_sizes": torch.tensor([size, size])} if ours.config.kind == "emu3" else {}
+    picture, pixels = [ours.ids["placeholder"]] * holes, torch.randn(2, 3, *size).to(device)
+    shapes = {"image_sizes": torch.tensor([size, size], device=device)} if ours.config.kind == "emu3" else {}
     for rows, given in [([words(9), words(6)], {}),
                         ([words(5) + picture + words(4), words(3) + picture + words(4)],
                          {"pixel_values": pixels, **shapes})]:
-        ids, mask = padded(rows, ours.ids["pad"])
+        ids, mask = padded(rows, ours)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         expected = theirs(input_ids=ids, attention_mask=mask.long(), position_ids=positions, **given).logits
         close(ours.logits(ids, given.get("pixel_values"), mask)[mask], expected[mask])
@@ -603,12 +626,12 @@ def test_half_precision_stays_close(pair):
     """In bfloat16 within 2e-2 of transformers in bfloat16, no farther from float32 than that is. (These weights make
     attention sharp, so that rounding alone moves single logits by 3e-2 of the largest.)"""
     theirs, ours = (copy.deepcopy(one) for one in pair)
-    ids = torch.tensor([words(24), words(24)])
+    ids = ids_of([words(24), words(24)], ours)
     exact = ours.logits(ids)
     ours.lm.bfloat16(), ours.lm_head.bfloat16(), theirs.bfloat16()
     # .to() also rounds the rotary frequencies of transformers, which loading in bfloat16 would not
     inner = theirs.model.text_model if ours.config.kind == "emu3" else theirs.model.language_model
-    steps = torch.arange(0, ours.config.head_dim, 2) / ours.config.head_dim
+    steps = torch.arange(0, ours.config.head_dim, 2, device=ids.device) / ours.config.head_dim
     inner.rotary_emb.inv_freq = ours.config.theta ** -steps
     got = ours.logits(ids)
     assert got.dtype == torch.bfloat16
@@ -617,11 +640,11 @@ def test_half_precision_stays_close(pair):
     assert (got - exact).square().mean() <= 1.1 * (expected - exact).square().mean() < (0.02 * exact.abs().max()) ** 2
 
 
-def test_emu3_tokenizer_shortcuts_equal_the_slow_way(emu3):
+def test_emu3_tokenizer_shortcuts_equal_the_slow_way(emu3, device):
     """The 2-D encoder would see four equal frames and the decoder paint four, of which frame 0 is the picture: one of
     each gives the same."""
     vq = emu3[1].vq
-    pixels, codes = torch.randn(1, 3, 24, 16), torch.randint(64, (1, 3, 2))
+    pixels, codes = torch.randn(1, 3, 24, 16).to(device), torch.randint(64, (1, 3, 2)).to(device)
     x = torch.stack([vq.encoder(frame) for frame in pixels.expand(4, 1, -1, -1, -1)], 2)         # (1, C, 4, h, w)
     for conv in vq.encoder_time_conv:
         x = F.silu(conv(x))
@@ -641,41 +664,41 @@ def test_emu3_tokenizer_shortcuts_equal_the_slow_way(emu3):
     assert (frames[0] - frames[3]).abs().max() > 1e-2
 
 
-def test_emu3_picture_codes_equal_transformers(emu3):
+def test_emu3_picture_codes_equal_transformers(emu3, device):
     """Codes exactly, also of a picture that is not square; pixels decoded from them."""
-    (theirs, ours), pixels = emu3, torch.randn(2, 3, 48, 64)
+    (theirs, ours), pixels = emu3, torch.randn(2, 3, 48, 64).to(device)
     codes = ours.encode_images(pixels)
-    encoded = theirs.model.vqmodel.encode(pixels, torch.tensor([[48, 64]] * 2), return_dict=True)
+    encoded = theirs.model.vqmodel.encode(pixels, torch.tensor([[48, 64]] * 2, device=device), return_dict=True)
     assert torch.equal(codes, torch.stack(encoded.image_tokens))
     assert codes.shape == (2, 6, 8) and codes.unique().numel() > 10
     close(ours.decode_images(codes), theirs.model.vqmodel.decode(codes))
 
 
-def test_janus_picture_codes_follow_the_published_rule(janus):
+def test_janus_picture_codes_follow_the_published_rule(janus, device):
     """Latents and codebook at unit length, then the nearest row; transformers, which normalises neither, gives the
     latents here, and decodes."""
-    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64)
+    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64).to(device)
     vq, codes = theirs.model.vqmodel, ours.encode_images(pixels)
     latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1).flatten(2).transpose(1, 2)     # (B, N, code_dim)
     close(ours.vq.latents(pixels).flatten(2).transpose(1, 2), latents)
     similar = latents @ F.normalize(vq.quantize.embedding.weight, dim=1).T      # the nearest has the largest cosine
     assert torch.equal(codes, similar.argmax(-1))
     assert codes.unique().numel() > 3
-    random = torch.randint(64, (2, 16))
+    random = torch.randint(64, (2, 16)).to(device)
     close(ours.decode_images(random), vq.decode(random))
 
 
-def test_janus_picture_reader_equals_transformers(janus):
+def test_janus_picture_reader_equals_transformers(janus, device):
     """SigLIP with its final norm, and the aligner."""
-    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64)
+    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64).to(device)
     expected = theirs.model.get_image_features(pixels, return_dict=True).pooler_output
     close(ours.aligner(ours.vision(pixels)), expected)
 
 
-def test_janus_drawing_equals_transformers(janus):
+def test_janus_drawing_equals_transformers(janus, device):
     """Code embedding, decoder and code head step by step, and greedy codes with guidance 5."""
-    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]])
-    codes = torch.randint(64, (2, 16))
+    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]], device=device)
+    codes = torch.randint(64, (2, 16)).to(device)
     drawn = theirs.prepare_embeddings_for_image_generation(codes[:, :-1])
     x = torch.cat([theirs.get_input_embeddings()(ids), drawn], 1)
     close(ours.image_logits(ids, codes),
@@ -696,10 +719,10 @@ def forced(monkeypatch, codes):
     return seen
 
 
-def test_guided_logits_of_janus_equal_transformers_at_each_step(janus, monkeypatch):
+def test_guided_logits_of_janus_equal_transformers_at_each_step(janus, monkeypatch, device):
     """On a given list of codes, so that no step hides behind another; prompts in halves there, in turn here."""
-    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]])
-    codes = torch.randint(64, (2, 16))
+    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]], device=device)
+    codes = torch.randint(64, (2, 16)).to(device)
     seen = forced(monkeypatch, codes)
     ours.generate_images(ids, guidance=5.0)
     blank = torch.where((ids == 100) | (ids == 110), ids, 102)
@@ -716,19 +739,19 @@ def emu3_constraint(ids, prompt, h, w):
     return lambda _, row: [ids["eol"]] if (len(row) - prompt + 1) % (w + 1) == 0 else visual
 
 
-def test_drawing_of_emu3_equals_transformers(emu3, monkeypatch):
+def test_drawing_of_emu3_equals_transformers(emu3, monkeypatch, device):
     """Greedy codes of its generate with guidance, a negative prompt and a prefix constraint; and on a given list of
     codes the guided logits of each step, up to what a softmax does not see."""
     (theirs, ours), (h, w) = emu3, GRID
-    prompt, negative = torch.tensor([words(7), words(7)]), torch.tensor([words(5)])
+    prompt, negative = ids_of([words(7), words(7)], ours), ids_of([words(5)], ours)
     expected = theirs.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=h * (w + 1), do_sample=False,
         eos_token_id=None, guidance_scale=3.0, negative_prompt_ids=negative.expand(2, -1),
-        negative_prompt_attention_mask=torch.ones(2, 5).long(),
+        negative_prompt_attention_mask=torch.ones_like(negative.expand(2, -1)),
         prefix_allowed_tokens_fn=emu3_constraint(ours.ids, 7, h, w))[:, 7:]
     codes = ours.generate_images(prompt, None, GRID, negative, 3.0, temperature=0)
     assert torch.equal(ours.block(codes).flatten(1), expected)
-    codes = torch.randint(64, (2, h, w))
+    codes = torch.randint(64, (2, h, w)).to(device)
     seen = forced(monkeypatch, codes.flatten(1))
     ours.generate_images(prompt, None, GRID, negative, 3.0)
     tokens, got = ours.block(codes).flatten(1), iter(seen)
@@ -806,11 +829,11 @@ def test_original_names_are_those_of_the_released_files(ours):
         assert expected is None or model.public_names(ours, config, "original") == [expected]
 
 
-def test_transformers_folders_load_with_equal_weights(pair, tmp_path):
+def test_transformers_folders_load_with_equal_weights(pair, tmp_path, device):
     """What transformers saves, read by name from config.json and the file; no number of it is that of the recipe."""
     theirs, ours = pair
     theirs.save_pretrained(tmp_path)
-    m = model.load(tmp_path)
+    m = model.load(tmp_path, device=device)
     expected = ours.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in m.state_dict().items())
     same = {f.name for f in fields(model.Config)} - {"ids", "context", "image_size", "init_std", "embed_std"}
@@ -969,12 +992,12 @@ def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(janus, tmp
         model.load(tmp_path)
 
 
-def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path):
+def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path, device):
     """Every tensor and every size, whatever the configuration; the codes and sizes of pictures too."""
     theirs, ours = pair
     model.save(ours, tmp_path / "out")
     import transformers
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").to(device)
     expected = theirs.state_dict()
     assert again.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
@@ -1029,23 +1052,23 @@ def test_the_preprocessor_file_is_read_and_what_it_asks_is_done_or_refused(emu3,
 
 
 @pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
-def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, monkeypatch):
+def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, monkeypatch, device):
     """A model of the laptop run, in several shards, read by transformers and by us; a folder in use is left alone."""
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    m = model.build(name)
+    m = model.build(name).to(device)
     monkeypatch.setattr(model, "SHARD_BYTES", 1e6)
     model.save(m, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and not (tmp_path / "out.part").exists()
-    theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    ids = torch.randint(5, 400, (2, 12))
+    theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").to(device)
+    ids = torch.randint(5, 400, (2, 12)).to(device)
     with torch.no_grad():
         close(m.logits(ids), theirs(input_ids=ids).logits)
-    again = model.load(tmp_path / "out")
+    again = model.load(tmp_path / "out", device=device)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in m.state_dict().items())
     fresh = {"init_std": m.config.init_std, "embed_std": m.config.embed_std, "ids": m.config.ids}
     assert replace(again.config, **fresh) == m.config
-    half = model.load(tmp_path / "out", dtype=torch.bfloat16)
+    half = model.load(tmp_path / "out", dtype=torch.bfloat16, device=device)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert all(torch.equal(value, half.vq.state_dict()[key]) for key, value in m.vq.state_dict().items())
     with pytest.raises(InputError, match="not empty"):

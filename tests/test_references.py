@@ -52,15 +52,15 @@ def tiny(kind, attention="eager"):
     return m, {"input_ids": IDS} | ({"pixel_values": torch.randn(1, 3, 32, 32)} if tower else {})
 
 
-def run(folder, file, image_ids="", out="c.json"):
+def run(folder, file, image_ids="", out="c.json", device="cpu"):
     """The command -> its curves, and their file, which aia.targets reads too."""
     done = judge.hf_curves(SimpleNamespace(hf=str(folder), data=str(folder / file) if file else "", image_ids=image_ids,
-                                           n=9, out=str(folder / out), dtype="float32", device="cpu"))
+                                           n=9, out=str(folder / out), dtype="float32", device=str(device)))
     return json.loads(Path(done["out"]).read_text()), done["out"]
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_intensities_are_those_of_the_maps_that_transformers_returns(kind):
+def test_intensities_are_those_of_the_maps_that_transformers_returns(kind, device):
     """Eq. 1 written out on output_attentions, of the language layers alone. When a layer hands out its map, those of
     the layers before it are gone."""
     (m, inputs), (condition, queries), maps, alive = tiny(kind), data.spans(ROLES, "und"), [], []
@@ -71,11 +71,12 @@ def test_intensities_are_those_of_the_maps_that_transformers_returns(kind):
     attention = [layer.self_attn for layer in m.get_decoder().layers]
     for part in attention:
         part.register_forward_hook(look)
-    got = judge.hf_intensity(m, inputs, condition, queries)
+    got = judge.hf_intensity(m.to(device), inputs, condition, queries)
     assert alive == [0, 0, 0] and [len(part._forward_hooks) for part in attention] == [1, 1, 1]
     with torch.no_grad():
+        inputs = {key: x.to(device) for key, x in inputs.items()}
         found = m(**inputs, output_attentions=True).attentions                  # 3 times (1, H, T, T)
-    rows = [part[0][:, queries[0]] for part in found]                           # (H, Q, T)
+    rows = [part.cpu()[0][:, queries[0]] for part in found]                     # (H, Q, T)
     expected = [[row[..., condition[0]].sum(-1).mean(), row[..., 0].mean()] for row in rows]
     torch.testing.assert_close(got, torch.tensor(expected), atol=1e-6, rtol=0)
     assert len(rows) == 3 and got[:, 0].std() > 1e-3
@@ -112,7 +113,7 @@ def test_a_question_is_the_models_own_prompt_then_answer_and_end_of_text(tmp_pat
     assert where == [[3, 4, 5, 6], [10, 11, 12]]
 
 
-def test_token_ids_are_measured_by_the_rule_of_both_tasks(tmp_path):
+def test_token_ids_are_measured_by_the_rule_of_both_tasks(tmp_path, device):
     """Codes are 40..47, 3 is a row end. With queries of weight 0 attention is even: each layer has its keys' share."""
     m = tiny("Llama")[0]
     for layer in m.model.layers:
@@ -121,7 +122,7 @@ def test_token_ids_are_measured_by_the_rule_of_both_tasks(tmp_path):
     und = {"ids": [1, 41, 42, 5, 9, 12, 13, 2], "task": "und"}
     lines = [{"ids": [1, 9, 4, 40, 47, 3, 41, 42, 5], "task": "gen"}, und, und | {"answer": 5}]
     (tmp_path / "ids.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    found, table = run(tmp_path, "ids.jsonl", "40:47", "c.png")
+    found, table = run(tmp_path, "ids.jsonl", "40:47", "c.png", device)
     shares = {"gen": [(3 / 4 + 3 / 7) / 2], "und": [(2 / 4 + 2 / 5 + 2 / 6 + 2 / 7) / 4, (2 / 6 + 2 / 7) / 2]}
     for task, share in shares.items():
         assert found[task]["intensity"] == pytest.approx([np.mean(share)] * 3, abs=1e-6)

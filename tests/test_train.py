@@ -32,6 +32,7 @@ NAMES = ("tiny-emu3", "tiny-janus")
 SMALL = {name: replace(model.PRESETS[name], layers=2, width=64, ffn=64, heads=2, kv_heads=1, vit_width=32, vit_ffn=32,
                        vit_layers=1) for name in NAMES}
 SMALL["tiny-unifork"] = replace(SMALL["tiny-emu3"], layers=4, fork_layer=2)
+TRAIN_TOKENIZER = train.train_tokenizer
 both_models = pytest.mark.parametrize("name", NAMES)
 
 
@@ -547,6 +548,46 @@ def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
     assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("read", 2), ("joint", 2),
                                                                ("tune", 2)]
     assert log[-1]["gen"]["lambda"] > 0 and len(log[-1]["und"]["intensity"]) == SMALL[name].layers
+
+
+@pytest.mark.parametrize("preset, flags, expected", [
+    ("small-emu3", [], (6, 6, 3, 16, 32_000)), ("small-emu3", ["--cell", "8"], (6, 6, 3, 8, 32_000)),
+    ("small-emu3", ["--objects", "2", "--pool", "50"], (6, 6, 2, 16, 50)), ("tiny-emu3", [], (4, 4, 2, 8, 8_000))])
+def test_a_presets_world_is_its_default_and_flags_come_first(preset, flags, expected, monkeypatch):
+    """`--preset small-emu3` alone is a whole run, in a world that fits it; other presets know nothing of that."""
+    met = []
+    monkeypatch.setattr(train, "train", met.append)
+    command("--preset", preset, *flags)
+    assert tuple(getattr(met[0], name) for name in ("shapes", "colours", "objects", "cell", "pool")) == expected
+    stages = train.plan(met[0])
+    assert [stage.name for stage in stages] == ["tokenizer", "read", "joint", "tune"] and stages[-1].aia
+
+
+def test_a_larger_preset_runs_from_nothing_to_scores_in_its_own_world(tmp_path, monkeypatch, capsys):
+    """Its words, picture codes and prompts of three objects fit together; here with fewer and narrower layers."""
+    monkeypatch.setitem(model.PRESETS, "small-emu3", replace(
+        model.SMALL_EMU3, layers=2, width=64, ffn=64, heads=2, kv_heads=1, head_dim=32, vq_width=32))
+    monkeypatch.setattr(train, "train_tokenizer", TRAIN_TOKENIZER)
+    command("--preset", "small-emu3", *TWO_STEPS, "--eval-n", 1, "--out", tmp_path / "run")
+    result, folder = result_of(capsys.readouterr().out), tmp_path / "run"
+    assert all(0 <= result[key] <= 1 for key in ("und", "gen", "reader")) and math.isfinite(result["psnr"])
+    assert "three objects" in json.loads((folder / "scores.json").read_text())["gen_by_skill"]
+    assert json.loads((folder / "settings.json").read_text())["cell"] == 16
+    m = model.load(folder)
+    text = data.Text(m.tokenizer_file, "emu3")
+    drawn, = judge.draw(m, text, ["a red circle above a blue square"])
+    assert drawn.shape == (3, 32, 32) and m.config.grid == (4, 4) and text.core.get_vocab_size() == m.config.vocab
+
+
+@pytest.mark.parametrize("flags, remedy", [
+    (["--cell", "16"], "draws pictures of 16 x 16 pixels, .* have 32 x 32: give --cell 8"),
+    (["--preset", "small-emu3", "--cell", "8"], "draws pictures of 32 x 32 pixels, .* have 16 x 16: give --cell 16"),
+    (["--preset", "tiny-janus"], "20 x 20 pixels, .* have 16 x 16: give --data with pictures of your own")])
+def test_a_world_of_another_picture_size_is_refused(flags, remedy, tmp_path, monkeypatch, capsys):
+    """Scores read the pictures that a model draws cell by cell; nothing is written before that is known to work."""
+    monkeypatch.setitem(model.PRESETS, "tiny-janus", replace(SMALL["tiny-janus"], image_size=20))
+    assert re.search(remedy, refused(capsys, *flags, "--pool", 50, "--out", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -1090,6 +1131,38 @@ def test_processes_killed_at_any_moment_lose_nothing(kills, tmp_path):
     same_run(folder, tmp_path / "whole")
 
 
+def test_with_ddp_one_process_writes_and_all_read(tmp_path):
+    """Every process holds the whole model: one file a checkpoint, its checksum taken while it was written; the other
+    process waits for "before", from which the second arm begins."""
+    with torchrun("--out", str(tmp_path / "run"), "--arms", "both") as process:
+        out = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and result_of(out)["val_ntp_gen"] > 0, out
+    places = [*model.checkpoint_places(tmp_path / "run"), tmp_path / "run/before", tmp_path / "run/control"]
+    for place in places:
+        assert len(model.read_manifest(place)["files"]) == 1
+        assert {file.name for file in place.iterdir()} == {*model.read_manifest(place)["files"], "manifest.json"}
+    assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.sum")] and len(places) == 4
+
+
+def test_a_checkpoint_is_written_from_the_copies_that_a_stager_made(tmp_path):
+    """On a GPU it copies into pinned memory; what is written is what was there then, not what a later step makes."""
+    class Stager(train.BlockingAsyncStager):
+        staged = 0
+
+        def stage(self, tensors):
+            self.staged += 1
+            return super().stage(tensors)
+    m, stager = fresh("tiny-emu3"), Stager()
+    before = {name: value.clone() for name, value in m.state_dict().items()}
+    future = train.save_checkpoint(train.tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
+                                   tmp_path / "one", stager=stager)
+    with torch.no_grad():
+        m.lm.norm.weight.add_(1.0)
+    future.result()
+    model.read_tensors(train.tensors_of(m), tmp_path / "one")
+    assert stager.staged == 1 and all(torch.equal(value, before[name]) for name, value in m.state_dict().items())
+
+
 @pytest.mark.slow
 def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path, unscored):
     """Their files know nothing of LoRA: each process makes the same additions and keeps its part. Sharding takes a
@@ -1422,10 +1495,11 @@ def test_a_published_study_is_not_replaced_by_one_that_knows_less(tmp_path, monk
 def test_a_run_of_before_a_setting_was_there_keeps_its_default(tmp_path):
     """Its stored settings lack the name: resumed with another value, it would change its world half way."""
     stored = {name: value for name, value in json.loads(json.dumps(asdict(settings(tmp_path)))).items()
-              if name not in ("shapes", "data")}
+              if name not in ("shapes", "cell", "data")}
     train.check_settings(stored, settings(tmp_path), tmp_path)
-    with pytest.raises(InputError, match="--shapes 4, not 5"):
-        train.check_settings(stored, settings(tmp_path, shapes=5), tmp_path)
+    for other, message in (({"shapes": 5}, "--shapes 4, not 5"), ({"cell": 16}, "--cell 8, not 16")):
+        with pytest.raises(InputError, match=message):
+            train.check_settings(stored, settings(tmp_path, **other), tmp_path)
 
 
 def test_a_claim_about_several_rows_needs_all_of_them():
@@ -1508,20 +1582,23 @@ def test_a_harder_world_reaches_training_and_what_reads_the_run(tmp_path, monkey
     met, words, make = [], [], data.World
 
     def watched(*key, **size):
-        met.append((size["shapes"], size["colours"], size["objects"]) if size else None)
+        met.append((size["shapes"], size["colours"], size["objects"], size["cell"]) if size else None)
         return make(*key, **size)
     ready = train.train_tokenizer
     monkeypatch.setattr(train, "train_tokenizer", lambda *given: words.append(given[2].shapes) or ready(*given))
     monkeypatch.setattr(data, "World", watched)
     run = tmp_path / "run"
-    train.train(settings(run, shapes=5, colours=6, objects=3, steps=2, eval_n=2))
+    larger = replace(model.PRESETS["tiny-emu3"], image_size=32, min_pixels=32 * 32, max_pixels=32 * 32)
+    monkeypatch.setitem(model.PRESETS, "tiny-emu3", larger)
+    train.train(settings(run, shapes=5, colours=6, objects=3, cell=16, steps=2, eval_n=2))
     scores = json.loads((run / "scores.json").read_text())
     assert "three objects" in scores["gen_by_skill"] and words == [data.SHAPES[:5]]
     for command in (["curves", "--n", "4"], ["alignment", "--n", "40"], ["score", "--n", "2", "--out", tmp_path / "s"],
                     ["score", "fid", "--variant", "world", "--n", "2", "--out", tmp_path / "f"]):
         judge.main([*map(str, command), "--checkpoint", str(run)])
-    data.main(["export", str(tmp_path / "drawn"), "--n", "8", "--shapes", "5", "--colours", "6", "--objects", "3"])
-    assert len(met) >= 7 and {*met} == {(5, 6, 3)}
+    data.main(["export", str(tmp_path / "drawn"), "--n", "8", "--shapes", "5", "--colours", "6", "--objects", "3",
+               "--cell", "16"])
+    assert len(met) >= 7 and {*met} == {(5, 6, 3, 16)}
     judge.write_json(json.loads((run / "settings.json").read_text()) | {"objects": 2}, tmp_path / "other.json")
     shutil.copytree(run, tmp_path / "run2")
     shutil.copy(tmp_path / "other.json", tmp_path / "run2/settings.json")

@@ -1,0 +1,514 @@
+"""What one GPU makes of this code: kernels, steps, memory, drawing and saving, in at most ten minutes.
+
+Every row is written when it is measured, so a run that is cut short goes on where it was: parts that are complete are
+left out, unless they are named. The part `predicted` needs no GPU: it sets the memory of each step beside the dry
+run's.
+
+    python -m lab.gpu                             # all parts that assets/gpu.json does not hold yet
+    python -m lab.gpu attention small             # these, anew
+    python -m lab.gpu --tiny --out tiny.json      # the same on tiny models, anywhere
+"""
+
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import aia
+import data
+import eval as judge
+import model
+import train
+from data import opt
+from model import InputError
+from parts import kernels
+
+# Legend: B samples, H heads, G key/value heads, T tokens, D head size. Times in seconds or ms, memory in 1e9 bytes.
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Measure this code on one GPU, part by part."""
+
+    POSITIONAL = ("parts",)
+    parts: tuple = opt((), "parts to measure, anew where they are there; none: those that --out does not hold yet")
+    out: str = opt("assets/gpu.json", "JSON file of all rows")
+    tiny: bool = opt(False, "tiny models and few tokens: to try the command itself")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1")
+    seconds: float = opt(560.0, "begin nothing more after this time")
+
+
+class Bench:
+    """What all parts share: the device, how sizes shrink with --tiny, clocks and memory of the device."""
+
+    def __init__(self, settings):
+        self.tiny, self.device = settings.tiny, data.device_of(settings.device)
+        self.cuda, self.end = self.device.startswith("cuda"), time.monotonic() + settings.seconds
+
+    def size(self, full, tiny):
+        return tiny if self.tiny else full
+
+    def left(self):
+        """Seconds until nothing more is begun."""
+        return self.end - time.monotonic()
+
+    def wait(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, work, repeats=5, warm=2):
+        """Median seconds of work()."""
+        for _ in range(warm):
+            work()
+        taken = []
+        for _ in range(repeats):
+            self.wait()
+            start = time.perf_counter()
+            work()
+            self.wait()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    def clean(self):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def held(self):
+        return torch.cuda.memory_allocated() / 1e9 if self.cuda else 0.0
+
+    def peak(self):
+        return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
+
+
+def off(got, expected):
+    """Relative distance of two tensors."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine, and whether numbers are right on it
+# ---------------------------------------------------------------------------------------------------------------------
+def machine(bench):
+    """Its name, the speed of products and copies, and which kernels attention takes."""
+    if bench.cuda:
+        about = torch.cuda.get_device_properties(0)
+        yield {"name": about.name, "gb": about.total_memory / 1e9, "capability": f"{about.major}.{about.minor}",
+               "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    n = bench.size(8192, 256)
+    a, b = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    yield {"bfloat16_tflops": 2 * n**3 / bench.seconds(lambda: a @ b, 10) / 1e12}
+    a = torch.empty(n * n * 4, device=bench.device)
+    yield {"copy_tb_per_second": 2 * a.nbytes / bench.seconds(a.clone, 5) / 1e12}
+    for preset in ("janus-pro-1b", "emu3-8b"):
+        c = model.PRESETS[preset]
+        for dtype in (torch.float32, torch.bfloat16):
+            tried, faults = kernels.try_lse(bench.device, dtype, c.heads, c.kv_heads, c.head_dim)
+            for attention in ("fused", "lse"):
+                m = small_model(c, attention)
+                yield {"preset": preset, "dtype": str(dtype), "attention": attention, "log_sum_exp": tried,
+                       "faults": faults, "kernels": train.attention_kernel(m, bench.device, dtype)}
+
+
+def small_model(c, attention):
+    """A model with the heads of a Config and nothing else of it, for train.attention_kernel."""
+    with torch.device("meta"):
+        return model.MODELS[c.kind](replace(c, layers=1, attention=attention))
+
+
+def parity(bench):
+    """All bodies of attention against the softmax written out in float64; picture codes of this device and the CPU."""
+    t = bench.size(700, 64)
+    condition = (torch.arange(t) < t // 3).expand(2, -1).to(bench.device)
+    rectangle = kernels.indices(~condition), kernels.indices(condition)
+    for dtype, d in ((torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 128)):
+        kernels.try_lse(bench.device, dtype, 8, 2, d)
+        g = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(2, h, t, d, generator=g).to(dtype).to(bench.device) for h in (8, 2, 2)]
+        exact = outcome(model.attend_explicit, [x.double() for x in drawn], condition, rectangle)
+        for name in ("explicit", "fused", "lse"):
+            got = outcome(model.ATTENTION[name], drawn, condition, rectangle)
+            yield {"attention": name, "dtype": str(dtype), "head": d} | {
+                part: off(a, b) for part, a, b in zip(("out", "mass", "dq", "dk", "dv"), got, exact, strict=True)}
+    yield from codes(bench)
+
+
+def outcome(attend, inputs, condition, rectangle):
+    """Out, mass of the rows that count, and gradients of a function of both."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out, mass = attend(*inputs, None, condition, rectangle)
+    mass = mass * ~condition[:, None]
+    (out.double().square().sum() + 30 * mass.double().sum()).backward()
+    return [out.detach(), mass.detach(), *(x.grad for x in inputs)]
+
+
+def codes(bench):
+    """Share of picture codes that differ from the CPU's, as models are and with cuDNN's own rounding (TF32)."""
+    torch.manual_seed(0)
+    here = model.JanusVQ(model.PRESETS[bench.size("janus-pro-1b", "tiny-janus")]).eval()
+    for p in here.parameters():
+        if p.ndim == 4 and not p.any():             # branches that begin by adding nothing
+            torch.nn.init.kaiming_uniform_(p, a=5**0.5)
+    pixels = torch.rand(2, 3, *(bench.size(384, 16),) * 2) * 2 - 1
+    with torch.no_grad():
+        flat = model.flatten(here.latents(pixels))
+        some = flat[torch.randint(len(flat), (len(here.quantize.weight),))]
+        here.quantize.weight.copy_(some + 0.1 * torch.randn_like(some) / some.shape[1] ** 0.5)
+        expected, z = here.encode(pixels), here.latents(pixels)
+        there, seen = here.to(bench.device), pixels.to(bench.device)
+        for tf32 in (False, True):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+                yield {"picture tokenizer": "tf32" if tf32 else "exact", "latents": off(there.latents(seen).cpu(), z),
+                       "codes_changed": (there.encode(seen).cpu() != expected).float().mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention alone
+# ---------------------------------------------------------------------------------------------------------------------
+def attention(bench):
+    """Forward, and forward with backward, of a plain pass on each kernel, and of passes that also give the mass."""
+    shapes = bench.size([(8, 32, 32, 640, 64, 50), (2, 32, 32, 3000, 2700, 576), (1, 32, 8, 8282, 8100, 120)],
+                        [(2, 4, 2, 64, 20, 12)])
+    d = bench.size(128, 16)
+    ways = {"plain": ("fused", None), "plain, flash": ("fused", [SDPBackend.FLASH_ATTENTION]),
+            "plain, cudnn": ("fused", [SDPBackend.CUDNN_ATTENTION]), "flag channel": ("fused", None),
+            "log-sum-exp": ("lse", None)}
+    for b, h, g, t, rows, keys in shapes:
+        kernels.try_lse(bench.device, torch.bfloat16, h, g, d)
+        place = torch.arange(t, device=bench.device).expand(b, -1)
+        condition, rectangle = place < keys, (place[:, t - rows:], place[:, :keys])
+        for name, (body, only) in ways.items():
+            if only and not bench.cuda:
+                continue
+            asked = None if name.startswith("plain") else condition
+            inputs = [torch.randn(b, t, n, d, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
+                      .requires_grad_() for n in (h, g, g)]
+            row = {"way": name, "B": b, "H": h, "G": g, "T": t, "rows": rows, "keys": keys}
+            with sdpa_kernel(only) if only else contextlib.nullcontext():
+                yield row | tried(attention_times, bench, body, inputs, asked, rectangle)
+
+
+def attention_times(bench, body, inputs, condition, rectangle):
+    def forward():
+        return model.ATTENTION[body](*inputs, None, condition, rectangle)
+
+    def both():
+        out, mass = forward()
+        loss = (out.float() * 1e-3).sum() + (0.0 if mass is None else (mass * 1e-3).sum())
+        torch.autograd.grad(loss, inputs)
+    start = time.perf_counter()
+    both()
+    bench.wait()
+    first = time.perf_counter() - start
+    return {"forward_ms": 1e3 * bench.seconds(forward), "both_ms": 1e3 * bench.seconds(both), "first_ms": 1e3 * first}
+
+
+def tried(work, *args):
+    """The figures that work(...) gives, or that it failed: one row more, not the end of a part."""
+    try:
+        return work(*args)
+    except (RuntimeError, InputError) as error:
+        return {"failed": f"{type(error).__name__}: {model.first_line(error)}"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of training
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """One way to take a step, on `samples` of `tokens` each, all labelled."""
+
+    variant: str                                    # plain; aia (flag channel); lse; released: the authors' manner
+    samples: int
+    tokens: int
+    task: str
+    recompute: bool = False
+    compiled: bool = False
+
+
+def filled(preset, device, dtype, lora_rank=0):
+    """A model of a preset with random weights, made on the device: large ones would take minutes elsewhere."""
+    c = replace(model.PRESETS[preset], lora_rank=lora_rank)
+    with torch.device("meta"):
+        m = model.MODELS[c.kind](c)
+    for name, parameter in m.named_parameters():
+        parameter.data = parameter.data.to(model.held_type(name, dtype))
+    m.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in m.named_parameters():
+            if parameter.ndim == 1 and not name.endswith("bias"):
+                parameter.fill_(1.0)
+            elif name.endswith(("bias", "lora_b")):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 0.02)
+        for name, value in m.named_buffers():
+            value.fill_(1 if "var" in name else 0)
+    return m
+
+
+def sample(c, case):
+    """A batch as training makes it: Emu3 draws; Janus-Pro draws, or reads a picture and gives a long answer."""
+    n, t = case.samples, case.tokens
+    place, words = torch.arange(t).expand(n, -1), torch.randint(5, 400, (n, t))
+    common = {"aia_valid": torch.ones(n, dtype=torch.bool), "lengths": (t,) * n}
+    if c.kind == "emu3":
+        first = min(120, t // 3)
+        return data.Batch("gen", words, words, place < first, place >= first, **common)
+    pictures = (c.image_size // c.vit_patch) ** 2 if case.task == "und" else c.grid[0] * c.grid[1]
+    if case.task == "und":
+        seen = place < pictures
+        tokens, labels = words.masked_fill(seen, c.ids["placeholder"]), words.masked_fill(seen, -100)
+        return data.Batch("und", tokens, labels, seen, ~seen, pixels=torch.rand(n, 3, c.image_size, c.image_size),
+                          **common)
+    drawn, made = place >= t - pictures, torch.randint(c.codebook, (n, pictures))
+    labels = torch.full_like(words, -100).masked_scatter(drawn, made)
+    return data.Batch("gen", words.masked_fill(drawn, c.ids["placeholder"]), labels, ~drawn, drawn & (place < t - 1),
+                      codes=made, **common)
+
+
+def steps(bench, preset, manner, cases, lora_rank=0):
+    """Seconds and memory of a step for each case, with one model. manner: "pure" is bfloat16 throughout, "lora" a
+    frozen base in bfloat16, "autocast" float32 weights."""
+    dtype = torch.float32 if manner == "autocast" else torch.bfloat16
+    m = filled(preset, bench.device, dtype, lora_rank).train()
+    optimizer, c = train.make_optimizer(m, train.LARGE[0]), m.config
+    targets = {task: tuple(x.to(bench.device) for x in aia.targets(c.layers, task)) for task in aia.TASKS}
+    kernels.try_lse(bench.device, torch.bfloat16, c.heads, c.kv_heads, c.head_dim)
+
+    def autocast():
+        return torch.autocast(bench.device.split(":")[0], torch.bfloat16, enabled=manner == "autocast")
+    for case in cases:
+        row = {"preset": preset, "manner": manner, "lora_rank": lora_rank, **vars(case)}
+        if bench.left() < 40:
+            yield row | {"failed": "no time left"}
+            continue
+        yield row | tried(step_cost, bench, m, optimizer, targets, autocast, case)
+        optimizer.zero_grad()
+
+
+def step_cost(bench, m, optimizer, targets, autocast, case):
+    """Seconds of a step, of the first one too, memory before it and at its peak, and the share of bfloat16's peak."""
+    for layer in m.lm.layers:
+        layer.self_attn.attend = model.attend_lse if case.variant == "lse" else model.attend_fused
+        layer._compiled_call_impl = None            # what `compile` sets and nothing takes back
+        if case.compiled:
+            layer.compile()
+    m.lm.checkpoint_activations, batch = case.recompute, sample(m.config, case)
+    weights = None if case.variant == "plain" else {case.task: 5.0}
+
+    def step():
+        if case.variant == "released":
+            with autocast():
+                loss = judge.released_loss(m, batch.to(bench.device), *targets[case.task], weight=5.0)
+            loss.backward()
+        else:
+            sums = train.accumulate(m, [batch], targets, weights, autocast=autocast, device=bench.device)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
+        _ = norm.item() if case.variant == "released" else train.metrics_of(sums, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    start = time.perf_counter()
+    step()
+    bench.wait()
+    first = time.perf_counter() - start
+    bench.clean()
+    held, seconds = bench.held(), bench.seconds(step, 3, 1)
+    flop = judge.step_flops(m.config, case.tokens) * case.samples
+    return {"seconds": seconds, "first_seconds": first, "tokens_per_second": case.samples * case.tokens / seconds,
+            "share_of_989_tflops": flop / seconds / 989e12, "held_gb": held, "peak_gb": bench.peak()}
+
+
+def small(bench):
+    """Janus-Pro-1B: what AIA costs at three lengths, both ways, and against the released recipe."""
+    preset, u = bench.size("janus-pro-1b", "tiny-janus"), bench.size(1000, 30)
+    draw, ways = bench.size(640, 80), ("plain", "aia", "lse")
+    yield from steps(bench, preset, "pure", [
+        *(Case(way, 8, draw, "gen") for way in ways), *(Case(way, 4, u, "und") for way in ways),
+        *(Case(way, 4, 3 * u, "und") for way in ways), Case("aia", 4, 3 * u, "und", recompute=True),
+        *(Case(way, 4, 3 * u, "und", compiled=True) for way in bench.size(ways, ("aia",))),
+        Case("released", 4, u, "und"),
+        Case("released", 1, 3 * u, "und"), Case("aia", 1, 3 * u, "und"), Case("lse", 1, 3 * u, "und")])
+    bench.clean()
+    yield from steps(bench, preset, "autocast", [Case(way, 4, 3 * u, "und") for way in ways])
+
+
+def large(bench):
+    """Emu3-8B with LoRA at its own length, and Janus-Pro-7B in bfloat16, layers recomputed."""
+    ways = ("plain", "aia", "lse")
+    yield from steps(bench, bench.size("emu3-8b", "tiny-emu3"), "lora", [
+        Case(way, 1, bench.size(8282, 90), "gen", recompute=True) for way in ways], lora_rank=16)
+    bench.clean()
+    preset = bench.size("janus-pro-7b", "tiny-janus")
+    yield from steps(bench, preset, "pure", [
+        *(Case(way, 4, bench.size(640, 80), "gen", recompute=True) for way in ways),
+        *(Case(way, 1, bench.size(3000, 90), "und", recompute=True) for way in ways)])
+
+
+def predicted(bench, rows):
+    """The memory of each measured step with AIA beside what the dry run says of it, with one process."""
+    for row in rows:
+        if row.get("variant") != "aia" or "peak_gb" not in row or row["compiled"] or row["manner"] == "autocast":
+            continue
+        yield {key: row[key] for key in ("preset", "manner", "variant", "samples", "tokens", "task", "recompute")} | {
+            "measured_gb": row["peak_gb"], **expected_memory(row)}
+
+
+def expected_memory(row):
+    config = train.TrainConfig(preset=row["preset"], dry_run_world=1, parallel="fsdp", tokens=row["tokens"],
+                               micro_batch=row["samples"], batch_size=row["samples"], dtype="bfloat16",
+                               pure_bf16=row["manner"] == "pure", lora_rank=row["lora_rank"])
+    dist.init_process_group("fake", rank=0, world_size=1)
+    try:
+        case = Case(row["variant"], row["samples"], row["tokens"], row["task"])
+        found = train.rehearse(config, "fused", row["recompute"], sample(model.PRESETS[row["preset"]], case))
+    finally:
+        dist.destroy_process_group()
+    gb = found["peak"] / 1e9
+    return {"predicted_gb": gb, "predicted_over_measured": gb / row["peak_gb"] if row["peak_gb"] else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing, answering, saving
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def generation(bench):
+    """ms a code and a word, replayed and plain, beside what reading the weights takes; transformers' words."""
+    for preset in (bench.size("janus-pro-7b", "tiny-janus"), bench.size("emu3-8b", "tiny-emu3")):
+        m = filled(preset, bench.device, torch.bfloat16).eval()
+        yield from decoding(bench, m, preset)
+        if m.config.kind == "janus":
+            files, ids = model.public_files(m)["config"], m.ids
+            del m
+            bench.clean()
+            yield {"preset": preset, "who": "transformers"} | tried(their_words, bench, files, ids)
+        m = None
+        bench.clean()
+
+
+def decoding(bench, m, preset):
+    """Our drawing and answering, one prompt."""
+    c, ids = m.config, torch.randint(5, 400, (1, 24), device=bench.device)
+    away = torch.randint(5, 400, (1, 24), device=bench.device) if c.kind == "emu3" else None
+    size, words, m.ids["eos"] = (bench.size(8, 2), bench.size(24, 4)), bench.size(128, 8), -1
+    weights = 2 * (sum(p.numel() for p in m.lm.layers.parameters()) + c.width * c.codebook)
+    bound = 1e3 * weights / 3.35e12                 # at the bandwidth of an H100's data sheet
+    replayed, model.REPLAYED = model.REPLAYED, ()
+    try:
+        for how in ("plain", "replayed"):
+            model.REPLAYED = replayed if how == "replayed" else ()
+            draw = bench.seconds(lambda: m.generate_images(ids, size=size, negative=away, guidance=5.0), 3, 1)
+            say = bench.seconds(lambda: m.generate_text(ids, max_new_tokens=words), 3, 1)
+            yield {"preset": preset, "who": "ours", "how": how, "code_ms": 1e3 * draw / (size[0] * size[1]),
+                   "text_ms": 1e3 * say / words, "code_bound_ms": bound}
+    finally:
+        model.REPLAYED = replayed
+
+
+def their_words(bench, files, ids):
+    """ms a word of transformers' Janus of the same size, with the cache it takes by itself."""
+    import transformers
+    config = transformers.JanusConfig.from_dict(files)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(bench.device):
+            m = transformers.JanusForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    asked, n = torch.randint(5, 400, (1, 24), device=bench.device), bench.size(48, 8)
+    seconds = bench.seconds(lambda: m.generate(
+        input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=n, do_sample=False, eos_token_id=None,
+        pad_token_id=ids["pad"], generation_mode="text"), 2, 1)
+    return {"text_ms": 1e3 * seconds / n}
+
+
+def saving(bench):
+    """Seconds that a checkpoint stops training, with and without pinned memory, and what a step beside it takes."""
+    m = filled(bench.size("janus-pro-1b", "tiny-janus"), bench.device, torch.bfloat16).train()
+    optimizer, task = train.make_optimizer(m, train.LARGE[0]), "gen"
+    targets = {task: tuple(x.to(bench.device) for x in aia.targets(m.config.layers, task))}
+    batch = sample(m.config, Case("aia", 1, bench.size(640, 80), task))
+
+    def step():
+        train.metrics_of(train.accumulate(m, [batch], targets, {task: 5.0}, device=bench.device))
+        optimizer.step()
+        optimizer.zero_grad()
+    step()
+    alone, stager = bench.seconds(step, 3), None
+    with tempfile.TemporaryDirectory() as folder:
+        for i, pinned in enumerate((False, True, True)[:3 if bench.cuda else 1]):       # the second time it is there
+            if pinned and not stager:
+                stager = train.BlockingAsyncStager(cache_staged_state_dict=True)
+            tensors, place = train.tensors_of(m, optimizer), Path(folder) / f"checkpoints/0-{i:07d}"
+            place.parent.mkdir(exist_ok=True)
+            bench.wait()
+            start = time.perf_counter()
+            future = train.save_checkpoint(tensors, {"config": {}}, place, stager=stager)
+            staged, beside = time.perf_counter() - start, bench.seconds(step, 1, 0)
+            future.result()
+            written = time.perf_counter() - start
+            yield {"pinned": pinned, "time": i, "gb": sum(x.nbytes for x in tensors.values()) / 1e9, "staged": staged,
+                   "written": written, "step_alone": alone, "step_beside": beside}
+        before = {name: value.clone() for name, value in train.tensors_of(m, optimizer).items()}
+        train.save_checkpoint(before, {"config": {}}, Path(folder) / "last").result()
+        step()
+        start = time.perf_counter()
+        model.read_tensors(train.tensors_of(m, optimizer), Path(folder) / "last")
+        bench.wait()
+        now = train.tensors_of(m, optimizer)
+        yield {"read": time.perf_counter() - start, "same": all(torch.equal(now[key], x) for key, x in before.items())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+PARTS = {"machine": machine, "parity": parity, "attention": attention, "small": small, "large": large,
+         "generation": generation, "saving": saving, "predicted": predicted}
+
+
+def measure(settings):
+    """All parts that are wanted -> how many rows the file holds, and of which parts."""
+    unknown = set(settings.parts) - set(PARTS)
+    if unknown:
+        raise InputError(f"lab.gpu knows no part {', '.join(sorted(unknown))}: use some of {', '.join(PARTS)}")
+    out, bench = Path(settings.out), Bench(settings)
+    content = model.read_json(out) if out.exists() else {"rows": [], "complete": []}
+    if content["rows"] and content["tiny"] != settings.tiny:
+        raise InputError(f"{out} holds rows {'of' if content['tiny'] else 'without'} --tiny: give another --out")
+    wanted = [part for part in PARTS if part in (settings.parts or set(PARTS) - set(content["complete"]))]
+    about = judge.machine() | {"device": bench.device, "cuda": torch.version.cuda, "platform": platform.machine(),
+                               "gpu": torch.cuda.get_device_name() if bench.cuda else None}
+    content |= {"tiny": settings.tiny, "machine": about}
+    for part in wanted:
+        started = time.monotonic()
+        rows = content["rows"] = [row for row in content["rows"] if row["part"] != part]
+        content["complete"] = [name for name in content["complete"] if name != part]
+        for row in PARTS[part](bench, list(rows)) if part == "predicted" else PARTS[part](bench):
+            rows.append({"part": part, **row, "date": about["date"], "gpu": about["gpu"], "torch": about["torch"]})
+            print(json.dumps(rows[-1]), flush=True)
+            judge.write_json(content, out)
+        content["complete"].append(part)
+        judge.write_json(content, out)
+        bench.clean()
+        print(f"{part}: {time.monotonic() - started:.1f} s, {bench.left():.0f} s left", flush=True)
+        if bench.left() < 0:
+            break
+    return {"rows": len(content["rows"]), "complete": content["complete"], "out": str(out)}
+
+
+def main(argv=None):
+    print("result " + json.dumps(measure(data.parse(Gpu, argv, "python -m lab.gpu"))))
+
+
+if __name__ == "__main__":
+    data.run(main)
