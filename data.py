@@ -11,7 +11,6 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 import argparse
 import base64
 import concurrent.futures
-import contextlib
 import functools
 import glob
 import hashlib
@@ -1332,7 +1331,7 @@ class Batch:
     places: tuple = ()                       # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
     # What follows from the above, made while the batch is still on the CPU, so that a GPU is never asked how many there
-    # are. Who replaces a mask sets its indices to None.
+    # are. Whoever replaces a mask must make its indices anew: see `measuring`.
     rows: torch.Tensor | None = None         # (B, R) indices of queries, -1 behind the last of a sample
     keys: torch.Tensor | None = None         # (B, K) indices of the condition
     predicting: torch.Tensor | None = None   # (n,) which of the B T tokens have a successor with a label ...
@@ -1348,12 +1347,17 @@ class Batch:
             self.predicting = (following != -100).nonzero()[:, 0]
             self.targets = following[self.predicting]
 
+    def measuring(self, condition):
+        """The same samples, asked for the attention on other keys: condition (B, T) bool."""
+        return replace(self, condition=condition, keys=None)
+
     def each(self, change):
         """A copy with all its tensors changed alike."""
         return replace(self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
     def to(self, device):
-        return self.each(lambda x: x.to(device, non_blocking=True))
+        waits = torch.device(device).type != "cuda"             # elsewhere a copy may outlive what it copies
+        return self.each(lambda x: x.to(device, non_blocking=not waits))
 
     def pinned(self):
         """In memory from which a GPU copies while the CPU goes on."""
@@ -1371,8 +1375,6 @@ class Preparer:
         self.template = text and TEMPLATES[m.config.kind](m.config, text, training)    # None: for pictures only
         self.known = {}                                                         # codes of world pictures, by content
         self.device = next(m.vq.parameters()).device
-        # Pictures are encoded while a step computes: on a GPU beside it, not queued behind it.
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def recall(self, name, source):
         """The "codes" or "features" of a picture if they were made before, else None."""
@@ -1389,8 +1391,7 @@ class Preparer:
                 shapes.setdefault(pixels.shape, {})[i] = pixels
         for (_, height, width), group in shapes.items():
             parts = torch.stack(list(group.values())).split(max(1, PIXELS_AT_ONCE // (height * width)))
-            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-                codes = torch.cat([self.m.encode_images(part.to(self.device)).cpu() for part in parts])
+            codes = torch.cat([self.m.encode_images(part.to(self.device)).cpu() for part in parts])
             for i, one in zip(group, codes, strict=True):
                 found[i] = one.clone()
                 if isinstance(pictures[i], np.ndarray):
@@ -1534,6 +1535,16 @@ def check_tasks(source, ratio):
             raise InputError(f"the data hold no record for task {task!r}: add some, or train with --ratio {other}")
 
 
+def beside(device):
+    """Set up a thread that prepares batches while another trains. On a GPU it encodes pictures on a stream of its own,
+    behind what the weights still wait for, and not behind each step."""
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.default_stream(device))
+        torch.cuda.set_stream(stream)               # and of this thread the device, which would else be the first
+
+
 class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
 
@@ -1603,10 +1614,8 @@ class Schedule:
 
     def steps(self, first, end):
         """The batches of each step; the next ones are prepared while these train."""
-        if self.preparer.stream:                    # weights may just have been trained, on the stream of the steps
-            self.preparer.stream.wait_stream(torch.cuda.current_stream())
         # One thread of its own: with more, it would take the cores of a CPU from the training and slow it by half.
-        with concurrent.futures.ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
+        with concurrent.futures.ThreadPoolExecutor(1, initializer=beside, initargs=(self.preparer.device,)) as worker:
             coming = worker.submit(self.step, first)
             for step in range(first, end):
                 batches = coming.result()

@@ -295,7 +295,7 @@ def measure(m, batches, target, delta):
         ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
         first = torch.zeros_like(batch.condition)
         first[:, 0] = True
-        on_first = m(replace(batch, condition=first, keys=None)).intensity                # (B, L)
+        on_first = m(batch.measuring(first)).intensity                # (B, L)
         found.append(out.intensity[batch.aia_valid].cpu())
         sink.append(on_first[batch.aia_valid].cpu())
         sinkless.append((out.intensity - on_first * batch.condition[:, :1])[batch.aia_valid].cpu())
@@ -3422,7 +3422,9 @@ def bench_fits(settings):
                        for name, p in m.named_parameters()) / 1e9
             # inputs of L layers, T C each + what one layer keeps while it is recomputed, T (20 C + 4 ffn) in bfloat16
             # + of a chunk of tokens the logits, their softmax in float32, and its gradient
-            peak = {tokens: held + (tokens * (c.layers * c.width * stream + 2 * (20 * c.width + 4 * c.ffn))
+            # + of a head that moves the sum of its gradient in float32, and what is added to it
+            head = (4 + 2) * c.vocab * c.width * m.lm_head.weight.requires_grad
+            peak = {tokens: held + (tokens * (c.layers * c.width * stream + 2 * (20 * c.width + 4 * c.ffn)) + head
                                     + (2 + 4 + 2) * kernels.CHUNK["cuda"] * c.vocab) / 1e9 for tokens in (3000, 8282)}
             fits = {tokens: next((card for card in CARDS if gb <= 0.9 * card), None) for tokens, gb in peak.items()}
             moving = sum(p.numel() for p in m.parameters() if p.requires_grad)

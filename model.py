@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import aia
 from aia import InputError
 from parts import kernels
+from parts.kernels import first_line
 
 # Legend: B samples, T tokens, C channels (width), H heads, G key/value heads, D head size, L layers, V vocabulary,
 # N image tokens of one picture, K codebook rows, S side of a picture in pixels; h, w: sides of a code grid.
@@ -92,11 +93,6 @@ class Config:
     def grid(self):
         """Sides (h, w) of the code grid of a drawn square picture."""
         return (self.image_size // self.factor,) * 2
-
-
-def first_line(error):
-    """The beginning of what a library says, for messages of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def read_json(file):
@@ -267,9 +263,10 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
 
 
 def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
-    """The same through the kernel that passes without AIA take: rows of the rectangle get their mass from its
-    log-sum-exp (kernels.MassFromLse), the others 0, which Eq. 1 does not read. Under a mask it is `attend_fused`."""
-    if condition is None or visible is not None or q.shape[2] != k.shape[2]:
+    """The same through a kernel of plain attention: rows of the rectangle get their mass from its log-sum-exp
+    (kernels.MassFromLse), the others 0, which Eq. 1 does not read. It is `attend_fused` under a mask, and where no
+    kernel has been tried and found right (kernels.try_lse)."""
+    if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernels.kernel_for(q):
         return attend_fused(q, k, v, visible, condition)
     if rectangle is None:
         rectangle = kernels.indices(torch.ones_like(condition)), kernels.indices(condition)
@@ -329,7 +326,8 @@ class Cache:
         self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
         self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
         shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
-        self.k, self.v = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
+        # Zeros: a masked column weighs nothing, but nothing times whatever lay in memory may be NaN.
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(c.layers)] for _ in range(2))
         self.rope = lm.rotations(torch.arange(shape[2], device=device)[None])   # (1, 1, U, D) each
 
     def enter(self, new, moving=None):
@@ -362,6 +360,7 @@ class Cache:
     def add(self, layer, k, v):
         """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
         if self.whole:
+            k, v = k.to(self.k[layer].dtype), v.to(self.v[layer].dtype)         # autocast may give another
             return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
         first, end = self.now
         self.k[layer][:, :, first:end], self.v[layer][:, :, first:end] = k, v
@@ -876,7 +875,7 @@ class Output:
     hidden: list | None = None
 
 
-ASK_EVERY = 16                                  # tokens between looks whether all answers have ended, on a GPU
+ASK_EVERY = 4                                   # tokens between looks whether all answers have ended, on a GPU
 REPLAYED, REPLAY_FROM = ("cuda",), 64            # devices on which, and how many steps from which, one is recorded
 
 
@@ -885,9 +884,9 @@ class Unified(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Convolutions are those of the picture encoders alone, which must be exact: by default cuDNN rounds what goes
-        # into them to 10 bits (TF32), and 2 to 10 % of the codes change. The switch is the process's and threads share
-        # it, so that it is set once and not around each call.
+        # Convolutions are those of picture tokenizers and SigLIP's patches, which must be exact: by default cuDNN
+        # rounds what goes into them to 10 bits (TF32), and 2 to 10 % of the codes change. The switch belongs to the
+        # whole process: threads share it, so it is set once and not around each call.
         torch.backends.cudnn.allow_tf32 = False
         self.config, self.ids, self.tokenizer_file = config, dict(config.ids), None
         self.lm = Decoder(config)

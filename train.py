@@ -45,7 +45,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
@@ -160,7 +160,7 @@ ALIGN = Stage("align", 200, 32, 3e-3, 30, ("vq", *(f"lm.{part}" for part in ("la
                                                                              "gen_norm"))), weight_decay=0.3)
 TRUNK = ("vq", "lm_head", *(f"lm.{part}" for part in ("embed_tokens", "layers.0", "layers.1")))
 OWN = {"gen": (*TRUNK, "lm.layers", "lm.norm"), "und": (*TRUNK, "lm.gen_layers", "lm.gen_norm")}
-# For one GPU, meant to take ten minutes on an H100: reckoned, it has never run on one. With 14.7 M parameters in the
+# For one GPU, estimated to take ten minutes on an H100; it has never run on one. With 14.7 M parameters in the
 # decoder, 37 tokens a drawing and 74 a conversation a joint step is 1.3e12 FLOP: 13 ms at a tenth of 989e12 FLOP/s.
 # Launching its kernels (25 ms) and preparing samples (0.15 ms a drawing, 0.25 a conversation, in a thread beside it)
 # weigh more. At 30, 55, 60 and 70 ms a step the stages take 30, 165, 240 and 70 s, scores perhaps 80.
@@ -419,9 +419,8 @@ def metrics_of(sums, *more):
     """What `accumulate` summed, over all processes, as {"gen": {"ntp", "aia", "intensity"}, "und": ...}, and scalars
     `more` as numbers: the one moment of a step that waits for the device. aia and intensity are None without a valid
     sample."""
-    rows = [row for row, _ in sums.values()]
-    together = torch.cat([*rows, *(value.detach().reshape(1).to(rows[0]) for value in more)]).cpu()
-    ends = together.split([*map(len, rows), *(1 for _ in more)])
+    parts = [*(row for row, _ in sums.values()), *(value.detach().float().reshape(1) for value in more)]
+    ends = torch.cat(parts).cpu().split([*map(len, parts)]) if parts else []
     metrics = {}
     for (task, (_, valid)), row in zip(sums.items(), ends, strict=False):
         ntp, *measured = over_processes(row)
@@ -429,7 +428,7 @@ def metrics_of(sums, *more):
         if measured:                                # None: no sample of the step was valid, so nothing was measured
             metrics[task] |= {"aia": measured[0].item() if valid else None,
                               "intensity": torch.stack(measured[1:]) if valid else None}
-    return (metrics, *(value.item() for value in ends[len(rows):])) if more else metrics
+    return (metrics, *(value.item() for value in ends[len(sums):])) if more else metrics
 
 
 def calibrate(net, schedule, targets, config, autocast, device=None):
@@ -685,13 +684,12 @@ def settle_attention(m, device, dtype):
     chosen = model.AUTO.get(torch.device(device).type) if c.attention == "auto" else model.ATTENTION[c.attention]
     if chosen is not model.attend_lse:
         return
-    found, faults = kernels.try_lse(device, dtype, c.heads, c.kv_heads, c.head_dim)
-    for fault in faults:
-        print(f"attention by log-sum-exp: {fault}")
-    if not found:
-        print("attention by log-sum-exp is not to be had here: fused attention with a flag channel instead")
-        for layer in m.lm.all_layers():
-            layer.self_attn.attend = model.attend_fused
+    for kind in dict.fromkeys((dtype, torch.float32)):          # the latter in evaluations
+        found, faults = kernels.try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)
+        for fault in faults:
+            print(f"attention by log-sum-exp in {kind}: {fault}")
+        if not found:
+            print(f"attention by log-sum-exp is not available in {kind} here: fused, with a flag channel, instead")
 
 
 class Stop(Exception):
@@ -853,8 +851,8 @@ class Run:
         tensors = tensors_of(self.m, optimizer)
         # Pinned memory is copied into at the full speed of the bus, but slow to get: it stays for checkpoints of the
         # same tensors.
-        if self.device.startswith("cuda") and self.staged != tensors.keys():
-            self.stager, self.staged = BlockingAsyncStager(cache_staged_state_dict=True), tensors.keys()
+        if self.device.startswith("cuda") and self.staged != set(tensors):
+            self.stager, self.staged = BlockingAsyncStager(cache_staged_state_dict=True), set(tensors)
         manifest = {"config": asdict(self.m.config), "dtype": str(tensors["model.lm.norm.weight"].dtype).split(".")[1]}
         self.saving = save_checkpoint(tensors, manifest | (more or {}), self.folder / name, keep, self.group,
                                       self.stager)
@@ -989,7 +987,7 @@ def run_stage(run, index, state):
         run.m = run.open(index, first_decides(lambda: model.newest_checkpoint(run.folder)))
         run.preparer = data.Preparer(run.m, run.text, encoded=run.encoded)
     if stage.name in ("control", "tune") and not resumed:
-        if (run.folder / "before").exists():        # what stage 3 starts from, with or without AIA
+        if first_decides((run.folder / "before").exists):           # what stage 3 starts from, with or without AIA
             first_decides(lambda: model.read_manifest(run.folder / "before"))
             model.read_tensors(tensors_of(run.m), run.folder / "before")
         else:
@@ -1189,7 +1187,7 @@ def finish(run):
         run.bad = list(dict.fromkeys(sum(found, [])))
         if rank():
             return None
-    m, run.m, run.preparer = None if run.sharded() else run.m, None, None
+    m, run.m, run.preparer, run.stager = None if run.sharded() else run.m, None, None, None
     if run.sharded():                               # the whole of it, in the type of activations, in place of a part
         dtype = torch.bfloat16 if uses_bf16(run.config, run.device) else None
         m = model.load(run.folder, dtype, run.device, rope_bf16=run.config.rope_bf16)
@@ -1285,9 +1283,11 @@ class Ledger(TorchDispatchMode):
         if name == "index" and args[1][0].dtype is torch.bool:
             with unset_fake_temporarily():
                 args = (args[0], list(args[1][0].nonzero().unbind(1)))
-        if name == "allreduce_":                    # has no form without numbers before torch 2.10
+        if name in COLLECTIVES:                     # they have no form without numbers before torch 2.10
+            least = min(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
             with unset_fake_temporarily():
-                out = args[0], function([torch.zeros(1)], *args[1:], **kwargs)[1]
+                numbers = tree_map_only(torch.Tensor, lambda x: torch.zeros(x.numel() // least, dtype=x.dtype), args)
+                out = args[0], function(*numbers, **kwargs)[1]
         else:
             out = function(*args, **kwargs)
         if function.overloadpacket in flop_registry:

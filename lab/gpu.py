@@ -1,4 +1,4 @@
-"""What one GPU makes of this code: kernels, steps, memory, drawing and saving, in at most ten minutes.
+"""What one GPU makes of this code: kernels, steps, memory, drawing and saving, in about ten minutes.
 
 Every row is written when it is measured, so a run that is cut short goes on where it was: parts that are complete are
 left out, unless they are named. The part `predicted` needs no GPU: it sets the memory of each step beside the dry
@@ -138,9 +138,15 @@ def parity(bench):
         exact = outcome(model.attend_explicit, [x.double() for x in drawn], condition, rectangle)
         for name in ("explicit", "fused", "lse"):
             got = outcome(model.ATTENTION[name], drawn, condition, rectangle)
-            yield {"attention": name, "dtype": str(dtype), "head": d} | {
+            yield {"attention": name, "dtype": str(dtype), "head": d, "log_sum_exp": lse_kernel(drawn[0])} | {
                 part: off(a, b) for part, a, b in zip(("out", "mass", "dq", "dk", "dv"), got, exact, strict=True)}
     yield from codes(bench)
+
+
+def lse_kernel(q):
+    """Name of the kernel that `lse` takes for q; None where it goes on with the flag channel."""
+    found = kernels.kernel_for(q)
+    return found and found.name
 
 
 def outcome(attend, inputs, condition, rectangle):
@@ -177,8 +183,8 @@ def codes(bench):
 # ---------------------------------------------------------------------------------------------------------------------
 def attention(bench):
     """Forward, and forward with backward, of a plain pass on each kernel, and of passes that also give the mass."""
-    shapes = bench.size([(8, 32, 32, 640, 64, 50), (2, 32, 32, 3000, 2700, 576), (1, 32, 8, 8282, 8100, 120)],
-                        [(2, 4, 2, 64, 20, 12)])
+    shapes = bench.size([(8, 32, 32, 640, 576, 50), (2, 32, 32, 3000, 2400, 576), (1, 32, 8, 8282, 8100, 120),
+                         (1, 32, 8, 8281, 8100, 120)], [(2, 4, 2, 65, 20, 12)])
     d = bench.size(128, 16)
     ways = {"plain": ("fused", None), "plain, flash": ("fused", [SDPBackend.FLASH_ATTENTION]),
             "plain, cudnn": ("fused", [SDPBackend.CUDNN_ATTENTION]), "flag channel": ("fused", None),
@@ -194,8 +200,9 @@ def attention(bench):
             inputs = [torch.randn(b, t, n, d, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
                       .requires_grad_() for n in (h, g, g)]
             row = {"way": name, "B": b, "H": h, "G": g, "T": t, "rows": rows, "keys": keys}
+            row |= {"log_sum_exp": lse_kernel(inputs[0])}
             with sdpa_kernel(only) if only else contextlib.nullcontext():
-                yield row | tried(attention_times, bench, body, inputs, asked, rectangle)
+                yield row | tried(bench, attention_times, body, inputs, asked, rectangle)
 
 
 def attention_times(bench, body, inputs, condition, rectangle):
@@ -213,10 +220,15 @@ def attention_times(bench, body, inputs, condition, rectangle):
     return {"forward_ms": 1e3 * bench.seconds(forward), "both_ms": 1e3 * bench.seconds(both), "first_ms": 1e3 * first}
 
 
-def tried(work, *args):
-    """The figures that work(...) gives, or that it failed: one row more, not the end of a part."""
+NO_TIME = "no time left"
+
+
+def tried(bench, work, *args):
+    """The figures that work(bench, ...) gives, or why there are none: one row more, not the end of a part."""
+    if bench.left() < 0:
+        return {"failed": NO_TIME}
     try:
-        return work(*args)
+        return work(bench, *args)
     except (RuntimeError, InputError) as error:
         return {"failed": f"{type(error).__name__}: {model.first_line(error)}"}
 
@@ -290,10 +302,7 @@ def steps(bench, preset, manner, cases, lora_rank=0):
         return torch.autocast(bench.device.split(":")[0], torch.bfloat16, enabled=manner == "autocast")
     for case in cases:
         row = {"preset": preset, "manner": manner, "lora_rank": lora_rank, **vars(case)}
-        if bench.left() < 40:
-            yield row | {"failed": "no time left"}
-            continue
-        yield row | tried(step_cost, bench, m, optimizer, targets, autocast, case)
+        yield row | tried(bench, step_cost, m, optimizer, targets, autocast, case)
         optimizer.zero_grad()
 
 
@@ -361,10 +370,10 @@ def predicted(bench, rows):
         if row.get("variant") != "aia" or "peak_gb" not in row or row["compiled"] or row["manner"] == "autocast":
             continue
         yield {key: row[key] for key in ("preset", "manner", "variant", "samples", "tokens", "task", "recompute")} | {
-            "measured_gb": row["peak_gb"], **expected_memory(row)}
+            "measured_gb": row["peak_gb"]} | tried(bench, expected_memory, row)
 
 
-def expected_memory(row):
+def expected_memory(bench, row):
     config = train.TrainConfig(preset=row["preset"], dry_run_world=1, parallel="fsdp", tokens=row["tokens"],
                                micro_batch=row["samples"], batch_size=row["samples"], dtype="bfloat16",
                                pure_bf16=row["manner"] == "pure", lora_rank=row["lora_rank"])
@@ -387,12 +396,10 @@ def generation(bench):
     for preset in (bench.size("janus-pro-7b", "tiny-janus"), bench.size("emu3-8b", "tiny-emu3")):
         m = filled(preset, bench.device, torch.bfloat16).eval()
         yield from decoding(bench, m, preset)
-        if m.config.kind == "janus":
-            files, ids = model.public_files(m)["config"], m.ids
-            del m
-            bench.clean()
-            yield {"preset": preset, "who": "transformers"} | tried(their_words, bench, files, ids)
-        m = None
+        files, ids = model.public_files(m)["config"], m.ids
+        del m
+        bench.clean()
+        yield {"preset": preset, "who": "transformers"} | tried(bench, their_words, files, ids)
         bench.clean()
 
 
@@ -407,28 +414,33 @@ def decoding(bench, m, preset):
     try:
         for how in ("plain", "replayed"):
             model.REPLAYED = replayed if how == "replayed" else ()
-            draw = bench.seconds(lambda: m.generate_images(ids, size=size, negative=away, guidance=5.0), 3, 1)
-            say = bench.seconds(lambda: m.generate_text(ids, max_new_tokens=words), 3, 1)
-            yield {"preset": preset, "who": "ours", "how": how, "code_ms": 1e3 * draw / (size[0] * size[1]),
-                   "text_ms": 1e3 * say / words, "code_bound_ms": bound}
+            yield {"preset": preset, "who": "ours", "how": how, "code_bound_ms": bound} | tried(
+                bench, our_speed, m, ids, size, away, words)
     finally:
         model.REPLAYED = replayed
 
 
+def our_speed(bench, m, ids, size, away, words):
+    draw = bench.seconds(lambda: m.generate_images(ids, size=size, negative=away, guidance=5.0), 3, 1)
+    say = bench.seconds(lambda: m.generate_text(ids, max_new_tokens=words), 3, 1)
+    return {"code_ms": 1e3 * draw / (size[0] * size[1]), "text_ms": 1e3 * say / words}
+
+
 def their_words(bench, files, ids):
-    """ms a word of transformers' Janus of the same size, with the cache it takes by itself."""
+    """ms a word of transformers' model of the same size, with the cache it takes by itself."""
     import transformers
-    config = transformers.JanusConfig.from_dict(files)
+    kind = files["model_type"]
+    config = getattr(transformers, f"{kind.capitalize()}Config").from_dict(files)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(bench.device):
-            m = transformers.JanusForConditionalGeneration(config).eval()
+            m = getattr(transformers, f"{kind.capitalize()}ForConditionalGeneration")(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     asked, n = torch.randint(5, 400, (1, 24), device=bench.device), bench.size(48, 8)
     seconds = bench.seconds(lambda: m.generate(
         input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=n, do_sample=False, eos_token_id=None,
-        pad_token_id=ids["pad"], generation_mode="text"), 2, 1)
+        pad_token_id=ids["pad"], **({"generation_mode": "text"} if kind == "janus" else {})), 2, 1)
     return {"text_ms": 1e3 * seconds / n}
 
 
@@ -497,7 +509,8 @@ def measure(settings):
             rows.append({"part": part, **row, "date": about["date"], "gpu": about["gpu"], "torch": about["torch"]})
             print(json.dumps(rows[-1]), flush=True)
             judge.write_json(content, out)
-        content["complete"].append(part)
+        if not any(row.get("failed") == NO_TIME for row in rows if row["part"] == part):
+            content["complete"].append(part)
         judge.write_json(content, out)
         bench.clean()
         print(f"{part}: {time.monotonic() - started:.1f} s, {bench.left():.0f} s left", flush=True)

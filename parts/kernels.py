@@ -19,6 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aia import at_least_float32
 
+
+def first_line(error):
+    """The beginning of what a library says, for messages of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
 # Legend: B samples, H heads, G key/value heads, T tokens, D head size; R rows and K keys that count; n tokens with a
 # label, C channels, V vocabulary.
 
@@ -89,7 +95,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the loss in chunks can be differentiated once: compute it again")
         grads, ctx.grads = ctx.grads, None          # scaled in place: at Emu3's size a copy would be 3 GB
-        return (*(grad if grad is None else grad.mul_(scale.to(grad.dtype)).to(dtype)
+        return (*(grad if grad is None else grad.mul_(scale).to(dtype)
                   for grad, dtype in zip(grads, ctx.types, strict=True)), None)
 
 
@@ -166,8 +172,8 @@ PASSED = {}                                     # (device type, dtype): the kern
 
 
 def kernel_for(q):
-    """The kernel that works for q, as far as was tried, else the first of its device."""
-    return PASSED.get((q.device.type, q.dtype), KERNELS[q.device.type][0])
+    """The kernel that was tried and found right for tensors like q, or None."""
+    return PASSED.get((q.device.type, q.dtype))
 
 
 def indices(mask):
@@ -190,7 +196,8 @@ def of_channels(x, index):
 def attention_inside(q, k, lse, rows, keys):
     """The part of the attention map that counts: A(q, k) of q (B, H, R, D), whose lse is (B, H, R), and k (B, G, K, D)
     -> (B, H, R, K). 0 where a key comes after its row, or either is padding: rows (B, R) and keys (B, K) tell."""
-    scores = (q.view(*k.shape[:2], -1, q.shape[3]) @ k.transpose(-1, -2)).view(*q.shape[:3], -1)
+    shared = q.shape[1] // k.shape[1] * q.shape[2]                              # rows of a head of k, H / G R
+    scores = (q.view(*k.shape[:2], shared, q.shape[3]) @ k.transpose(-1, -2)).view(*q.shape[:3], k.shape[2])
     # A(q, k) = exp(q.k / sqrt(D) - lse(q))
     scores = at_least_float32(scores) * q.shape[3] ** -0.5 - lse[..., None]
     seen = (keys >= 0)[:, None] & (keys[:, None] <= rows[:, :, None])           # (B, R, K); no key is before row -1
@@ -242,9 +249,10 @@ class MassFromLse(torch.autograd.Function):
         # A dm on the rectangle, and from scores to q and k
         share = attention_inside(some_q, some_k, plain, rows, keys)             # (B, H, R, K)
         d_scores = share * (d_mass.gather(2, of_heads(q, rows)) * q.shape[3] ** -0.5)[..., None]
-        d_scores = d_scores.to(q.dtype).view(*some_k.shape[:2], -1, some_k.shape[2])            # (B, G, H / G R, K)
+        shared = q.shape[1] // k.shape[1] * rows.shape[1]
+        d_scores = d_scores.to(q.dtype).view(*some_k.shape[:2], shared, some_k.shape[2])        # (B, G, H / G R, K)
         d_q = d_q.scatter_add(2, of_channels(q, rows), (d_scores @ some_k).view_as(some_q))
-        some_q = some_q.view(*d_scores.shape[:3], -1)                           # (B, G, H / G R, D)
+        some_q = some_q.view(*d_scores.shape[:3], q.shape[3])                   # (B, G, H / G R, D)
         d_k = d_k.scatter_add(2, of_channels(k, keys), d_scores.transpose(-1, -2) @ some_q)
         return d_q, d_k, d_v, None, None
 
@@ -267,12 +275,14 @@ def softmax_written_out(q, k, v, rows, keys):
     return attention @ v, mass * counts
 
 
-def try_lse(device, dtype, heads, groups, head_dim, tokens=64):
+def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
     """Try the kernels of a device on heads of this size: the first whose outputs and gradients are right is used from
     now on -> its name, or None, and why the ones before it are not used."""
     kind, faults, close = torch.device(device).type, [], 0.03 if dtype.itemsize < 4 else 1e-3
     make = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, n, tokens, head_dim, generator=make).to(device, dtype) for n in (heads, groups, groups)]
+    # As training lays them out: heads beside each other, and a length that no kernel rounds to by itself.
+    inputs = [torch.randn(2, tokens, n, head_dim, generator=make).to(device, dtype).transpose(1, 2)
+              for n in (heads, groups, groups)]
     keys, rows = torch.arange(tokens, device=device).expand(2, -1).split([tokens // 3, tokens - tokens // 3], 1)
     results = []
     for kernel in (None, *KERNELS.get(kind, ())):
@@ -286,7 +296,7 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=64):
             loss = out.double().square().sum() + 10 * mass.double().sum()
             results.append([out.detach(), mass.detach(), *torch.autograd.grad(loss, given)])
         except (RuntimeError, AttributeError, TypeError) as error:              # not there, other arguments, refused
-            faults.append(f"{kernel.name}: {str(error).splitlines()[0][:100]}")
+            faults.append(f"{kernel.name}: {first_line(error)}")
             continue
         if kernel:
             wrong = max(float((a - b).norm() / b.norm()) for a, b in zip(results.pop(), results[0], strict=True))
@@ -334,18 +344,21 @@ class Recorded:
         return out
 
     def record(self, x):
-        before = [part.clone() for part in self.state]
+        before, usual = [part.clone() for part in self.state], None
         try:
+            usual = torch.cuda.current_stream()
             aside = torch.cuda.Stream()
             for graph in (None, None, torch.cuda.CUDAGraph()):                  # twice for libraries to get ready
-                aside.wait_stream(torch.cuda.current_stream())
+                aside.wait_stream(usual)
                 with torch.cuda.graph(graph) if graph else torch.cuda.stream(aside):
                     out = self.step(x)
-                torch.cuda.current_stream().wait_stream(aside)
+                usual.wait_stream(aside)
                 self.put_back(before)
             return graph, x, out
-        except RuntimeError as error:
-            print(f"the decoding step cannot be recorded ({str(error).splitlines()[0]}): plain steps", file=sys.stderr)
+        except (RuntimeError, AssertionError) as error:         # the latter of a torch without CUDA
+            if usual:                               # a recording that fails leaves its own stream behind
+                torch.cuda.set_stream(usual)
+            print(f"the decoding step cannot be recorded ({first_line(error)}): plain steps", file=sys.stderr)
             self.put_back(before)
             return None, x, None
 

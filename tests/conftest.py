@@ -1,4 +1,4 @@
-"""Put the repository root on the path, so that a bare `pytest` finds the five files; tests that wait for --slow; the
+"""Put the repository root on the path, so that a bare `pytest` finds the code; tests that wait for --slow; the
 device of tests that compare numbers."""
 
 import json

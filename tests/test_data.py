@@ -1101,8 +1101,8 @@ def test_several_processes_share_the_encoding(saved, album, tmp_path, monkeypatc
         assert len(data.Encoded(tmp_path / "codes", m).parts) == held
 
 
-def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tmp_path):
-    """They would train the model on noise without any error."""
+def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tmp_path, monkeypatch):
+    """They would train the model on noise without any error; so would those of the same weights used otherwise."""
     (m, init), file = saved("janus"), album(*ALBUM)
     encode(tmp_path / "codes", file, init, "--features")
     data.Encoded(tmp_path / "codes", m)
@@ -1118,6 +1118,9 @@ def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tm
     larger.vq.load_state_dict(emu.vq.state_dict())
     assert data.Encoded(tmp_path / "no", emu, new=True).fingerprints != \
         data.Encoded(tmp_path / "no", larger, new=True).fingerprints
+    monkeypatch.setattr(data, "ENCODING", data.ENCODING + 1)
+    with pytest.raises(InputError, match="encode again"):
+        data.Encoded(tmp_path / "codes", m)
 
 
 def test_pictures_are_read_once_where_nothing_is_stored_of_them(saved, album, texts, tmp_path, monkeypatch):

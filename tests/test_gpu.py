@@ -101,9 +101,18 @@ def test_complete_parts_are_left_out_and_a_part_cut_short_is_begun_anew(rows, tm
 
 def test_what_cannot_be_measured_is_a_row_that_says_so():
     """Out of memory in one case is no end of a part."""
-    def too_large():
+    def too_large(bench):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore lines")
-    assert gpu.tried(too_large) == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
+    bench = gpu.Bench(gpu.Gpu(tiny=True, device="cpu"))
+    assert gpu.tried(bench, too_large) == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
+
+
+def test_a_part_that_ran_out_of_time_is_not_complete(tmp_path):
+    """Its rows say so, and the next run does it again."""
+    out = tmp_path / "gpu.json"
+    gpu.measure(gpu.Gpu(("large",), out=str(out), tiny=True, seconds=0.0))
+    content = json.loads(out.read_text())
+    assert content["complete"] == [] and {row["failed"] for row in content["rows"]} == {gpu.NO_TIME}
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -760,11 +760,18 @@ def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, c
     m = fresh("tiny-emu3", attention="lse")
     train.settle_attention(m, "cpu", torch.float32)
     said = capsys.readouterr().out
-    assert "absent: " in said and "wrong: wrong by" in said and "flag channel instead" in said
-    assert all(layer.self_attn.attend is model.attend_fused for layer in m.lm.layers)
+    assert "absent: " in said and "wrong: wrong by" in said and "fused, with a flag channel, instead" in said
+    assert train.attention_kernel(m, "cpu", torch.float32) == "fused, flash kernel"
     monkeypatch.setitem(kernels.KERNELS, "cpu", (wrong, cpu))
     assert kernels.try_lse("cpu", torch.float32, 4, 2, 16)[0] == cpu.name
-    assert kernels.kernel_for(torch.zeros(1)) is cpu
+    assert kernels.kernel_for(torch.zeros(1)) is cpu and kernels.kernel_for(torch.zeros(1).double()) is None
+
+
+def test_a_step_without_a_usable_record_has_no_numbers():
+    """Where bad records are skipped, all of a step may be: it changes nothing, and the run goes on."""
+    m = fresh("tiny-emu3")
+    sums = train.accumulate(m, [], TARGETS, {"gen": 1.0, "und": 1.0})
+    assert train.metrics_of(sums) == {} and train.metrics_of(sums, torch.tensor(2.5)) == ({}, 2.5)
 
 
 @both_models
@@ -1144,23 +1151,22 @@ def test_with_ddp_one_process_writes_and_all_read(tmp_path):
     assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.sum")] and len(places) == 4
 
 
-def test_a_checkpoint_is_written_from_the_copies_that_a_stager_made(tmp_path):
+def test_a_checkpoint_is_written_from_the_copies_that_a_stager_made(tmp_path, monkeypatch):
     """On a GPU it copies into pinned memory; what is written is what was there then, not what a later step makes."""
-    class Stager(train.BlockingAsyncStager):
-        staged = 0
-
-        def stage(self, tensors):
-            self.staged += 1
-            return super().stage(tensors)
-    m, stager = fresh("tiny-emu3"), Stager()
-    before = {name: value.clone() for name, value in m.state_dict().items()}
-    future = train.save_checkpoint(train.tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
-                                   tmp_path / "one", stager=stager)
-    with torch.no_grad():
-        m.lm.norm.weight.add_(1.0)
-    future.result()
-    model.read_tensors(train.tensors_of(m), tmp_path / "one")
-    assert stager.staged == 1 and all(torch.equal(value, before[name]) for name, value in m.state_dict().items())
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: pinned.append(x) or x)     # only CUDA has such
+    m, stager, before = fresh("tiny-emu3"), train.BlockingAsyncStager(cache_staged_state_dict=True), {}
+    for name in ("one", "two"):                     # the second time into the memory of the first
+        before[name] = {key: value.clone() for key, value in m.state_dict().items()}
+        future = train.save_checkpoint(train.tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
+                                       tmp_path / name, stager=stager)
+        with torch.no_grad():
+            m.lm.norm.weight.add_(1.0)
+        future.result()
+    for name, tensors in before.items():
+        model.read_tensors(train.tensors_of(m), tmp_path / name)
+        assert all(torch.equal(value, tensors[key]) for key, value in m.state_dict().items())
+    assert len(pinned) == len(m.state_dict())
 
 
 @pytest.mark.slow
