@@ -274,17 +274,10 @@ def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     return kernels.attention_and_mass(q, k, v, *rectangle)                      # (B, H, T, D), (B, H, T)
 
 
-# What "auto" takes on a device. On CUDA log-sum-exp is to follow when a measurement (lab/gpu.py) has shown that the
-# flag channel costs more than 5 % of a step.
-AUTO = {"cpu": attend_fused, "cuda": attend_fused}
-
-
-def attend_auto(q, k, v, visible=None, condition=None, rectangle=None):
-    """The body that suits the device."""
-    return AUTO.get(q.device.type, attend_fused)(q, k, v, visible, condition, rectangle)
-
-
-ATTENTION = {"auto": attend_auto, "explicit": attend_explicit, "fused": attend_fused, "lse": attend_lse}
+# "auto" is the fused body until training, which knows its device, settles it (train.settle_attention). On CUDA "lse" is
+# to follow when a measurement (lab/gpu.py) has shown that the flag channel costs more than 5 % of a step there.
+ATTENTION = {"auto": attend_fused, "explicit": attend_explicit, "fused": attend_fused, "lse": attend_lse}
+AUTO = {"cuda": "fused"}                        # elsewhere fused too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,14 +327,15 @@ class Cache:
         """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
         Where moving (B,) bool is false, a row stands still."""
         first, self.used = self.used, self.used + new
-        end = self.mask.shape[1] if self.whole else self.used
-        columns = torch.arange(first, self.used, device=self.mask.device)       # (new,)
-        if self.whole:
-            columns = self.column + columns - first
-            self.column += new
-        self.columns, self.now = columns, (first, self.used)
-        if self.even and moving is None and not self.whole:
+        end, self.now = self.mask.shape[1] if self.whole else self.used, (first, self.used)
+        if self.even and moving is None and new == 1:                           # nearly all steps of most answers
+            return [part[:, :, first:end] for part in self.rope], None
+        self.columns = columns = torch.arange(first, self.used, device=self.mask.device)        # (new,)
+        if self.even and moving is None:
             return [part[:, :, first:end] for part in self.rope], visibility(None, columns, end)
+        if self.whole:
+            self.columns = columns = self.column + columns - first
+            self.column += new
         self.leave_even(first)
         if moving is not None:
             self.mask.index_copy_(1, columns, moving[:, None].expand(-1, new))
@@ -986,11 +980,11 @@ class Unified(nn.Module):
 
         def run(x):
             nonlocal replayed
-            if replayed is None and cache.used and x.device.type in REPLAYED and new >= REPLAY_FROM:
+            if replayed is None and cache.used and new >= REPLAY_FROM:
                 replayed = cache.recorded(step)
             with kernels.no_planning(x.device.type):
                 return (replayed or step)(x)
-        return run
+        return run if mask.device.type in REPLAYED else step
 
 
 class Emu3(Unified):

@@ -679,10 +679,13 @@ def kernel_of(node):
 
 
 def settle_attention(m, device, dtype):
-    """Where log-sum-exp is asked for, try it (kernels.try_lse); a device without it goes on with the flag channel."""
+    """Choose the body of attention for a device. Where that is log-sum-exp, try it (kernels.try_lse): in a type for
+    which no kernel is right, the flag channel goes on."""
     c = m.config
-    chosen = model.AUTO.get(torch.device(device).type) if c.attention == "auto" else model.ATTENTION[c.attention]
-    if chosen is not model.attend_lse:
+    chosen = model.AUTO.get(torch.device(device).type, "fused") if c.attention == "auto" else c.attention
+    for layer in m.lm.all_layers():
+        layer.self_attn.attend = model.ATTENTION[chosen]
+    if chosen != "lse":
         return
     for kind in dict.fromkeys((dtype, torch.float32)):          # the latter in evaluations
         found, faults = kernels.try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)

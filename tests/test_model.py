@@ -126,7 +126,7 @@ def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
                                     [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]], device=device).bool()
     u, visible = w[..., 0], model.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
     results = []
-    for attend in (model.attend_auto, model.attend_fused, model.attend_lse, model.attend_explicit):
+    for attend in (model.attend_fused, model.attend_lse, model.attend_explicit):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         out, mass = attend(*inputs, visible, condition)
         results.append([out, mass, *torch.autograd.grad((out * w).sum() + (mass * u).sum(), inputs)])

@@ -736,7 +736,7 @@ def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vec
 
 
 @both_models
-def test_the_kernel_of_attention_is_told(name):
+def test_the_kernel_of_attention_is_told(name, monkeypatch):
     """Both kinds of pass by the step that differentiates them: heads of one width on the fast kernel, shared ones too;
     where AIA takes another way than a plain pass, both are told."""
     def told(**changes):
@@ -746,6 +746,9 @@ def test_the_kernel_of_attention_is_told(name):
     assert told() == told(heads=4, kv_heads=2) == told(attention="fused") == "fused, flash kernel"
     assert told(attention="lse") == "fused, flash kernel; with AIA fused, flash for CPUs kernel and its log-sum-exp"
     assert "every map" in told(attention="explicit")
+    monkeypatch.setitem(model.AUTO, "cpu", "lse")   # "auto" is what the table says of the device, once it is settled
+    assert told() == told(attention="lse") != told(attention="fused")
+    monkeypatch.delitem(model.AUTO, "cpu")
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert "slow math fallback" in told()
 
