@@ -494,6 +494,8 @@ def measure(settings):
     if unknown:
         raise InputError(f"lab.gpu knows no part {', '.join(sorted(unknown))}: use some of {', '.join(PARTS)}")
     out, bench = Path(settings.out), Bench(settings)
+    if not (bench.cuda or settings.tiny or settings.parts == ("predicted",)):
+        raise InputError("there is no GPU here: --tiny --out tiny.json tries the command without one")
     content = model.read_json(out) if out.exists() else {"rows": [], "complete": []}
     if content["rows"] and content["tiny"] != settings.tiny:
         raise InputError(f"{out} holds rows {'of' if content['tiny'] else 'without'} --tiny: give another --out")

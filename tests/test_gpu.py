@@ -116,8 +116,9 @@ def test_a_part_that_ran_out_of_time_is_not_complete(tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
+    ({"tiny": False, "device": "cpu"}, "no GPU here: --tiny"),
     ({"parts": ("smal",)}, "no part smal: use some of machine"),
-    ({"tiny": False}, "rows of --tiny: give another --out")])
+    ({"tiny": False, "parts": ("predicted",)}, "rows of --tiny: give another --out")])
 def test_what_does_not_fit_is_refused(rows, settings, message):
     """One line with the remedy, and the file stays as it is."""
     out, _ = rows
