@@ -3120,8 +3120,9 @@ class Bench:
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
                      "and two of them, and waiting for data; data: a million records; fits: memory of training large "
-                     "models on one GPU, computed; score: scoring benchmarks of full size",
-                     ("generate", "train", "processes", "data", "fits", "score"))
+                     "models on one GPU, computed; score: scoring benchmarks of full size; gpu: all that `python -m "
+                     "lab.gpu` measures on one",
+                     ("generate", "train", "processes", "data", "fits", "score", "gpu"))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")

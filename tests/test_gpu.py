@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import eval as judge
 import lab.gpu as gpu
 import model
 from aia import InputError
@@ -126,6 +127,14 @@ def test_what_does_not_fit_is_refused(rows, settings, message):
     with pytest.raises(InputError, match=message):
         gpu.measure(gpu.Gpu(**{"out": str(out), "tiny": True, "parts": ("machine",)} | settings))
     assert out.read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured for ten minutes")
+def test_the_table_of_the_gpu_is_this_command(tmp_path):
+    """`eval.py bench gpu` hands over to it: without a GPU the same refusal, and nothing is written."""
+    with pytest.raises(InputError, match="no GPU here"):
+        judge.main(["bench", "gpu", "--out", str(tmp_path / "gpu.json")])
+    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_models_to_measure_have_the_types_of_training():
