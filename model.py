@@ -327,7 +327,8 @@ class Cache:
         """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
         Where moving (B,) bool is false, a row stands still."""
         first, self.used = self.used, self.used + new
-        end, self.now = self.mask.shape[1] if self.whole else self.used, (first, self.used)
+        end = self.mask.shape[1] if self.whole else self.used
+        self.now = first, self.used
         if self.even and moving is None and new == 1:                           # nearly all steps of most answers
             return [part[:, :, first:end] for part in self.rope], None
         self.columns = columns = torch.arange(first, self.used, device=self.mask.device)        # (new,)

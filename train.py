@@ -868,6 +868,7 @@ class Run:
             first_decides(self.wait)
 
     def wait(self):
+        """Wait for what this process writes."""
         try:
             if self.saving:
                 self.saving.result()

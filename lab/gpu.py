@@ -407,7 +407,8 @@ def decoding(bench, m, preset):
     """Our drawing and answering, one prompt."""
     c, ids = m.config, torch.randint(5, 400, (1, 24), device=bench.device)
     away = torch.randint(5, 400, (1, 24), device=bench.device) if c.kind == "emu3" else None
-    size, words, m.ids["eos"] = (bench.size(8, 2), bench.size(24, 4)), bench.size(128, 8), -1
+    size, words = (bench.size(8, 2), bench.size(24, 4)), bench.size(128, 8)
+    m.ids["eos"] = -1                               # an answer has all the words that are asked for
     weights = 2 * (sum(p.numel() for p in m.lm.layers.parameters()) + c.width * c.codebook)
     bound = 1e3 * weights / 3.35e12                 # at the bandwidth of an H100's data sheet
     usual = model.REPLAYED, model.REPLAY_FROM
