@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from parts.settings import InputError
+
 # Legend: B samples, H heads, T tokens, L layers. Tasks: "gen" draws a picture from text, "und" answers about one.
+
+
 TASKS = ("gen", "und")
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line with place and remedy; commands exit with 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
              "hunyuan-image-3", "simplear", "qwen-image", "flux": generation stages made from that reference by one
              rule (mean of each stage, rounded to 0.05); understanding stays as in "depth"
              a path: JSON {task: [[first_depth, delta, target], ...]}, first_depth from 0 to below 1, or what
-             `eval.py curves --hf` writes, which has the same under "stages"
+             lab.references writes, which has the same under "stages"
     variant  "full"; "raw": the reference curve itself, layer by layer, instead of stages (delta as in `table`);
              "no-huber": delta is infinite, so that every term is e^2/2
     curves   JSON file of reference curves, laid out as assets/paper_curves.json
@@ -229,19 +229,3 @@ def weight_for_ratio(ntp, aia, rho=RHO):
     """
     # lambda = NTP_0 / (rho * L_AIA_0)
     return ntp / (rho * aia) if aia > 0 else 0.0
-
-
-def fixed_weights(text):
-    """--aia-weight as {task: lambda}: a name in WEIGHTS, one number, or two as "gen,und". None for "rho": calibrate."""
-    if text == "rho":
-        return None
-    if text in WEIGHTS:
-        return dict(WEIGHTS[text])
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or not all(0 <= number < math.inf for number in numbers):
-        known = ", ".join(["rho", *WEIGHTS])
-        raise InputError(f"--aia-weight {text!r}: give {known}, a number >= 0, or two as GEN,UND")
-    return dict(zip(TASKS, numbers if len(numbers) == 2 else numbers * 2, strict=True))

@@ -8,586 +8,58 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
     python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B      # the codes of all pictures, once
 """
 
-import argparse
-import base64
 import concurrent.futures
 import functools
-import glob
 import hashlib
-import io
-import itertools
 import json
-import mmap
 import os
 import re
-import struct
-import sys
-import tarfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import tokenizers
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from PIL import Image
 from tqdm import tqdm
 
 import aia
+import formats.weights
 import model
-from aia import InputError
-from parts import kernels
+from formats.datasets import (
+    Encoded,
+    FileSource,
+    Mixture,
+    bad_report,
+    data_files,
+    index_file,
+    make_index,
+    note_bad,
+    picture_key,
+    stamps,
+)
+from formats.records import SKIP_HINT, Record, question_parts
+from parts.kernels import indices
+from parts.pictures import janus_reading, load_picture, written
+from parts.settings import InputError, at_least, chosen, device_of, opt, run_command
+from parts.text import SPECIAL, Text
+from parts.world import (
+    DESCRIBE,
+    NUMBERS,
+    QUESTIONS,
+    QUESTIONS_ASKED,
+    RELATIONS,
+    World,
+    caption,
+    describe,
+    draw_scenes,
+    make_question,
+    plural,
+    world_of,
+)
 
 # Legend: B samples of one task, T tokens, N image tokens of one picture, S side of a picture in pixels.
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: a dataclass is defaults, flags, help and log
-# ---------------------------------------------------------------------------------------------------------------------
-def opt(default, help, choices=None):
-    """A field of a settings dataclass, with the help text of its flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def at_least(settings, least):
-    """Refuse numbers of a settings dataclass that are below {field: least}, too large for 64 bits, or not numbers."""
-    for name, low in least.items():
-        if not low <= getattr(settings, name) < 2**63:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least {low}, below 2^63")
-
-
-class Extend(argparse.Action):
-    """A flag that is given twice adds to what was given before, and takes the place of the default."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
-
-
-def parse(cls, argv=None, prog=None, defaults=()):
-    """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2.
-    defaults {field: value} stand in for those of the class."""
-    positional = getattr(cls, "POSITIONAL", ())
-    cli = argparse.ArgumentParser(prog=prog, description=cls.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    for f in fields(cls):
-        kind = {"default": f.default, "help": f.metadata["help"]}
-        if isinstance(f.default, bool):
-            kind["action"] = argparse.BooleanOptionalAction
-        elif isinstance(f.default, tuple):
-            kind |= {"nargs": "*" if f.name in positional else "+", "metavar": f.name.upper(), "action": Extend}
-        else:
-            kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
-            kind |= {} if f.name in positional or kind["choices"] else {"metavar": type(f.default).__name__.upper()}
-        name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
-        cli.add_argument(name, **kind | ({"nargs": "?"} if f.name in positional and f.default else {}))
-    cli.set_defaults(**dict(defaults))
-    return cls(**vars(cli.parse_args(argv)))
-
-
-def chosen(commands, prog, doc, argv=None):
-    """The first word of a command line names one of commands {name: (settings class, function)} -> function, settings.
-    Without it, or with --help, the doc is printed: (None, None)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(doc)
-        return None, None
-    if argv[0] not in commands:
-        raise InputError(f"{prog} knows no command {argv[0]!r}: use one of {', '.join(commands)}")
-    cls, command = commands[argv[0]]
-    return command, parse(cls, argv[1:], f"{prog} {argv[0]}")
-
-
-def run(command):
-    """Run a command line: bad input is one clear line on stderr and exit status 2, never a traceback."""
-    try:
-        command()
-    except (InputError, OSError, SafetensorError) as error:                     # the latter two: a full disk, no rights
-        if os.environ.get("RANK", "0") != "0":      # what all processes meet, the first one says, and torchrun ends all
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def device_of(name):
-    """--device: "auto" takes CUDA where there is one; a process of torchrun has the GPU of its number."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
-    try:
-        torch.empty(0, device=name).numpy(force=True)                           # meta tensors hold no numbers
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} is not available here: use cpu, or auto, and no more processes than "
-                         "GPUs") from error
-    return name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The world: scenes, drawing, reading
-# ---------------------------------------------------------------------------------------------------------------------
-# A world has the first few of these words: see World.
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "wedge", "bar", "corner")
-COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
-           "black": (25, 25, 25), "pink": (225, 55, 175), "brown": (120, 70, 30), "cyan": (30, 200, 215)}
-BACKGROUND = (245, 245, 245)
-GRID = 2                                        # cells per side of a picture
-CELLS = GRID * GRID
-CELL, CELL_SIDES = 8, range(8, 33, 8)           # pixels per side of a cell: the usual one, and all that codes of 8 fill
-EXTENT = 0.45                                   # half the extent of a shape, as a share of its cell
-PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-NUMBERS = ("zero", "one", "two", "three")
-UNREADABLE = 0.13                               # root mean square distance (of 1) beyond which a cell is like no shape
-
-
-@dataclass(frozen=True, order=True)
-class Thing:
-    """One object of a scene. place counts the cells row by row."""
-
-    shape: str
-    colour: str
-    place: int
-
-
-SPRITE_OF = {name: i for i, name in enumerate([None, *itertools.product(SHAPES, COLOURS)])}         # None: empty
-
-
-@functools.cache
-def sprites(cell):
-    """The smooth-edged pictures (n, cell, cell, 3) in 0..255 of all that SPRITE_OF names."""
-    fine, r = 8, EXTENT * cell
-    at = (np.arange(cell * fine) + 0.5) / fine - cell / 2
-    y, x = np.meshgrid(at, at, indexing="ij")
-    inside = {
-        "circle": x * x + y * y < r * r,
-        "square": (abs(x) < 0.95 * r) & (abs(y) < 0.95 * r),
-        "triangle": (y < 0.9 * r) & (y > -r) & (abs(x) < 0.62 * (y + r)),
-        "cross": ((abs(x) < 0.34 * r) | (abs(y) < 0.34 * r)) & (abs(x) < r) & (abs(y) < r),
-        "ring": (x * x + y * y < r * r) & (x * x + y * y > (0.55 * r) ** 2),
-        "wedge": (y > -0.9 * r) & (y < r) & (abs(x) < 0.62 * (r - y)),
-        "bar": (abs(x) < 0.4 * r) & (abs(y) < r),
-        "corner": (abs(x) < r) & (abs(y) < r) & ((x < -0.3 * r) | (y > 0.3 * r)),
-    }
-    pictures = [np.broadcast_to(np.float32(BACKGROUND), (cell, cell, 3))]
-    for shape in SHAPES:
-        cover = inside[shape].reshape(cell, fine, cell, fine).mean((1, 3))[..., None]
-        pictures += [cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND) for rgb in COLOURS.values()]
-    return np.stack(pictures).astype(np.float32)
-
-
-def draw(scenes, cell=CELL):
-    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = GRID * cell."""
-    cells = np.zeros((len(scenes), CELLS), int)
-    for row, scene in zip(cells, scenes, strict=True):
-        for thing in scene:
-            row[thing.place] = SPRITE_OF[thing.shape, thing.colour]
-    tiles = sprites(cell)[cells].reshape(-1, GRID, GRID, cell, cell, 3)
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, GRID * cell, GRID * cell, 3).round().astype(np.uint8)
-
-
-def read(pictures, world):
-    """Find the things in pictures (n, S, S, 3) uint8: list of scenes, and clear (n,) bool.
-
-    Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its picture
-    unclear.
-    """
-    n, cell, names = len(pictures), world.cell, [None, *itertools.product(world.shapes, world.colours)]
-    tiles = pictures.reshape(n, GRID, cell, GRID, cell, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
-    tiles = tiles.reshape(n * CELLS, -1)
-    known = sprites(cell)[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
-    square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (n CELLS, sprites)
-    best = square.argmin(1)
-    good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
-    best = np.where(good, best, 0).reshape(n, CELLS)
-    scenes = [tuple(Thing(*names[i], place) for place, i in enumerate(row) if i) for row in best]
-    return scenes, good.reshape(n, CELLS).all(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The world: combinations, wordings, held-out split
-# ---------------------------------------------------------------------------------------------------------------------
-# A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
-# skill is held out: no training picture shows one of them and nothing else. Worlds of larger scenes have a skill more
-# for each size; there a held-out pair may be met beside other things.
-SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
-SEVERAL = {3: "three objects", 4: "four objects"}
-QUESTIONS = ("existence", "count", "position", "colour", "choice")
-HELD_OUT = 1 / 8
-SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
-SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in SEVERAL.items()}}       # things of a scene; "group": 2 or 3
-ASKED = 4                                       # questions of a training conversation; half end in a description
-DESCRIBE = "what is there?"
-PREFIXES = ("", "a picture of ", "draw ", "there is ")
-
-
-def relations(a, b):
-    """Which relations hold between things a and b, by their cells."""
-    step = [divmod(a.place, GRID)[i] - divmod(b.place, GRID)[i] for i in (0, 1)]
-    return [name for name, (row, column) in RELATIONS.items() if row * step[0] > 0 or column * step[1] > 0]
-
-
-def combinations(scene):
-    """All combinations that a scene shows, and nothing besides: {(skill, words...)}, each in one canonical order.
-
-    A scene fulfils a prompt if the prompt's combination is among them: one thing more, and it is not.
-    """
-    objects = [(thing.colour, thing.shape) for thing in scene]
-    if len(scene) == 1:
-        return {("one object", objects[0][1], scene[0].place), ("colours", *objects[0], scene[0].place)}
-    if len(set(objects)) == 1:
-        return {("counting", len(scene), *objects[0])}
-    if not scene or len({thing.shape for thing in scene}) < len(scene):
-        return set()                                # nothing, or some alike and some not
-    ordered = sorted(scene)                         # by shape
-    placed = sum(((thing.shape, thing.place) for thing in ordered), ())
-    if len(scene) > 2:
-        return {(SEVERAL[len(scene)], *placed)}
-    a, b = ordered
-    x, y = (a.colour, a.shape), (b.colour, b.shape)
-    return {("two objects", *placed), ("colour attribution", x, y),
-            *(("position", x, name, y) for name in relations(a, b))}
-
-
-def all_combinations(world):
-    """{skill: every combination of it}, in a fixed order."""
-    objects, places = [(colour, shape) for colour in world.colours for shape in world.shapes], range(CELLS)
-    pairs = [(x, y) for x in objects for y in objects if x[1] < y[1]]
-
-    def placed(n):
-        """Every n different shapes, in order, each with a cell of its own."""
-        shapes = (row for row in itertools.product(world.shapes, repeat=n) if sorted({*row}) == [*row])
-        return [sum(zip(row, at, strict=True), ()) for row in shapes for at in itertools.permutations(places, n)]
-    return {
-        "one object": [("one object", *words) for words in placed(1)],
-        "two objects": [("two objects", *words) for words in placed(2)],
-        "counting": [("counting", n, *x) for n in (2, 3) for x in objects],
-        "colours": [("colours", *x, p) for x in objects for p in places],
-        "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
-        "colour attribution": [("colour attribution", x, y) for x, y in pairs],
-        **{skill: [(skill, *words) for words in placed(n)] for n, skill in SEVERAL.items() if n <= world.objects},
-    }
-
-
-def prompt_text(combination, rng):
-    """A caption that mentions exactly this combination."""
-    skill, *words = combination
-    swap = rng.random() < 0.5
-    if skill == "one object":
-        text = f"a {words[0]} {PLACES[words[1]]}"
-    elif skill == "colours":
-        text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
-    elif skill == "counting":
-        text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
-    elif skill in ("two objects", *SEVERAL.values()):
-        said = [f"a {shape} {PLACES[place]}" for shape, place in zip(words[::2], words[1::2], strict=True)]
-        text = " and ".join(said[::-1] if swap else said)
-    else:
-        first, name, second = words[0], words[1] if skill == "position" else "and", words[-1]
-        if swap:
-            first, name, second = second, OPPOSITE.get(name, name), first
-        text = f"a {' '.join(first)} {name} a {' '.join(second)}"
-    return PREFIXES[rng.integers(len(PREFIXES))] + text
-
-
-def plural(word):
-    return word + ("es" if word.endswith("s") else "s")
-
-
-class World:
-    """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them.
-
-    shapes, colours: how many words of each kind it has; objects: how many different things a scene holds at most; cell:
-    side of a cell in pixels. The defaults are the easiest world.
-    """
-
-    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL):
-        for name, value, least, most in (("shapes", shapes, 4, len(SHAPES)), ("colours", colours, 4, len(COLOURS)),
-                                         ("objects", objects, 2, min(CELLS, shapes - 2, colours - 2))):
-            if not least <= value <= most:          # a choice needs two words that are absent
-                raise InputError(f"--{name} {value}: give {least} to {most}" + (
-                    f" with --shapes {shapes} --colours {colours}" if name == "objects" else ""))
-        if cell not in CELL_SIDES:
-            raise InputError(f"--cell {cell}: give {', '.join(map(str, CELL_SIDES[:-1]))} or {CELL_SIDES[-1]}")
-        self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
-        self.cell, self.side = cell, GRID * cell    # of a cell and of a picture, in pixels
-        self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
-        self.skills = SKILLS + self.several
-        self.kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))          # of training scenes
-        rng = np.random.default_rng([seed, 1])
-        self.combinations = all_combinations(self)
-        self.held = {skill: [every[i] for i in sorted(rng.permutation(len(every))[:round(len(every) * HELD_OUT)])]
-                     for skill, every in self.combinations.items()}
-        self.held_out = frozenset(itertools.chain(*self.held.values()))
-
-    def scene(self, rng):
-        """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
-        while True:
-            scene = random_scene(self, rng, self.kinds[rng.integers(len(self.kinds))])
-            if not combinations(scene) & self.held_out:
-                return scene
-
-    def crowd(self, rng):
-        """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
-        while True:
-            places = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
-            scene = tuple(Thing(self.shapes[rng.integers(len(self.shapes))],
-                                self.colours[rng.integers(len(self.colours))], place) for place in sorted(places))
-            if not combinations(scene) & self.held_out:
-                return scene
-
-    def held_out_scene(self, skill, rng):
-        """A scene and the held-out combination of this skill that it shows."""
-        wanted = self.held[skill][rng.integers(len(self.held[skill]))]
-        kinds = {"one object": "one", "colours": "one", "counting": "group"} | {name: name for name in self.several}
-        while True:
-            scene = random_scene(self, rng, kinds.get(skill, "two"), wanted)
-            if wanted in combinations(scene):
-                return scene, wanted
-
-
-WORLD = ("seed", "shapes", "colours", "objects", "cell")       # settings of a run that say which world it has
-
-
-def world_of(run):
-    """The world of a run, by its settings; runs of before worlds could be harder have the easiest."""
-    return World(**{name: run[name] for name in WORLD if name in run})
-
-
-def random_scene(world, rng, kind, wanted=None):
-    """One, a group or several different things at random cells; `wanted` fixes the words of a combination, to be found
-    sooner."""
-    places, alike = rng.permutation(CELLS).tolist(), kind in ("one", "group")
-    colours = [world.colours[i] for i in rng.integers(len(world.colours), size=world.objects)]
-    shapes = [world.shapes[i] for i in rng.permutation(len(world.shapes))]
-    number = SIZES.get(kind) or int(rng.integers(2, 4))
-    skill, *words = wanted or (None,)
-    if skill == "one object":
-        shapes[0], places[0] = words
-    elif skill == "colours":
-        colours[0], shapes[0], places[0] = words
-    elif skill == "counting":
-        number, colours[0], shapes[0] = words
-    elif skill in ("two objects", *SEVERAL.values()):
-        shapes, places = words[::2], words[1::2]
-    elif skill:
-        colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
-    return tuple(sorted((Thing(shapes[0 if alike else i], colours[0 if alike else i], places[i])
-                         for i in range(number)), key=lambda thing: thing.place))
-
-
-def describe(scene):
-    """Everything in a scene: "a red circle at the top left and a blue square ..."."""
-    return " and ".join(f"a {thing.colour} {thing.shape} {PLACES[thing.place]}" for thing in scene)
-
-
-def caption(scene, rng):
-    """A caption that fits the scene: all of it (one in three), or what one random skill mentions."""
-    if rng.random() < 1 / 3:
-        return describe(scene)
-    shown = sorted(combinations(scene), key=repr)
-    skills = sorted({c[0] for c in shown})
-    skill = skills[rng.integers(len(skills))]
-    mine = [c for c in shown if c[0] == skill]
-    return prompt_text(mine[rng.integers(len(mine))], rng)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The world: questions
-# ---------------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Question:
-    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty."""
-
-    kind: str
-    text: str
-    answer: str
-    options: tuple = ()
-
-
-def yes_no(kind, text, truth):
-    return Question(kind, text, "yes" if truth else "no")
-
-
-def question(world, scene, kind, rng, truth=None, closed=None):
-    """Ask about a scene of a world. truth True or False asks for a yes/no question with that answer (not for "choice");
-    closed False for an open one where there is one (not for the position of a group): those teach what the others need.
-    """
-    closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
-    truth = bool(rng.random() < 0.5) if truth is None else truth
-    thing = scene[rng.integers(len(scene))]
-    return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
-            "choice": ask_choice}[kind](world, scene, thing, rng, closed, truth)
-
-
-def other(rng, known, *present):
-    """A random member of `known` that is not present."""
-    absent = [word for word in known if word not in present]
-    return absent[rng.integers(len(absent))]
-
-
-def ask_existence(world, scene, thing, rng, closed, truth):
-    absent = other(rng, world.shapes, *(t.shape for t in scene))
-    if not closed:
-        first, second = (thing.shape, absent) if truth else (absent, thing.shape)
-        return Question("existence", f"is there a {first} or a {second}?", thing.shape)
-    return yes_no("existence", f"is there a {thing.shape if truth else absent}?", truth)
-
-
-def ask_count(world, scene, thing, rng, closed, truth):
-    number = sum(t.shape == thing.shape for t in scene)
-    if not closed:
-        return Question("count", f"how many {plural(thing.shape)} are there?", NUMBERS[number])
-    said = number if truth else other(rng, (1, 2, 3), number)
-    shapes = plural(thing.shape) if said > 1 else thing.shape
-    return yes_no("count", f"{'are' if said > 1 else 'is'} there {NUMBERS[said]} {shapes}?", truth)
-
-
-def ask_position(world, scene, thing, rng, closed, truth):
-    others = [t for t in scene if t.shape != thing.shape]
-    if not closed and (len(scene) == 1 or others and rng.random() < 0.5):
-        return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
-    if others:
-        holds = relations(thing, others[0])
-        name = holds[rng.integers(len(holds))]
-        if not closed:
-            which = "left or right of" if "of" in name else "above or below"
-            return Question("position", f"is the {thing.shape} {which} the {others[0].shape}?", name.split()[0])
-        name = name if truth else OPPOSITE[name]
-        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
-    place = thing.place if truth else other(rng, range(CELLS), *(t.place for t in scene))
-    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
-
-
-def ask_colour(world, scene, thing, rng, closed, truth):
-    several = sum(t.shape == thing.shape for t in scene) > 1
-    verb, noun = ("are", plural(thing.shape)) if several else ("is", thing.shape)
-    if not closed:
-        return Question("colour", f"what colour {verb} the {noun}?", thing.colour)
-    colour = thing.colour if truth else other(rng, world.colours, thing.colour)
-    return yes_no("colour", f"{verb} the {noun} {colour}?", truth)
-
-
-def ask_choice(world, scene, thing, rng, closed, truth):
-    name = "colour" if rng.random() < 0.5 else "shape"
-    right = getattr(thing, name)
-    shown = {getattr(t, name) for t in scene}
-    absent = [word for word in getattr(world, name + "s") if word not in shown]
-    wrong = [absent[i] for i in rng.permutation(len(absent))[:3]]
-    options = wrong + [right] if len(wrong) == 3 else wrong + ["nothing"] + [right]
-    options = [options[i] for i in rng.permutation(4)]
-    return choice_question(f"which {name} is there?", options, right)
-
-
-def choice_question(stem, options, right):
-    """Four lettered options, answered by the letter (in the manner of MMBench)."""
-    text = stem + "".join(f" {letter} {option}" for letter, option in zip("ABCD", options, strict=True))
-    return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-class Text:
-    """Encode and decode text with a tokenizer.json, with Emu3's own emu3.tiktoken, or with a sentencepiece .model.
-
-    Special ids come from the file, by string. Special strings inside a user's text stay text, or are refused where the
-    tokenizer cannot keep them apart; allow_special turns them into control tokens instead.
-    """
-
-    def __init__(self, file, kind, allow_special=False):
-        self.file, known, control = Path(file), model.token_ids(file), set(model.SPECIAL[kind].values())
-        self.ids, self.allow_special = model.special_ids(known, kind, file), allow_special
-        if self.file.suffix == ".model":
-            self.core = sentencepiece.SentencePieceProcessor(model_file=str(file))
-            control |= {token for token, i in known.items() if is_control(self.core, i)}
-        elif self.file.suffix == ".tiktoken":
-            self.core, control = byte_bpe(self.file, known), set(known)
-        else:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            for token in content["added_tokens"]:    # ordinary letters may be among them; control tokens are <...>
-                token["special"] = token.get("special") or bool(re.fullmatch("<.+>", token["content"]))
-                control |= {token["content"]} if token["special"] else set()
-            try:
-                self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
-                self.core.encode_special_tokens = True
-            except Exception as error:               # the library raises nothing more special
-                raise InputError(f"tokenizer {file} cannot be used ({error}): was it made for a newer version of "
-                                 "tokenizers?") from error
-        self.control = {token: known[token] for token in control if token in known}
-        self.control_ids = frozenset(self.control.values())
-        self.encode = functools.lru_cache(maxsize=100_000)(self._encode)
-
-    def cut(self, text):
-        """Ids of text in which no special string acts, as far as the tokenizer can keep them apart."""
-        if self.file.suffix == ".model":
-            return self.core.encode(text)
-        return self.core.encode(text, add_special_tokens=False).ids
-
-    def _encode(self, text):
-        if half := re.search("[\ud800-\udfff]", text):
-            raise InputError(f"the text holds half a character, {half[0]!r}: take it out")
-        if self.allow_special:
-            parts = re.split("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")", text)
-            return tuple(i for part in parts
-                         for i in ([self.control[part]] if part in self.control else self.cut(part)))
-        ids = tuple(self.cut(text))
-        if found := self.control_ids.intersection(ids):
-            token = next(token for token, i in self.control.items() if i in found)
-            raise InputError(f"the text {text[:60]!r} holds the control string {token}: take it out, or let it act as "
-                             "one with --allow-special")
-        return ids
-
-    def decode(self, ids):
-        """Ids up to the first EOS -> text without control tokens."""
-        ids = [int(i) for i in ids]
-        ids = ids[:ids.index(self.ids["eos"])] if self.ids["eos"] in ids else ids
-        return self.core.decode([i for i in ids if i not in self.control_ids])
-
-
-def is_control(pieces, i):
-    """Is a sentencepiece token control, unknown, or a user's that looks like <this>? Bytes like <0x0A> are text."""
-    return i >= len(pieces) or pieces.is_control(i) or pieces.is_unknown(i) or (
-        bool(re.fullmatch("<.+>", pieces.id_to_piece(i))) and not pieces.is_byte(i))
-
-
-# How Emu3's own tokenizer cuts text before merging bytes: contractions in any case, words with one character that is no
-# letter before them, single digits, other signs with a space before and line ends after them, line ends, spaces.
-EMU3_CUT = (r"(?i:'(?:s|t|re|ve|m|ll|d))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def byte_bpe(file, special):
-    """emu3.tiktoken (a byte string in base64 and its rank per line) as a byte-level BPE with special tokens {text: id}.
-
-    Such a file names no merges: any two neighbours whose joint bytes have a rank may merge, the lowest rank first.
-    """
-    try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    except ValueError as error:
-        raise InputError(f"tokenizer {file} cannot be read ({error}): download this file again") from error
-    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \xa0\xad"]
-    letter = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(shown)))}
-    word = {token: "".join(map(letter.get, token)) for token in ranks}
-    merges = [(word[token[:i]], word[token[i:]]) for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(
-        vocab={word[token]: rank for token, rank in ranks.items()}, merges=merges, ignore_merges=True))
-    core.normalizer = tokenizers.normalizers.NFC()
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(EMU3_CUT), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = tokenizers.decoders.ByteLevel()
-    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
-    core.encode_special_tokens = True
-    return core
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,616 +174,6 @@ DROP = {"emu3": 0.05, "janus": 0.10}             # share of generation prompts t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-MAX_RATIO = {"emu3": 5, "janus": 27}             # Emu3's own limit; Janus-Pro shrinks the short side to 14 of 384
-MIN_SIDE = {"emu3": 8, "janus": 1}               # Emu3's own limit
-
-
-def check_size(width, height, kind):
-    """Refuse pictures that no transform handles sensibly."""
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise InputError(f"the picture has {width} x {height} pixels (limit {Image.MAX_IMAGE_PIXELS}): shrink it first")
-    if max(width, height) > MAX_RATIO[kind] * min(width, height):
-        raise InputError(f"the picture is {width} x {height}, one side over {MAX_RATIO[kind]} times the other: crop it")
-    if min(width, height) < MIN_SIDE[kind]:
-        raise InputError(f"the picture is {width} x {height}, a side below {MIN_SIDE[kind]} pixels: enlarge it")
-
-
-def smart_resize(height, width, config):
-    """Emu3's target sides: multiples of the code size, area within min_pixels..max_pixels."""
-    f, area = config.factor, height * width
-    new = [f * round(side / f) for side in (height, width)]                     # Python rounds half to even
-    if new[0] * new[1] > config.max_pixels:
-        shrink = (area / config.max_pixels) ** 0.5
-        new = [f * int(side / shrink / f) for side in (height, width)]
-    elif new[0] * new[1] < config.min_pixels:
-        grow = (config.min_pixels / area) ** 0.5
-        new = [f * -int(-side * grow // f) for side in (height, width)]
-    return tuple(new)
-
-
-def to_tensor(picture):
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1) * 2 - 1
-
-
-def to_picture(pixels):
-    """(3, H, W) in [-1, 1] -> uint8 array (H, W, 3), truncated as both models do."""
-    return ((pixels.float() + 1) / 2 * 255).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-
-
-def emu3_picture(picture, config, area=None):
-    """Resize for Emu3, keeping the ratio: to `area` pixels first where given (training), then to its code grid."""
-    width, height = picture.size
-    if area:
-        scale = (area / (width * height)) ** 0.5
-        width, height = max(round(width * scale), 1), max(round(height * scale), 1)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    height, width = smart_resize(height, width, config)
-    return to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def janus_reading(picture, config):
-    """Resize for SigLIP: the longer side to S with *truncated* sides, centred on grey 127."""
-    size, longest = config.image_size, max(picture.size)
-    width, height = (max(int(side / longest * size), config.min_side) for side in picture.size)
-    square = Image.new("RGB", (size, size), (127, 127, 127))
-    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
-    return to_tensor(square)
-
-
-def janus_drawing(picture, config):
-    """Resize for the codes of Janus-Pro: halve with a box filter while large, short side to S, centre crop."""
-    size = config.image_size
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize(tuple(round(side * scale) for side in picture.size), Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in picture.size)
-    return to_tensor(picture.crop((left, top, left + size, top + size)))
-
-
-def written(picture, config, training=True):
-    """Resize for the picture tokenizer of either model. Emu3 in training: to the area of a drawn picture."""
-    if config.kind == "janus":
-        return janus_drawing(picture, config)
-    return emu3_picture(picture, config, config.image_size**2 if training else None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records and where they come from
-# ---------------------------------------------------------------------------------------------------------------------
-SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One example: a picture (or several, for questions) with a conversation. `place` names it in messages."""
-
-    place: str
-    task: str
-    turns: tuple                  # ((human, assistant), ...); <image> marks stay in the human text
-    pictures: tuple               # paths, bytes of picture files, or uint8 arrays (S, S, 3)
-
-
-class WorldSource:
-    """Training data of a World: a pool of pictures, each with fresh words whenever it is met."""
-
-    def __init__(self, world, n, seed):
-        rng = np.random.default_rng([seed, 2])
-        self.world, self.bad, self.paths = world, [], []
-        self.scenes = [world.scene(rng) for _ in range(n)]
-        self.pictures, self.rng = draw(self.scenes, world.cell), rng
-
-    @functools.cached_property
-    def crowded(self):
-        """Pictures for the picture tokenizer, half as many; drawn when they are needed."""
-        return draw([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)], self.world.cell)
-
-    def count(self, task):
-        return len(self.scenes)
-
-    def record(self, task, index, rng):
-        scene = self.scenes[index]
-        if task == "gen":
-            turns = ((caption(scene, rng), "<image>"),)
-        else:
-            asked = [question(self.world, scene, kind, rng) for kind in rng.permutation(QUESTIONS)[:ASKED]]
-            described = [(DESCRIBE, describe(scene))] * int(rng.integers(2))
-            turns = (*((q.text, q.answer) for q in asked), *described)
-        return Record(f"world picture {index}", task, turns, (self.pictures[index],))
-
-
-def parse_record(line, place, folder, strict=True):
-    """One JSON line, or its fields -> Record. A generation record has <image> as (or in) the assistant's answer. Not
-    strict: the layouts of public sets are taken too, and fields that no one needs are ignored."""
-    try:
-        entry = line if isinstance(line, dict) else json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}): write one object per line") from error
-    entry = entry if strict or not isinstance(entry, dict) else published(entry)
-    known = {"id", "image", "conversations", "task"}
-    if not isinstance(entry, dict) or not {"image", "conversations"} <= set(entry):
-        raise InputError('a record needs "image" and "conversations"')
-    if set(entry) - known:
-        raise InputError(f"unknown field {sorted(set(entry) - known)[0]!r}: known are {', '.join(sorted(known))}")
-    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    said = entry["conversations"]
-    good = isinstance(said, list) and len(said) >= 2 and len(said) % 2 == 0 and all(
-        isinstance(turn, dict) and turn.get("from") == ("human", "gpt")[i % 2] and isinstance(turn.get("value"), str)
-        for i, turn in enumerate(said))
-    images = [(one["bytes"] or one["path"]) if isinstance(one, dict) and {"bytes", "path"} <= set(one) else one
-              for one in images]                     # as Hugging Face's datasets store pictures
-    if not good or not images or not all(isinstance(one, str | bytes) and one for one in images):
-        raise InputError('"image" must be a path or a list of paths, "conversations" human and gpt turns in turn, '
-                         'each {"from": ..., "value": text}')
-    turns = tuple((said[i]["value"], said[i + 1]["value"].strip()) for i in range(0, len(said), 2))
-    task = check_turns(turns, len(images), entry.get("task"))
-    return Record(place, task, turns, tuple(one if isinstance(one, bytes) else folder / one for one in images))
-
-
-def published(entry):
-    """Fields of a public record as ours: LLaVA's conversations, ShareGPT-4o-Image's prompts, pictures with captions."""
-    if entry.get("input_image"):
-        raise InputError("the record edits a picture (input_image), which neither task does: leave it out")
-    image, said = entry.get("image") or entry.get("output_image"), entry.get("conversations")
-    caption = entry.get("caption") or entry.get("text") or entry.get("input_prompt")
-    if not said and caption:
-        said = [{"from": "human", "value": caption}, {"from": "gpt", "value": "<image>"}]
-    if not (image and said):
-        raise InputError("a record needs a picture, and a conversation or a caption")
-    return {"image": image, "conversations": said}
-
-
-def check_turns(turns, n_images, named):
-    """The task of a conversation; refuse what neither task can use."""
-    if any(not answer for _, answer in turns):
-        raise InputError("an answer is empty: every gpt turn needs text, or <image> to be drawn")
-    task = "gen" if any("<image>" in answer for _, answer in turns) else "und"
-    if named not in (None, *aia.TASKS):
-        raise InputError(f"unknown task {named!r}: use one of {', '.join(aia.TASKS)}, or leave it out")
-    if named not in (None, task):
-        raise InputError(f"task is {named!r}, but the conversation is of {task!r}: <image> in an answer means drawing")
-    marks = sum(asked.count("<image>") for asked, _ in turns)
-    if task == "gen" and (len(turns) != 1 or n_images != 1 or marks or turns[0][1] != "<image>"):
-        raise InputError("a drawing record has one human turn with the prompt, and <image> alone as the answer")
-    if task == "und":
-        question_parts(turns, n_images)              # refuses marks that do not fit
-    return task
-
-
-def open_picture(source, kind):
-    """Path or bytes of a picture file -> Pillow picture: header read, size checked, pixels yet to come."""
-    name = "the picture" if isinstance(source, bytes) else f"picture {source}"
-    try:
-        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError as error:
-        raise InputError(f"{name} is missing: paths are relative to the JSON file") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large to open safely ({error}): shrink it first") from error
-    except Exception as error:                       # of one file; readers raise whatever a broken one leads them to
-        why = re.sub(" <.*>", "", str(error))        # the address of a buffer
-        raise InputError(f"{name} cannot be opened ({why}): is it a picture, and complete?") from error
-    if picture.mode[0] in "IF":
-        raise InputError(f"{name} has more than 8 bits a channel ({picture.mode}), which would be cut off: save it "
-                         "with 8")
-    check_size(*picture.size, kind)
-    return picture
-
-
-def load_picture(source, kind):
-    """Path, bytes or uint8 array -> RGB picture, turned as a viewer shows it."""
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    picture = open_picture(source, kind)
-    try:
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:
-        name = "the picture" if isinstance(source, bytes) else f"picture {source}"
-        raise InputError(f"{name} is broken ({error}): replace it") from error
-
-
-def question_parts(turns, n_images):
-    """Human texts with <image> marks -> [([text or picture number, ...], answer)]. No mark: the pictures come first."""
-    marks = sum(asked.count("<image>") for asked, _ in turns)
-    if marks == 0:
-        turns = [("<image>" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
-    elif marks != n_images:
-        raise InputError(f"{marks} <image> marks in the questions for {n_images} pictures: write one each, or none")
-    number, result = 0, []
-    for asked, answer in turns:
-        parts = []
-        for i, text in enumerate(asked.strip().split("<image>")):
-            if i:
-                parts.append(number)
-                number += 1
-            text = text.lstrip() if i else text     # the templates set the line breaks around a picture
-            parts += [text] if text else []
-        result.append((parts, answer))
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets as they are published: where records lie, and how one is read
-# ---------------------------------------------------------------------------------------------------------------------
-# An index has 16 bytes a record, drawings first. `where` is the file (upper 16 bits) and the offset in it; in tables,
-# offset and size are a row group and a row of it. `number` counts the records of a file, for messages.
-ROW, OFFSET = np.dtype([("where", "<u8"), ("size", "<u4"), ("number", "<u4")]), 2**48 - 1
-FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                        # the first three also as a folder
-TABLES = ("parquet", "arrow")
-COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
-ENDINGS = ("jpg", "jpeg", "png", "webp")
-BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarError)          # what readers raise
-JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)
-
-
-def data_files(path):
-    """A file, a folder or a pattern with wildcards -> format, sorted files."""
-    path, files = Path(path), []
-    if path.is_dir():
-        found = ([file for file in path.glob(f"*.{form}") if not file.name.startswith("cache-")] for form in FORMS[:3])
-        files = next(filter(None, found), [])        # beside shards often lie tables about them
-    elif path.exists() or glob.has_magic(str(path)):
-        files = [path] if path.exists() else [Path(file) for file in glob.glob(str(path), recursive=True)]
-    forms = {file.suffix[1:] if file.suffix[1:] in FORMS else "jsonl" for file in files}
-    if len(forms) != 1 or len(files) > 2**16:
-        raise InputError(f"data set {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
-                         ".json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three")
-    return forms.pop(), sorted(files)
-
-
-def scan(form, file):
-    """Where the records of a file lie: (offset, size, number) of each, in order."""
-    if form == "json":
-        yield from json_elements(file)
-    elif form == "tar":
-        yield from tar_samples(file)
-    elif form == "jsonl":
-        with open(file, "rb") as lines:
-            offset = 0
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield offset, len(line), number
-                offset += len(line)
-    else:
-        number, arrow = 0, pyarrow_for(file)
-        about = arrow.parquet.ParquetFile(file).metadata if form == "parquet" else None
-        for group in range(about.num_row_groups if about else 1):
-            for row in range(about.row_group(group).num_rows if about else len(read_table(form, file, group))):
-                number += 1
-                yield group, row, number
-
-
-def json_elements(file):
-    """The objects of a JSON array of any size: brackets outside strings are counted, nothing is parsed or kept."""
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        depth = number = start = 0
-        for token in JSON_TOKEN.finditer(text) if re.match(rb"(?:\xef\xbb\xbf)?\s*\[", text) else ():
-            if token[1] in (b"[", b"{"):
-                start = token.start() if depth == 1 else start
-                depth += 1
-            elif token[1]:
-                depth -= 1
-                if depth == 1:
-                    number += 1
-                    yield start, token.end() - start, number
-                elif depth == 0:
-                    if text[token.end():].strip():
-                        break
-                    return
-        raise ValueError("no JSON array, or not all of it, or more behind it; JSON lines are named .jsonl")
-
-
-def tar_samples(file):
-    """The samples of a WebDataset shard: neighbours whose names agree up to the first full stop."""
-    with tarfile.open(file, "r:") as tar:
-        last, start, end, number = None, 0, 0, 0
-        while member := tar.next():
-            tar.members.clear()                      # tarfile would keep them all
-            key, _ = split_name(member)
-            if key and key != last:
-                if last:
-                    number += 1
-                    yield start, end - start, number
-                last, start = key, member.offset
-            end = member.offset_data + -(-member.size // 512) * 512 if key else end         # whole blocks
-        if last:
-            yield start, end - start, number + 1
-        tar.fileobj.seek(tar.offset)                 # tarfile takes a broken header for the end
-        rest = tar.fileobj.read(2**20)
-        if len(rest) < 512 or rest.strip(b"\0"):
-            raise tarfile.ReadError("no end mark where the samples stop")
-
-
-def split_name(member):
-    """A tar member -> the key of its sample, and its ending. Folders and hidden files have no key."""
-    first = member.name.rfind("/") + 1
-    cut = member.name.find(".", first)
-    return (member.name[:cut], member.name[cut + 1:].lower()) if cut > first and member.isfile() else ("", "")
-
-
-def tar_entry(content):
-    """The bytes of a sample -> its key; its picture and its .json with conversations, else its .txt caption."""
-    parts = {}
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        first, _ = split_name(tar.firstmember)
-        for member in tar:
-            key, ending = split_name(member)
-            if key:
-                parts[ending] = tar.extractfile(member).read()
-    entry = json.loads(parts.get("json", b"{}"))
-    if not (isinstance(entry, dict) and "conversations" in entry):             # .json beside .txt may be about anything
-        entry = {"caption": parts.get("txt", b"").decode("utf-8").strip()}
-    return first, entry | {"image": next((parts[ending] for ending in ENDINGS if ending in parts), None)}
-
-
-def pyarrow_for(file):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{file} is read through pyarrow, which is not installed: pip install pyarrow") from error
-    return pyarrow
-
-
-def read_table(form, file, group):
-    """Our columns of a row group of a parquet file, or of a whole Arrow stream (mapped into memory, not read)."""
-    arrow = pyarrow_for(file)
-    if form == "parquet":
-        table = arrow.parquet.ParquetFile(file)
-        return table.read_row_group(group, [name for name in COLUMNS if name in table.schema_arrow.names])
-    table = arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all()
-    return table.select([name for name in COLUMNS if name in table.column_names])
-
-
-def read_record(form, file, offset, size, number, table=read_table, check=None):
-    """The record at a place of a file; check(picture) may refuse its pictures."""
-    place = f"{file}:{number}"
-    try:
-        if form in TABLES:
-            rows = table(form, file, offset)
-            entry = {name: rows[name][size].as_py() for name in rows.column_names}
-        else:
-            with open(file, "rb") as opened:
-                opened.seek(offset)
-                entry = opened.read(size)
-            if form == "tar":
-                key, entry = tar_entry(entry)
-                place = f"{file}:{key}"
-        record = parse_record(entry, place, file.parent, strict=form == "jsonl")
-        for picture in record.pictures if check else ():
-            check(picture)
-        return record
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
-    except BROKEN as error:
-        raise InputError(f"{place}: cannot be read ({error}): is the file complete, and unchanged?") from error
-
-
-def make_index(form, files, kind, stop=False):
-    """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones. Of pictures the header is read."""
-    rows, bad, table = {task: bytearray() for task in aia.TASKS}, [], functools.lru_cache(maxsize=1)(read_table)
-
-    def check(picture):
-        open_picture(picture, kind).close()
-    bar = tqdm(desc="index", unit="record", disable=None)
-    for i, file in enumerate(files):
-        try:
-            for offset, size, number in scan(form, file):
-                bar.update()
-                try:
-                    record = read_record(form, file, offset, size, number, table, check)
-                    rows[record.task] += struct.pack("<QII", i << 48 | offset, size, number)
-                except InputError as error:
-                    note_bad(str(error), bad, stop)
-        except InputError:
-            raise
-        except BROKEN as error:
-            note_bad(f"{file}: cannot be read to its end ({error}): is it complete?", bad, stop)
-    bar.close()
-    return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad
-
-
-def index_file(path):
-    """PATH.index.npy beside a file or folder; of a pattern in the folder before its first wildcard, wildcards as _."""
-    path = str(Path(path))
-    before = path if Path(path).exists() else re.split(r"[*?\[]", path)[0]
-    folder = before[:before.rfind("/") + 1]
-    return Path(folder + re.sub(r"[/*?\[\]]+", "_", path[len(folder):]) + ".index.npy")
-
-
-def stamps(files, folder):
-    """What tells that a file has changed: [[name, size, time], ...]."""
-    return [[os.path.relpath(file, folder), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
-
-
-def load_index(path, files):
-    """A stored index -> rows {task: (n,)}, mapped into memory, and its bad records; refused if a file has changed."""
-    stored, again = index_file(path), f"run python data.py index {path} again"
-    try:
-        rows = np.load(stored, mmap_mode="r", allow_pickle=False)
-        with open(stored, "rb") as file:
-            file.seek(rows.offset + rows.nbytes)     # behind the array: the two are written together
-            head = json.loads(file.read())
-        gen, bad, seen = head["count"]["gen"], head["bad"], {tuple(one) for one in head["files"]}
-    except (*BROKEN, EOFError, AttributeError, TypeError) as error:
-        raise InputError(f"{stored} is broken ({error}): {again}") from error
-    if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
-        raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
-    return {"gen": rows[:gen], "und": rows[gen:]}, bad
-
-
-def note_bad(text, bad, stop):
-    """Add a record that cannot be used to a list, or stop at it."""
-    bad.append(text)
-    if stop:
-        raise InputError(f"{text} ({SKIP_HINT})")
-
-
-def bad_report(bad, paths):
-    """How many records of each data set were left out, then the first of them."""
-    homes = sorted(((re.split(r"[*?\[]", str(Path(path)))[0], path) for path in paths), key=lambda home: len(home[0]))
-    owners = [[path for home, path in [("", "elsewhere"), *homes] if text.startswith(home)][-1] for text in bad]
-    counts = [f"{path}: {owners.count(path)}" for path in dict.fromkeys(owners)]
-    more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
-    return "\n  ".join([f"{len(bad)} bad records were left out:", *counts, *bad[:20], *more])
-
-
-class FileSource:
-    """Records of a data set, read one by one through an index, stored or made at once; but JSON lines without a stored
-    index are read and checked whole. A bad record is named with file, place and remedy."""
-
-    def __init__(self, path, kind, on_bad_record="stop"):
-        self.paths, self.bad, self.records = [str(path)], [], {task: [] for task in aia.TASKS}
-        (self.form, self.files), stop, started = data_files(path), on_bad_record == "stop", time.time()
-        self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
-        self.read = functools.lru_cache(maxsize=256)(read_record)               # lengths are asked for before records
-        if index_file(path).exists():
-            self.records, self.bad = load_index(path, self.files)
-        elif self.form == "jsonl":
-            self.read_whole(kind, stop)
-        else:
-            self.records, self.bad = make_index(self.form, self.files, kind, stop)
-        if time.time() - started > 5:
-            print(f"{path}: read through in {time.time() - started:.0f} s; once for all: python data.py index {path}")
-        if not any(map(len, self.records.values())):
-            raise InputError(f"data set {path} holds no usable record: see README, 'Your own pictures'")
-
-    def read_whole(self, kind, stop):
-        for file in self.files:
-            try:
-                lines = file.read_bytes().split(b"\n")                             # other separators are text in JSON
-            except OSError as error:
-                raise InputError(f"data set {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = parse_record(line, f"{file}:{number}", file.parent)
-                    for path in record.pictures:
-                        load_picture(path, kind)     # whole, since a truncated file has a good header
-                    self.records[record.task].append(record)
-                except InputError as error:
-                    note_bad(f"{file}:{number}: {error}", self.bad, stop)
-
-    def count(self, task):
-        return len(self.records[task])
-
-    def record(self, task, index, rng=None):
-        row = self.records[task][index]
-        if isinstance(row, Record):
-            return row
-        where, size, number = row.item()
-        return self.read(self.form, self.files[where >> 48], where & OFFSET, size, number, self.table)
-
-
-class Mixture:
-    """Several sources as one: joined, or with weights (see Schedule) each by its share and in its own epochs."""
-
-    def __init__(self, sources, weights=()):
-        self.sources, self.weights = sources, weights
-        self.bad = [text for source in sources for text in source.bad]
-        self.paths = [path for source in sources for path in source.paths]
-
-    def count(self, task):
-        return sum(source.count(task) for source in self.sources)
-
-    def record(self, task, index, rng=None):
-        for source in self.sources:
-            if index < source.count(task):
-                return source.record(task, index, rng)
-            index -= source.count(task)
-
-
-def open_sources(texts, kind, on_bad_record="stop"):
-    """The source that --data names, each text a PATH or PATH=WEIGHT."""
-    found = [(text, None) if Path(text).exists() or "=" not in text else text.rsplit("=", 1) for text in texts]
-    try:
-        weights = [Fraction(weight) for _, weight in found if weight]
-    except (ValueError, ZeroDivisionError):
-        weights = [0]
-    if min(weights, default=1) <= 0 or len(weights) not in (0, len(found)):
-        raise InputError(f"--data {' '.join(texts)}: give each data set a weight above 0 (PATH=WEIGHT), or none")
-    sources = [FileSource(path, kind, on_bad_record) for path, _ in found]
-    return Mixture(sources, weights) if sources[1:] else sources[0]
-
-
-def every(source, task):
-    """All records of a task, one at a time."""
-    return (source.record(task, i) for i in range(source.count(task)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures encoded once
-# ---------------------------------------------------------------------------------------------------------------------
-def picture_key(file):
-    """Name of the content of a picture (path or bytes). Of a file that cannot be read: "" (loading it will say why)."""
-    try:
-        content = file if isinstance(file, bytes) else Path(file).read_bytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
-    except OSError:
-        return ""
-
-
-ENCODING = 2                                     # raised whenever the same weights encode a picture otherwise
-
-
-class Encoded:
-    """What frozen towers made of pictures, stored by `data.py encode`: safetensors files of codes/KEY, as encode_images
-    gives them, and features/KEY (N, vit_width), KEY as in picture_key. Files made with other weights, or by another
-    resizing, are refused."""
-
-    def __init__(self, folder, m, new=False):
-        self.folder, self.m, self.parts = Path(folder), m, {}
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not (files or new):
-            raise InputError(f"--encoded {folder} holds no encoded pictures: make them with python data.py encode")
-        for file in files:
-            try:
-                part = safe_open(file, "pt")
-                stored, names = part.metadata() or {}, list(part.keys())
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{file} is broken ({error}): remove it and run data.py encode again") from error
-            for name, made_with in stored.items():
-                if made_with != self.fingerprints.get(name):
-                    raise InputError(f"{file} was encoded with another tower or another resizing ({name} {made_with}, "
-                                     f"here {self.fingerprints.get(name)}): encode again, into another folder")
-            self.parts |= dict.fromkeys(names, part)
-        self.kinds = {key.split("/")[0] for key in self.parts}                  # of "codes", "features"
-
-    @functools.cached_property
-    def fingerprints(self):
-        """{"codes", "features": hash of the tower's weights, and of what the resizing makes of a small and of a large
-        picture of noise}."""
-        towers = {"codes": (self.m.vq, written)}
-        if self.m.config.kind == "janus":
-            towers["features"] = (self.m.vision, janus_reading)
-        found = {}
-        for name, (tower, resize) in towers.items():
-            mix = hashlib.blake2b(b"encoding %d" % ENCODING, digest_size=8)
-            for key, weight in sorted(tower.state_dict().items()):
-                if weight.is_floating_point():       # not the counters of batch norm
-                    exact = weight.float().cpu().contiguous()               # public ones are the same in both types
-                    mix.update(key.encode() + exact.view(-1).view(torch.uint8).numpy().tobytes())
-            for height, width in ((90, 60), (700, 1100)):
-                noise = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
-                mix.update(resize(Image.fromarray(noise), self.m.config).numpy().tobytes())
-            found[name] = mix.hexdigest()
-        return found
-
-    def get(self, name, file):
-        """Codes or features of a picture file, or None; the file is not read for what is stored of no picture."""
-        key = f"{name}/{picture_key(file)}" if name in self.kinds else ""
-        return self.parts[key].get_tensor(key) if key in self.parts else None
-
-    def add(self, tensors, place):
-        """Write tensors into a new file, whole or not at all."""
-        aside = self.folder / f"{place}.part"
-        save_file(tensors, aside, {name: self.fingerprints[name] for name in {key.split("/")[0] for key in tensors}})
-        os.replace(aside, self.folder / f"{place}.safetensors")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
@@ -1339,9 +201,9 @@ class Batch:
 
     def __post_init__(self):
         if self.rows is None:
-            self.rows = kernels.indices(self.queries)
+            self.rows = indices(self.queries)
         if self.keys is None:
-            self.keys = kernels.indices(self.condition)
+            self.keys = indices(self.condition)
         if self.targets is None:
             following = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()       # (B T,)
             self.predicting = (following != -100).nonzero()[:, 0]
@@ -1624,7 +486,77 @@ class Schedule:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Export
+# The world as a source
+# ---------------------------------------------------------------------------------------------------------------------
+class WorldSource:
+    """Training data of a World: a pool of pictures, each with fresh words whenever it is met."""
+
+    def __init__(self, world, n, seed):
+        rng = np.random.default_rng([seed, 2])
+        self.world, self.bad, self.paths = world, [], []
+        self.scenes = [world.scene(rng) for _ in range(n)]
+        self.pictures, self.rng = draw_scenes(self.scenes, world.cell), rng
+
+    @functools.cached_property
+    def crowded(self):
+        """Pictures for the picture tokenizer, half as many; drawn when they are needed."""
+        return draw_scenes([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)], self.world.cell)
+
+    def count(self, task):
+        return len(self.scenes)
+
+    def record(self, task, index, rng):
+        scene = self.scenes[index]
+        if task == "gen":
+            turns = ((caption(scene, rng), "<image>"),)
+        else:
+            kinds = rng.permutation(QUESTIONS)[:QUESTIONS_ASKED]
+            asked = [make_question(self.world, scene, kind, rng) for kind in kinds]
+            described = [(DESCRIBE, describe(scene))] * int(rng.integers(2))
+            turns = (*((q.text, q.answer) for q in asked), *described)
+        return Record(f"world picture {index}", task, turns, (self.pictures[index],))
+
+
+def train_tokenizer(file, config, world=None):
+    """A byte-level BPE on a world's text (None: the easiest), with the special tokens of `config` behind it; saved as
+    tokenizer.json.
+
+    Merges never cross the edge of a word that means something; what stands between such words may become one token, so
+    that conversations are short.
+    """
+    world = world or World(0)
+    words = [*world.shapes, *map(plural, world.shapes), *world.colours, *NUMBERS, "at the top",
+             "at the bottom", "left", "right", *RELATIONS, "yes", "no", "nothing", *"ABCD"]
+    words = "|".join(sorted(words, key=len, reverse=True))      # beside them the template, numbers, line ends and *
+    frame = "|".join(map(re.escape, (EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT)))
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"{frame}| ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = tokenizers.decoders.ByteLevel()
+    rng, lines = np.random.default_rng(0), []
+    for _ in range(2000):
+        scene = world.scene(rng)
+        asked = make_question(world, scene, QUESTIONS[rng.integers(len(QUESTIONS))], rng)
+        lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT]
+        lines += [JANUS_USER, JANUS_ASSISTANT]
+        lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer, DESCRIBE]
+        lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(lines, trainer)
+    if core.get_vocab_size() != model.TINY_TEXT:
+        raise RuntimeError(f"the world's text gives {core.get_vocab_size()} tokens, not {model.TINY_TEXT}")
+    special = list(SPECIAL[config.kind].values())
+    if config.kind == "emu3":
+        special += [f"<|visual token {code:06d}|>" for code in range(1, config.codebook)]
+    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    core.save(str(file))
+    return Text(file, config.kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Export:
@@ -1696,8 +628,8 @@ def index(settings):
         print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")
 
 
-PART = 2**28                                     # bytes of one file of encoded pictures, and at most ...
-PICTURES = 1000                                  # ... so many pictures, so that little is lost to a kill
+BYTES_A_FILE = 2**28                             # bytes of one file of encoded pictures, and at most ...
+PICTURES_A_FILE = 1000                           # ... so many pictures, so that little is lost to a kill
 TOGETHER = 32                                    # pictures that pass a tower at once
 
 
@@ -1722,8 +654,8 @@ def encode(settings):
         raise InputError("encode needs a folder, --data and --init: "
                          "python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    folder, m = Path(settings.folder), model.load(settings.init, torch.float32, device_of(settings.device),
-                                                  settings.vision_tokenizer)
+    folder, m = Path(settings.folder), formats.weights.load(settings.init, torch.float32, device_of(settings.device),
+                                                            settings.vision_tokenizer)
     janus = m.config.kind == "janus"
     if settings.features and not janus:
         raise InputError("--features: Emu3 reads pictures as codes, there is no SigLIP; leave it out")
@@ -1758,7 +690,7 @@ def encode(settings):
                         missing += 1
                         note_bad(f"{source.record(task, i).place}: {error}", source.bad,
                                  settings.on_bad_record == "stop")
-            full = len(made) >= PICTURES or sum(one.nbytes for one in made.values()) >= PART
+            full = len(made) >= PICTURES_A_FILE or sum(one.nbytes for one in made.values()) >= BYTES_A_FILE
             if full or first + TOGETHER >= len(todo):
                 store.add(made, f"{rank:03d}-{number:05d}")
                 number, made = number + 1, {}
@@ -1778,4 +710,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -8,31 +8,32 @@ token spends on the keys of the other modality (the I_l of aia.py, before averag
 """
 
 import functools
-import hashlib
-import json
 import math
 import re
-import shutil
-import sys
-import warnings
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 
-import sentencepiece
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import aia
-from aia import InputError
-from parts import kernels
-from parts.kernels import first_line
+from parts.kernels import (
+    Recorded,
+    attend_columns,
+    attention_and_mass,
+    chunked_cross_entropy,
+    indices,
+    kernel_for,
+    kernel_of,
+    no_planning,
+    try_lse,
+)
+from parts.settings import InputError
+from parts.text import SPECIAL
+from parts.vision import Emu3VQ, JanusVQ, SigLIP
 
 # Legend: B samples, T tokens, C channels (width), H heads, G key/value heads, D head size, L layers, V vocabulary,
 # N image tokens of one picture, K codebook rows, S side of a picture in pixels; h, w: sides of a code grid.
@@ -93,75 +94,6 @@ class Config:
     def grid(self):
         """Sides (h, w) of the code grid of a drawn square picture."""
         return (self.image_size // self.factor,) * 2
-
-
-def read_json(file):
-    """The object in a json file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object: is it the right folder, and complete?")
-    return content
-
-
-# Special tokens by role. Ids are looked up by string, never assumed: they differ between Janus-Pro 1B and 7B.
-SPECIAL = {
-    "emu3": {
-        "pad": "<|endoftext|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>", "bos": "<|extra_203|>",
-        "eos": "<|extra_204|>", "img": "<|image token|>", "boi": "<|image start|>", "eoi": "<|image end|>",
-        "placeholder": "<|extra_0|>", "visual": "<|visual token 000000|>",
-    },
-    "janus": {
-        "bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": "<｜▁pad▁｜>",
-        "boi": "<begin_of_image>", "eoi": "<end_of_image>", "placeholder": "<image_placeholder>",
-        "user": "<|User|>", "assistant": "<|Assistant|>",
-    },
-}
-
-
-TOKENIZERS = ("tokenizer.json", "emu3.tiktoken", "tokenizer.model")             # in this order of preference ...
-TOKENIZER_NOTES = ("emu3_vision_tokens.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "chat_template.jinja", "chat_template.json")                 # ... and beside them
-
-
-def find_tokenizer(folder):
-    """The tokenizer's file in a folder, or None."""
-    return next((folder / name for name in TOKENIZERS if (folder / name).exists()), None)
-
-
-def special_ids(known, kind, place):
-    """{role: id} of the special tokens, from the {token: id} of a tokenizer or a config.json."""
-    if "<image>" in known:                           # how transformers calls Emu3's first reserved token
-        known = {SPECIAL["emu3"]["placeholder"]: known["<image>"]} | known
-    if kind == "janus":                              # the authors add it where it lacks; its embedding is never used
-        known = {SPECIAL[kind]["placeholder"]: max(known.values(), default=0) + 1} | known
-    missing = [text for text in SPECIAL[kind].values() if text not in known]
-    if missing:
-        raise InputError(f"tokenizer {place} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
-    return {role: known[text] for role, text in SPECIAL[kind].items()}
-
-
-def token_ids(file):
-    """{token: id} of a tokenizer.json or a sentencepiece .model; of emu3.tiktoken its special tokens."""
-    file = Path(file)
-    try:
-        if file.suffix == ".tiktoken":               # Emu3's own: they follow the ranks of this file, in a fixed order
-            visual = file.with_name("emu3_vision_tokens.txt").read_text(encoding="utf-8").splitlines()
-            first = sum(1 for line in file.read_bytes().splitlines() if line.strip())
-            special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
-                       *filter(None, map(str.strip, visual))]
-            return {token: first + i for i, token in enumerate(special)}
-        if file.suffix == ".model":
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-            added = file.with_name("added_tokens.json")
-            return {pieces.id_to_piece(i): i for i in range(len(pieces))} | (read_json(added) if added.exists() else {})
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in content["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"tokenizer {file} cannot be read ({error}): download this file again") from error
 
 
 EMU3_8B = Config(
@@ -266,12 +198,12 @@ def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     """The same through a kernel of plain attention: rows of the rectangle get their mass from its log-sum-exp
     (kernels.MassFromLse), the others 0, which Eq. 1 does not read. It is `attend_fused` under a mask, and where no
     kernel has been tried and found right (kernels.try_lse)."""
-    if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernels.kernel_for(q):
+    if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernel_for(q):
         return attend_fused(q, k, v, visible, condition)
     if rectangle is None:
-        rectangle = kernels.indices(torch.ones_like(condition)), kernels.indices(condition)
+        rectangle = indices(torch.ones_like(condition)), indices(condition)
     # mass(q) = sum_{k in condition} exp(q.k / sqrt(D) - lse(q))
-    return kernels.attention_and_mass(q, k, v, *rectangle)                      # (B, H, T, D), (B, H, T)
+    return attention_and_mass(q, k, v, *rectangle)                              # (B, H, T, D), (B, H, T)
 
 
 # "auto" is the fused body until training, which knows its device, settles it (train.settle_attention). On CUDA "lse" is
@@ -366,7 +298,7 @@ class Cache:
         self.leave_even(self.used)
         self.whole = True
         self.column.fill_(self.used)
-        return kernels.Recorded(step, (self.column, self.position))
+        return Recorded(step, (self.column, self.position))
 
 
 LORA_ALPHA = 16.0                               # with R = 16 the addition counts as it is, with another R by 16 / R
@@ -413,7 +345,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.add(self.index, k, v)                                  # (B, G, U, D)
         if cache is not None and cache.whole:
-            out, mass = kernels.attend_columns(q, k, v, visible), None          # (B, H, T, D)
+            out, mass = attend_columns(q, k, v, visible), None                  # (B, H, T, D)
         else:
             out, mass = self.attend(q, k, v, visible, condition, rectangle)     # (B, H, T, D), (B, H, T)
         return self.o_proj(out.transpose(1, 2).reshape(len(x), -1)), mass       # (B T, C), (B, H, T)
@@ -546,310 +478,6 @@ def visibility(mask, columns, end):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Picture tokenizers: convolutional encoder, nearest codebook row, convolutional decoder
-# ---------------------------------------------------------------------------------------------------------------------
-class Norm(nn.GroupNorm):
-    """Group norm with 32 groups; takes and ignores the code vectors that SpatialNorm needs."""
-
-    def __init__(self, channels):
-        super().__init__(32, channels, eps=1e-6)
-
-    def forward(self, x, codes=None):
-        return super().forward(x)
-
-
-class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift come from the code vectors at the same place (Emu3's decoder)."""
-
-    def __init__(self, channels, code_dim):
-        super().__init__()
-        self.norm_layer = Norm(channels)
-        self.conv_y, self.conv_b = nn.Conv2d(code_dim, channels, 1), nn.Conv2d(code_dim, channels, 1)
-
-    def forward(self, x, codes):
-        codes = F.interpolate(codes, size=x.shape[-2:], mode="nearest")
-        return self.norm_layer(x) * self.conv_y(codes) + self.conv_b(codes)
-
-
-class ResBlock(nn.Module):
-    """Two normalised 3 x 3 convolutions and a skip."""
-
-    def __init__(self, before, after, norm):
-        super().__init__()
-        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1)
-        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)           # fresh branches, here and below, begin by adding nothing
-
-    def forward(self, x, codes=None):
-        y = self.conv1(F.silu(self.norm1(x, codes)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y, codes)))
-
-
-class AttnBlock(nn.Module):
-    """One attention head over all places of the grid."""
-
-    def __init__(self, channels, norm):
-        super().__init__()
-        self.norm = norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-        nn.init.zeros_(self.proj_out.weight)
-
-    def forward(self, x, codes=None):
-        y = self.norm(x, codes)
-        q, k, v = (part(y).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))   # (B, 1, hw, C)
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]                       # (B, hw, C)
-        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, with attention after each where the configuration says so."""
-
-    def __init__(self, before, after, blocks, attention, norm):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(before if i == 0 else after, after, norm) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(after, norm) for _ in range(blocks if attention else 0))
-
-    def forward(self, x, codes=None):
-        for i, block in enumerate(self.block):
-            x = block(x, codes)
-            x = self.attn[i](x, codes) if self.attn else x
-        return x
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels, norm):
-        super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels, norm), AttnBlock(channels, norm)
-        self.block_2 = ResBlock(channels, channels, norm)
-
-    def forward(self, x, codes=None):
-        return self.block_2(self.attn_1(self.block_1(x, codes), codes), codes)
-
-
-class Encoder(nn.Module):
-    """Pixels (B, 3, S, S) -> (B, vq_latent, h, w). Level 0 has the full resolution."""
-
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.vq_width * m for m in config.vq_mult]
-        self.conv_in = nn.Conv2d(3, config.vq_width, 3, padding=1)
-        before = [config.vq_width, *widths[:-1]]
-        self.down = nn.ModuleList(Level(before[i], widths[i], config.vq_blocks, i in config.vq_attention, Norm)
-                                  for i in range(len(widths)))
-        self.downsample = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
-        self.mid, self.norm_out = Middle(widths[-1], Norm), Norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.vq_latent, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            x = level(x)
-            if i < len(self.downsample):
-                x = self.downsample[i](F.pad(x, (0, 1, 0, 1)))                  # pad right and below only
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class PixelDecoder(nn.Module):
-    """(B, vq_latent, h, w) and code vectors (B, code_dim, h, w) -> pixels (B, 3, S, S), nominally in [-1, 1]."""
-
-    def __init__(self, config, norm):
-        super().__init__()
-        widths = [config.vq_width * m for m in reversed(config.vq_mult)]        # lowest resolution first
-        top = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.vq_latent, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0], norm)
-        before = [widths[0], *widths[:-1]]
-        self.up = nn.ModuleList(Level(before[i], widths[i], config.vq_blocks + 1, top - i in config.vq_attention, norm)
-                                for i in range(len(widths)))
-        self.upsample = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in widths[:-1])
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x, codes=None):
-        x = self.mid(self.conv_in(x), codes)
-        for i, level in enumerate(self.up):
-            x = level(x, codes)
-            if i < len(self.upsample):
-                x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x, codes)))
-
-
-def flatten(latents):
-    """(B, code_dim, h, w) -> (B h w, code_dim)."""
-    return latents.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-class VQ(nn.Module):
-    """What both tokenizers share: the codebook. Always float32: half precision flips codes."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.quantize = nn.Embedding(config.codebook, config.code_dim)
-        nn.init.uniform_(self.quantize.weight, -1 / config.codebook, 1 / config.codebook)
-
-    def rows(self):
-        """The codebook as it is compared and decoded: (K, code_dim)."""
-        return self.quantize.weight
-
-    def nearest(self, flat):
-        """Code of the nearest row (squared distance) for flat latents (n, code_dim) -> (n,)."""
-        rows = self.rows()
-        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, where |z|^2 does not change the order
-        return (rows.square().sum(1) - 2 * flat @ rows.T).argmin(1)
-
-    def vectors(self, codes):
-        """Codes (B, h, w) -> rows (B, code_dim, h, w)."""
-        return F.embedding(codes, self.rows()).permute(0, 3, 1, 2)
-
-    def encode(self, pixels):
-        """Pixels (B, 3, S, S) in [-1, 1] -> codes (B, h, w)."""
-        z = self.latents(pixels)                                                # (B, code_dim, h, w)
-        return self.nearest(flatten(z)).view(len(z), *z.shape[2:])
-
-    def decode(self, codes):
-        """Codes (B, h, w) -> pixels (B, 3, S, S), not clipped."""
-        return self.pixels(self.vectors(codes))
-
-
-class JanusVQ(VQ):
-    """VQ-16 of LlamaGen, used by Janus-Pro: latents and codebook rows are compared and decoded at unit length."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), PixelDecoder(config, Norm)
-        self.quant_conv = nn.Conv2d(config.vq_latent, config.code_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.code_dim, config.vq_latent, 1)
-
-    def rows(self):
-        return F.normalize(self.quantize.weight, dim=1)
-
-    def latents(self, pixels):
-        return F.normalize(self.quant_conv(self.encoder(pixels)), dim=1)
-
-    def pixels(self, vectors):
-        return self.decoder(self.post_quant_conv(vectors))
-
-
-class CausalConv3d(nn.Module):
-    """3-D convolution over (time, height, width): time padded by two frames in front, whatever the kernel."""
-
-    def __init__(self, channels, kernel, time_stride=1):
-        super().__init__()
-        self.conv = nn.Conv3d(channels, channels, kernel, stride=(time_stride, 1, 1))
-        side = [kernel[1] // 2, (kernel[1] - 1) // 2]
-        self.padding = (*side, *side, 2, 0)
-
-    def pass_through(self):
-        """Start close to the identity on the newest frame: with small random weights the many convolutions over time in
-        a row leave no signal, and training from scratch stalls."""
-        weight = self.conv.weight.data.mul_(0.1)
-        for channel in range(len(weight)):
-            weight[channel, channel, -1, weight.shape[3] // 2, weight.shape[4] // 2] += 1.0
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding))
-
-
-class TimeBlock(nn.Module):
-    """Residual block over time. Its batch norm always uses the stored statistics, in training too."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm3d(channels), CausalConv3d(channels, (3, 3, 3))
-        self.norm2, self.conv2 = nn.BatchNorm3d(channels), CausalConv3d(channels, (3, 3, 3))
-
-    def train(self, mode=True):
-        super().train(mode)
-        for norm in (self.norm1, self.norm2):
-            norm.eval()
-        return self
-
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
-class Emu3VQ(VQ):
-    """Emu3VisionVQ, a video tokenizer: a still picture is four equal frames in, and frame 0 of four out."""
-
-    frames = 4
-
-    def __init__(self, config):
-        super().__init__(config)
-        z, code_dim = config.vq_latent, config.code_dim
-        halvings = range(int(math.log2(self.frames)))
-        self.encoder, self.decoder = Encoder(config), PixelDecoder(config, lambda c: SpatialNorm(c, code_dim))
-        self.encoder_time_conv = nn.ModuleList(CausalConv3d(z, (4, 3, 3), time_stride=2) for _ in halvings)
-        self.encoder_time_blocks = nn.ModuleList(TimeBlock(z) for _ in range(config.vq_blocks))
-        self.decoder_time_blocks = nn.ModuleList(TimeBlock(z) for _ in range(config.vq_blocks))
-        self.decoder_time_conv = nn.ModuleList(CausalConv3d(z, (3, 3, 3)) for _ in halvings)
-        self.quant_conv, self.post_quant_conv = CausalConv3d(z, (3, 1, 1)), CausalConv3d(z, (3, 1, 1))
-        for module in [*self.encoder_time_conv, *self.decoder_time_conv, self.quant_conv, self.post_quant_conv]:
-            module.pass_through()
-
-    def latents(self, pixels):
-        # The four frames are equal, so the 2-D encoder sees one of them; time begins after it.
-        x = self.encoder(pixels)[:, :, None].repeat(1, 1, self.frames, 1, 1)    # (B, C, 4, h, w)
-        for conv in self.encoder_time_conv:
-            x = F.silu(conv(x))
-        for block in self.encoder_time_blocks:
-            x = block(x)                                                        # (B, C, 1, h, w)
-        return self.quant_conv(x)[:, :, 0]                                      # (B, C, h, w)
-
-    def pixels(self, vectors):
-        codes = vectors[:, :, None]                                             # (B, C, 1, h, w)
-        # Both what is decoded and what the spatial norms read pass through time.
-        x = torch.cat([self.post_quant_conv(codes), codes])                     # (2 B, C, 1, h, w)
-        for block in self.decoder_time_blocks:
-            x = block(x)
-        for conv in self.decoder_time_conv:
-            x = F.silu(conv(x.repeat_interleave(2, 2)))                         # twice the frames
-        x, codes = x[:, :, 0].chunk(2)                                          # frame 0 is the picture
-        return self.decoder(x, codes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SigLIP, the picture reader of Janus-Pro
-# ---------------------------------------------------------------------------------------------------------------------
-class VitBlock(nn.Module):
-    """Pre-norm transformer block: full attention, exact GELU, biases everywhere."""
-
-    def __init__(self, width, heads, ffn):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
-
-    def forward(self, x):
-        split = (*x.shape[:2], 3, self.heads, -1)
-        q, k, v = self.qkv(self.norm1(x)).view(split).permute(2, 0, 3, 1, 4)    # (B, H, N, D) each
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-class SigLIP(nn.Module):
-    """Pixels (B, 3, S, S) -> features (B, N, vit_width), N = (S / patch)^2, row by row; final norm applied."""
-
-    def __init__(self, config):
-        super().__init__()
-        c = config.vit_width
-        self.patch_embed = nn.Conv2d(3, c, config.vit_patch, stride=config.vit_patch)
-        places = (config.image_size // config.vit_patch) ** 2
-        self.pos_embed = nn.Parameter(config.embed_std * torch.randn(1, places, c))
-        self.blocks = nn.ModuleList(VitBlock(c, config.vit_heads, config.vit_ffn) for _ in range(config.vit_layers))
-        self.norm = nn.LayerNorm(c, eps=1e-6)
-
-    def forward(self, pixels):
-        x = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The two models
 # ---------------------------------------------------------------------------------------------------------------------
 def next_token_loss(x, head, target):
@@ -857,7 +485,7 @@ def next_token_loss(x, head, target):
     *before, last = head if isinstance(head, nn.Sequential) else [head]
     for layer in before:
         x = layer(x)
-    return kernels.chunked_cross_entropy(x, last.weight, last.bias, target)
+    return chunked_cross_entropy(x, last.weight, last.bias, target)
 
 
 @dataclass
@@ -983,7 +611,7 @@ class Unified(nn.Module):
             nonlocal replayed
             if replayed is None and cache.used and new >= REPLAY_FROM:
                 replayed = cache.recorded(step)
-            with kernels.no_planning(x.device.type):
+            with no_planning(x.device.type):
                 return (replayed or step)(x)
         return run if mask.device.type in REPLAYED else step
 
@@ -1151,7 +779,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Building and reading
+# Building
 # ---------------------------------------------------------------------------------------------------------------------
 MODELS = {"emu3": Emu3, "janus": Janus}
 
@@ -1193,6 +821,12 @@ def fork(m):
             mine.copy_(theirs)
 
 
+def unforked(name, config):
+    """The weight that a weight of UniFork's generation branch begins as."""
+    name = re.sub(r"^lm\.gen_layers\.(\d+)", lambda found: f"lm.layers.{int(found[1]) + config.fork_layer}", name)
+    return name.replace("lm.gen_norm", "lm.norm")
+
+
 def fresh_lora(m, device="cpu"):
     """{name: tensor} of what LoRA adds, before training: A normal, B zero. It follows from torch.manual_seed alone, and
     processes that share out the weights make the whole and keep their part: all layouts begin the same."""
@@ -1229,497 +863,30 @@ def merged(m):
     return state
 
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")              # one process is no mistake
+def attention_kernel(m, device, dtype):
+    """Which kernels the attention of a model runs on, without AIA and with it."""
+    c, attend = m.config, m.lm.layers[0].self_attn.attend
+    if attend is attend_explicit:
+        return "explicit, every map is kept"
+    q, k = (torch.zeros(1, heads, 64, c.head_dim, device=device, dtype=dtype) for heads in (c.heads, c.kv_heads))
+    asked = torch.ones(1, 64, dtype=torch.bool, device=device)
+    plain, measured = (kernel_of(attend(q.requires_grad_(), k, k, condition=condition)[0].grad_fn)
+                       for condition in (None, asked))
+    return plain if plain == measured else f"{plain}; with AIA {measured}"
 
 
-# A checkpoint of train.py is a folder: shards that torch.distributed.checkpoint wrote as safetensors (nothing is ever
-# unpickled), and a manifest.json with what is no tensor and the checksum of every file. It is complete or not there.
-new_checksum = functools.partial(hashlib.blake2b, digest_size=16)
-
-
-def checksum(file):
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, new_checksum).hexdigest()
-
-
-def read_manifest(place):
-    """The manifest of a checkpoint folder, after a look at every file."""
-    if not (place / "manifest.json").exists():
-        raise InputError(f"checkpoint {place} is missing")
-    manifest = read_json(place / "manifest.json")
-    for name, expected in manifest.get("files", {}).items():
-        if not (place / name).exists() or checksum(place / name) != expected:
-            raise InputError(f"checkpoint {place} is damaged ({name} is missing or not what was written)")
-    return manifest
-
-
-def checkpoint_places(folder):
-    """Finished checkpoints of a run folder, STAGE-STEP, oldest first."""
-    return sorted(folder.glob("checkpoints/[0-9]*-" + "[0-9]" * 7))
-
-
-def newest_checkpoint(folder):
-    """(place, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
-    places = checkpoint_places(folder)
-    for place in reversed(places):
-        try:
-            return place, read_manifest(place)
-        except InputError as error:
-            print(f"{error}: looking for an earlier one", file=sys.stderr)
-    whole = "whole " if places else ""
-    raise InputError(f"{folder} holds no {whole}checkpoint: give the folder of a run that has saved one")
-
-
-def tensor_names(place):
-    return set(dcp.HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata)
-
-
-def read_tensors(tensors, place):
-    """Fill tensors {name: tensor} from a checkpoint folder; each process reads what its shards need."""
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(place)),
-             no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
-
-
-def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
-         shard=None, lora_rank=None, fork_layer=0):
-    """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
-
-    dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
-    beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do. part: "before" or
-    "control" of a run; RUN/before may also be given itself. shard(m), called while the model is empty, may make its
-    parameters DTensors.
-    lora_rank: begin LoRA on a model without; None: LoRA where the run folder has it. fork_layer: begin UniFork's two
-    branches on a model without; 0: a fork where the run folder has it.
-    """
-    home = folder = find_folder(folder)
-    if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
-        if (folder / "manifest.json").exists():     # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
-            part, home = ".", next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
-        place, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
-        if lora_rank is not None and manifest["config"].get("lora_rank"):
-            raise InputError(f"{folder} was trained with LoRA: write it as a plain model with model.save(model.load("
-                             f"{str(folder)!r}), 'FOLDER'), and start from that FOLDER")
-        if fork_layer and manifest["config"].get("fork_layer"):
-            raise InputError(f"{folder} is forked already: leave out --fork-layer")
-        m = from_manifest(manifest, place, device, attention, shard, dtype, lora_rank, fork_layer)
-        m.tokenizer_file = find_tokenizer(home)
-    else:
-        added = {"lora_rank": lora_rank or 0, "fork_layer": fork_layer}
-        m = load_public(folder, dtype, device, vision_tokenizer, {"attention": attention} | added, shard)
-    m.lm.rope_bf16 = rope_bf16
-    return m.eval()
-
-
-def from_manifest(manifest, place, device="cpu", attention="auto", shard=None, dtype=None, lora_rank=None,
-                  fork_layer=0):
-    """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
-    dtype None: as stored. lora_rank, fork_layer: fresh LoRA or fork, of which the checkpoint knows nothing."""
-    changed = {"attention": attention} | ({"lora_rank": lora_rank} if lora_rank else {}) | (
-        {"fork_layer": fork_layer} if fork_layer else {})
-    with torch.device("meta"):
-        m = MODELS[manifest["config"]["kind"]](configured(manifest["config"] | changed))
-    for name, parameter in m.named_parameters():
-        parameter.data = parameter.data.to(held_type(name, dtype or getattr(torch, manifest["dtype"])))
-    if shard:
-        shard(m)
-    m.to_empty(device=device)
-    fresh = fresh_lora(m, device) if lora_rank else {}
-    read_tensors({f"model.{name}": value for name, value in m.state_dict().items()
-                  if name not in fresh and not (fork_layer and unforked(name, m.config) != name)}, place)
-    if fork_layer:
-        fork(m)
-    m.load_state_dict(fresh, strict=False)
-    return m
-
-
-def configured(values):
-    """A Config from plain values, lists where it has tuples."""
-    return Config(**values | {key: tuple(values[key]) for key in ("vq_mult", "vq_attention")})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Public checkpoints: names
-# ---------------------------------------------------------------------------------------------------------------------
-# Ordered rules from our names to those of each layout. "hf" is transformers; decoder levels of Emu3 count from the
-# highest resolution there, and `top` is the number of the lowest.
-VQ_NAMES = ((r"quantize\.", "quantize.embedding."), (r"(down|up)sample\.(\d)", r"\1.\2.\1sample.conv"))
-EMU3_VQ_NAMES = (
-    *VQ_NAMES, (r"coder_time_conv\.(\d)", r"coder.time_conv.\1.conv"), (r"coder_time_blocks", "coder.time_res_stack"),
-    (r"decoder\.up\.(\d)", lambda found, top: f"decoder.up.{top - int(found[1])}"))
-NAMES = {
-    ("emu3", "original"): (*EMU3_VQ_NAMES, (r"^vq\.", ""), (r"^lm\.", "model.")),
-    ("emu3", "hf"): (
-        *EMU3_VQ_NAMES, (r"^vq\.", "model.vqmodel."), (r"^lm\.", "model.text_model."),
-        (r"coder\.(down|up)\.", r"coder.\1_block.\1."), (r"\.mid\.", ".middle_block."),
-        (r"attn\.(\d)\.norm\.", r"attn_norms.\1."), (r"attn_1\.norm\.", "attn_norm."),
-        (r"(attn[._]\d)\.([qkv])\.", r"\1.\2_proj."), (r"(attn[._]\d)\.proj_out", r"\1.out_proj")),
-    ("janus", "original"): (
-        *VQ_NAMES, (r"^vq\.", "gen_vision_model."), (r"coder\.(down|up)\.", "coder.conv_blocks."),
-        (r"(conv_blocks\.\d)\.block\.", r"\1.res."), (r"mid\.block_1", "mid.0"), (r"mid\.attn_1", "mid.1"),
-        (r"mid\.block_2", "mid.2"), (r"^lm\.", "language_model.model."), (r"^lm_head", "language_model.lm_head"),
-        (r"aligner\.(\d)", r"aligner.layers.\1"), (r"^gen_head\.0", "gen_head.output_mlp_projector"),
-        (r"^gen_head\.2", "gen_head.vision_head"), (r"^vision\.", "vision_model.vision_tower."),
-        (r"patch_embed\.", "patch_embed.proj."), (r"(blocks\.\d+)\.(qkv|proj)\.", r"\1.attn.\2."),
-        (r"(blocks\.\d+)\.fc", r"\1.mlp.fc")),
-    ("janus", "hf"): (
-        *VQ_NAMES, (r"^vq\.", "model.vqmodel."), (r"^lm\.", "model.language_model."), (r"^aligner", "model.aligner"),
-        (r"^gen_", "model.generation_"), (r"aligner\.0", "aligner.fc1"), (r"aligner\.2", "aligner.hidden_layers.0"),
-        (r"generation_embed", "generation_embeddings"), (r"head\.0", "head.proj_out"),
-        (r"head\.2", "head.vision_head"), (r"^vision\.patch_embed", "vision.embeddings.patch_embedding"),
-        (r"^vision\.pos_embed", "vision.embeddings.position_embedding.weight"),
-        (r"^vision\.norm", "vision.post_layernorm"), (r"^vision\.", "model.vision_model."),
-        (r"blocks\.(\d+)\.norm", r"blocks.\1.layer_norm"), (r"blocks\.(\d+)\.fc", r"blocks.\1.mlp.fc"),
-        (r"blocks\.(\d+)\.proj", r"blocks.\1.self_attn.projection_layer"),
-        (r"blocks\.(\d+)\.qkv", r"blocks.\1.self_attn.qkv"), (r"blocks\.", "encoder.layers.")),
-}
-# What transformers writes for Emu3 differs from what it holds in memory; it reads both, and so do we.
-EMU3_TO_DISK = ((r"^model\.text_model\.", "text_model.model."), (r"^lm_head\.", "text_model.lm_head."),
-                (r"^model\.vqmodel\.", "vqmodel."))
-EMU3_FROM_DISK = ((r"^text_model\.model\.", "model.text_model."), (r"^text_model\.lm_head\.", "lm_head."),
-                  (r"^vqmodel\.", "model.vqmodel."))
-UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, used by nobody
-
-
-def renamed(name, rules):
-    """A name after all rules, in their order."""
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def public_names(name, config, layout):
-    """The public names of one of our tensors: one, or three where a fused projection is stored apart."""
-    top = len(config.vq_mult) - 1
-    name = renamed(name, [(pattern, functools.partial(new, top=top) if callable(new) else new)
-                          for pattern, new in NAMES[config.kind, layout]])
-    return [name.replace("qkv", f"{part}_proj") for part in "qkv"] if layout == "hf" and "qkv" in name else [name]
-
-
-def to_transformers(name, value, config):
-    """One of our tensors as {name: tensor} in memory of transformers."""
-    public = public_names(name, config, "hf")
-    parts = dict(zip(public, value.chunk(3), strict=True)) if len(public) == 3 else {public[0]: value}
-    if config.kind == "emu3":                       # 1 x 1 convolutions are linear there
-        return {part: x[:, :, 0, 0] if re.search(r"(q|k|v|out)_proj", part) and x.ndim == 4 else x
-                for part, x in parts.items()}
-    return {part: x[0] if part.endswith("position_embedding.weight") else x for part, x in parts.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Public checkpoints: configuration
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields of the json files by our names, and what the code takes for granted of the others.
-TEXT = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers",
-        "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-        "vocab": "vocab_size", "norm_eps": "rms_norm_eps", "theta": "rope_theta", "context": "max_position_embeddings"}
-TEXT_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default",
-             "type": "default", "partial_rotary_factor": 1.0}
-VQ_HF = {"code_dim": "embed_dim", "vq_latent": "latent_channels", "vq_width": "base_channels",
-         "vq_mult": "channel_multiplier", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
-VQ_ORIGINAL = {"codebook": "codebook_size", "code_dim": "embed_dim", "vq_latent": "z_channels", "vq_width": "ch",
-               "vq_mult": "ch_mult", "vq_blocks": "num_res_blocks", "vq_attention": "attn_resolutions"}
-VQ_ONLY = {"double_latent": False, "double_z": False, "in_channels": 3, "out_channels": 3,
-           "temporal_downsample_factor": Emu3VQ.frames, "num_hidden_layers": 2}
-VIT = {"vit_width": "hidden_size", "vit_layers": "num_hidden_layers", "vit_heads": "num_attention_heads",
-       "vit_patch": "patch_size", "image_size": "image_size"}
-VIT_ONLY = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_qk_norm": False, "attention_bias": True, "depth": 2,
-            "num_channels": 3}
-SIGLIP_L = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
-LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocab": 32000, "norm_eps": 1e-6, "theta": 1e4,
-         "context": 2048}                        # what transformers assumes where a Llama's config.json is silent
-RESIZE = {"min_pixels": "min_pixels", "max_pixels": "max_pixels", "min_side": "min_size"}
-RESIZE_ONLY = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "background_color": [127] * 3, "resample": 3,
-               "do_resize": True, "do_rescale": True, "do_normalize": True}
-# How pictures are drawn: no public config.json says it, the presets of the recipes do; `save` writes it down.
-PICTURES = ("image_size", "guidance", "top_k", "suffix", "negative", "system")
-ID_FIELDS = {role: f"{role}_token_id" for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
-
-
-def taken(section, names, only, place):
-    """{our field: value} of those a section of a json file holds; what the code cannot honour is an error."""
-    for key, value in only.items():
-        given = section.get(key)
-        if given is not None and value not in (given, [given] * 3):             # 127 for [127, 127, 127]
-            raise InputError(f"{place}: {key} {given!r} cannot be honoured, only {value!r}")
-    return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
-
-
-def read_config(folder, known):
-    """config.json and the file of preprocessing -> (layout, values of a Config without ids, content of config.json).
-    known {name: function that reads the tensor} fills in what Janus-Pro's original file leaves out."""
-    file = folder / "config.json"
-    content = read_json(file)
-    kind, layout = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
-                    "multi_modality": ("janus", "original")}.get(content.get("model_type"), (None, None))
-    if not kind:
-        raise InputError(f"{file}: model_type {content.get('model_type')!r} is not emu3, Emu3, janus or multi_modality")
-    values = asdict(EMU3_8B) if kind == "emu3" else asdict(JANUS_PRO_7B) | LLAMA
-    vision, vq, text = (content.get(part) or {} for part in (
-        "vision_config", "vq_config", "text_config" if layout == "hf" else "language_config"))
-    text = content if (kind, layout) == ("emu3", "original") else text
-    values["head_dim"] = None
-    if kind == "janus" or "num_key_value_heads" in text:
-        values["kv_heads"] = None
-    text = text | (text.get("rope_parameters") or {}) | (text.get("rope_scaling") or {})
-    values |= taken(text, TEXT, TEXT_ONLY, file)
-    values["kv_heads"] = values["kv_heads"] or values["heads"]
-    values["head_dim"] = values["head_dim"] or values["width"] // values["heads"]
-    if layout == "hf":
-        books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
-        values |= taken(vq, VQ_HF | books, VQ_ONLY, file)
-    if kind == "emu3":
-        values["image_size"] = math.isqrt(content.get("image_area") or values["image_size"] ** 2)
-    elif layout == "hf":
-        values |= taken(vision, VIT, VIT_ONLY, file)
-        values["vit_ffn"] = int(values["vit_width"] * (vision.get("mlp_ratio") or 4.0))
-        values["vq_attention"] = [len(values["vq_mult"]) - 1]
-    else:
-        values |= taken(vision.get("params") or {}, {"vit_heads": "heads"}, SIGLIP_L, file) | janus_sizes(known)
-    return layout, values | read_resize(folder) | (content.get("pictures") or {}), content
-
-
-def read_resize(folder):
-    """How pictures are resized, where a file of the folder says it. transformers 5 puts it into another file."""
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        if (folder / name).exists():
-            content = read_json(folder / name)
-            return taken((content.get(part) or {}) if part else content, RESIZE, RESIZE_ONLY, folder / name)
-    return {}
-
-
-def janus_sizes(known):
-    """Sizes of SigLIP and the picture tokenizer from the shapes of Janus-Pro's original tensors; its config.json has
-    only a name for them. (The number of heads shows in no shape.)"""
-    def shape(name):
-        if name not in known:
-            raise InputError(f"weights lack {name}: download the whole folder again")
-        return known[name]().shape
-
-    def count(pattern):
-        return len({found[0] for found in map(re.compile(pattern).match, known) if found})
-    vit, vq = "vision_model.vision_tower.", "gen_vision_model."
-    levels, blocks = count(vq + r"encoder\.conv_blocks\.\d+\."), count(vq + r"encoder\.conv_blocks\.0\.res\.\d+\.")
-    vq_width, (vit_width, _, patch, _) = shape(vq + "encoder.conv_in.weight")[0], shape(vit + "patch_embed.proj.weight")
-    ends = [shape(f"{vq}encoder.conv_blocks.{i}.res.{blocks - 1}.conv2.weight")[0] for i in range(levels)]
-    codebook, code_dim = shape(vq + "quantize.embedding.weight")
-    return {"vq_width": vq_width, "vq_mult": [end // vq_width for end in ends], "vq_blocks": blocks,
-            "vq_attention": [i for i in range(levels) if count(rf"{vq}encoder\.conv_blocks\.{i}\.attn\.")],
-            "vq_latent": shape(vq + "encoder.conv_out.weight")[0], "codebook": codebook, "code_dim": code_dim,
-            "vit_width": vit_width, "vit_patch": patch, "vit_layers": count(vit + r"blocks\.\d+\."),
-            "vit_ffn": shape(vit + "blocks.0.mlp.fc1.weight")[0],
-            "image_size": patch * math.isqrt(shape(vit + "pos_embed")[1])}
-
-
-def read_ids(folder, content, values):
-    """(ids by role, tokenizer file or None): from the tokenizer's own file where it is there, else config.json."""
-    kind, file = values["kind"], find_tokenizer(folder)
-    known, place = token_ids(file) if file else content.get("vocabulary_map"), file or folder / "config.json"
-    if known:
-        ids, name = special_ids(known, kind, place), f"<|visual token {values['codebook'] - 1:06d}|>"
-        last = ids.get("visual", 0) + values["codebook"] - 1
-        if kind == "emu3" and known.get(name, last) != last:
-            raise InputError(f"{place}: the ids of the picture codes are not in one row from code 0 to {name}")
-        return ids, file
-    text = content | content.get("text_config", {})
-    ids = {role: text[key] for role, key in ID_FIELDS.items() if text.get(key) is not None}
-    return ids | ({"placeholder": content["image_token_id"]} if content.get("image_token_id") is not None else {}), None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Public checkpoints: reading and writing
-# ---------------------------------------------------------------------------------------------------------------------
-def find_folder(name):
-    """A folder (or .pth file) that exists, or else the local copy of a hub id, downloaded if need be."""
-    if Path(name).exists() or Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return Path(name)                            # a mistyped runs/name is no hub id
-    import huggingface_hub
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name)))
-    except Exception as error:                      # no such id, no network, no rights: all end here
-        raise InputError(f"{name} is no folder and cannot be had from the hub ({first_line(error)}): run `hf download "
-                         f"{name}` where there is a network, then give that folder") from error
-
-
-def stored_tensors(place):
-    """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
-    index = next(iter(sorted(place.glob("*.index.json"))), None)
-    sharded = read_json(index).get("weight_map") or {} if index else {}
-    files = [place] if place.is_file() else sorted(
-        {place / name for name in sharded.values()} or
-        list(place.glob("*.safetensors")) or list(place.glob("pytorch_model*.bin")) or list(place.glob("*.pth")))
-    if not files:
-        raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
-    if len(files) > 1 and files[0].suffix == ".pth":
-        raise InputError(f"{place} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
-    known = {}
-    for file in files:
-        try:
-            safe = file.suffix == ".safetensors"
-            source = safe_open(file, "pt") if safe else torch.load(file, "cpu", weights_only=True, mmap=True)
-            read = source.get_tensor if safe else source.get
-            known |= {name: functools.partial(read, name) for name in source.keys()}
-        except Exception as error:                  # missing, truncated, not a checkpoint: all mean the same
-            raise InputError(f"weights {file} cannot be read ({first_line(error)}): download it again") from error
-    return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
-
-
-def load_public(place, dtype, device, vision_tokenizer, changed, shard=None):
-    """A model from public weights: built without memory, then filled tensor by tensor."""
-    folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
-    if place.is_file() and not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no config.json: copy the json files of the model that {place.name} was "
-                         "trained from into it")
-    try:
-        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changed)
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{folder / 'config.json'} describes no model that can be built "
-                         f"({first_line(error)}): is it complete?") from error
-    if shard:
-        shard(m)
-    head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
-    if tied and head not in known and words in known:
-        known[head] = known[words]
-    state, problems, used = fresh_lora(m, device), [], set()
-    for name, like in m.state_dict().items():
-        if name in state:
-            continue
-        public = public_names(unforked(name, m.config), m.config, layout)
-        used.update(public)
-        missing = [part for part in public if part not in known]
-        problems += [f"{part} is missing" for part in missing]
-        if missing:
-            continue
-        value = torch.cat([known[part]() for part in public]) if len(public) > 1 else known[public[0]]()
-        if [n for n in value.shape if n != 1] != [n for n in like.shape if n != 1]:
-            problems.append(f"{public[0]} is {tuple(value.shape)}, not {tuple(like.shape)}")
-            continue
-        wanted = held_type(name, dtype or value.dtype) if value.is_floating_point() else value.dtype
-        # Nobody holds more than one whole tensor.
-        state[name] = own_part(value.reshape(like.shape).to(device, wanted, copy=True), like)
-    problems += [f"{name} is not known" for name in known.keys() - used]
-    if problems:
-        shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise InputError(f"weights in {place} do not fit its config.json: {shown}")
-    m.load_state_dict(state, assign=True)
-    return m
-
-
-def unforked(name, config):
-    """The weight that a weight of UniFork's generation branch begins as."""
-    name = re.sub(r"^lm\.gen_layers\.(\d+)", lambda found: f"lm.layers.{int(found[1]) + config.fork_layer}", name)
-    return name.replace("lm.gen_norm", "lm.norm")
-
-
-def empty_model(folder, known, vision_tokenizer, changed):
-    """What the json files of a folder describe -> a model on the meta device, its layout, whether its embeddings are
-    tied, and the stored tensors by the names of that layout."""
-    layout, values, content = read_config(folder, known)
-    kind = values["kind"]
-    if (kind, layout) == ("emu3", "original"):
-        vision = find_vision_tokenizer(folder, vision_tokenizer)
-        values |= taken(read_json(vision / "config.json"), VQ_ORIGINAL, VQ_ONLY, vision / "config.json")
-        values |= read_resize(vision)
-        known = known | stored_tensors(vision)
-    if (kind, layout) == ("emu3", "hf"):
-        known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
-    ids, tokenizer_file = read_ids(folder, content, values)
-    with torch.device("meta"):
-        m = MODELS[kind](configured(values | {"ids": ids} | changed))
-    m.tokenizer_file = tokenizer_file
-    # transformers assumes it of Janus-Pro where config.json is silent, which the public weights contradict
-    tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
-    return m, layout, tied, known
-
-
-def find_vision_tokenizer(folder, given):
-    """The folder of Emu3's picture tokenizer, given or beside the language model."""
-    if given:
-        return find_folder(given)
-    for file in sorted(folder.resolve().parent.glob("*/config.json")):
-        with suppress(InputError):                   # other folders are nobody's business
-            if read_json(file).get("model_type") == "Emu3VisionVQ":
-                return file.parent
-    raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
-                     "(hub: BAAI/Emu3-VisionTokenizer)")
-
-
-SHARD_BYTES = 5e9
-
-
-def save(m, folder):
-    """Write the layout of transformers, which AutoModelForImageTextToText reads: json files of the configuration,
-    safetensors, and the tokenizer's files where they are known. A folder that holds anything is refused."""
-    folder, config, described = Path(folder), m.config, public_files(m)
-    if config.fork_layer:
-        raise InputError("a forked model has no layout in transformers: keep its run folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty: choose another folder to save to")
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    shards, size = [{}], 0
-    for name, value in merged(m).items():
-        for part, tensor in to_transformers(name, value, config).items():
-            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-                shards, size = [*shards, {}], 0
-            part = renamed(part, EMU3_TO_DISK) if config.kind == "emu3" else part
-            shards[-1][part], size = tensor.contiguous(), size + tensor.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else \
-        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, aside / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        described["model.safetensors.index"] = {
-            "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
-    ends = {f"{role}_token": SPECIAL[config.kind][role] for role in ("bos", "eos", "pad")}
-    if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
-        described["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
-    for name, content in described.items():
-        (aside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside = Path(m.tokenizer_file or "").parent
-    for name in TOKENIZERS + TOKENIZER_NOTES if m.tokenizer_file else ():
-        if (beside / name).exists():
-            shutil.copy(beside / name, aside / name)
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
-
-
-def public_files(m):
-    """{name: content} of the json files that transformers writes beside the weights."""
-    c, ids = m.config, m.ids
-    ends = {f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}
-    text = {theirs: getattr(c, ours) for ours, theirs in TEXT.items() if ours != "theta"} | ends | {
-        "rope_parameters": {"rope_theta": c.theta, "rope_type": "default"}, "tie_word_embeddings": False}
-    vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items()}
-    config = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False,
-              "dtype": str(m.lm_head.weight.dtype).removeprefix("torch."),
-              "pictures": {name: getattr(c, name) for name in PICTURES}}
-    resize = {name: RESIZE_ONLY[name] for name in ("image_mean", "image_std")}
-    if c.kind == "emu3":
-        known = {SPECIAL["emu3"][role]: i for role, i in ids.items()} | {"<image>": ids["placeholder"]}
-        known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
-        vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
-               "temporal_downsample_factor": Emu3VQ.frames}
-        config |= {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
-                   "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known}
-        resize |= {"image_processor_type": "Emu3ImageProcessor", "min_pixels": c.min_pixels,
-                   "max_pixels": c.max_pixels, "spatial_factor": c.factor}
-        return {"config": config, "generation_config": ends, "preprocessor_config": resize}
-    if set(c.vq_attention) != {len(c.vq_mult) - 1}:
-        raise InputError(f"vq_attention {c.vq_attention}: transformers has it at the last level only")
-    vq = {key: value for key, value in vq.items() if key != "attn_resolutions"} | {
-        "num_embeddings": c.codebook, "projection_dim": c.width, "image_token_embed_dim": c.width,
-        "num_hidden_layers": 2}
-    vision = {theirs: getattr(c, ours) for ours, theirs in VIT.items()} | {
-        "mlp_ratio": c.vit_ffn / c.vit_width, "projection_dim": c.width, "depth": 2,
-        "num_image_tokens": (c.image_size // c.vit_patch) ** 2}
-    config |= {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
-               "text_config": text | {"model_type": "llama"}, "vision_config": vision}
-    drawing = {"generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": c.guidance} if "boi" in ids else {}
-    resize |= {"image_processor_type": "JanusImageProcessor", "min_size": c.min_side,
-               "size": {"height": c.image_size, "width": c.image_size}}
-    return {"config": config, "generation_config": ends | drawing, "preprocessor_config": resize}
+def settle_attention(m, device, dtype):
+    """Choose the body of attention for a device. Where that is log-sum-exp, try it (kernels.try_lse): in a type for
+    which no kernel is right, the flag channel goes on."""
+    c = m.config
+    chosen = AUTO.get(torch.device(device).type, "fused") if c.attention == "auto" else c.attention
+    for layer in m.lm.all_layers():
+        layer.self_attn.attend = ATTENTION[chosen]
+    if chosen != "lse":
+        return
+    for kind in dict.fromkeys((dtype, torch.float32)):          # the latter in evaluations
+        found, faults = try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)
+        for fault in faults:
+            print(f"attention by log-sum-exp in {kind}: {fault}")
+        if not found:
+            print(f"attention by log-sum-exp is not available in {kind} here: fused, with a flag channel, instead")

@@ -10,52 +10,71 @@ combinations, curves and samples.
     python train.py --data train.jsonl --val val.jsonl
     python train.py --resume                          # go on where the same run stopped
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
-    python train.py --dry-run-world 64 --preset emu3-8b         # what a step on 64 GPUs would take, without any
-    python train.py study --quick                     # the paper's claims in miniature, with UniFork beside it
+    python -m lab.dry_run --world 64 --preset emu3-8b           # what a step on 64 GPUs would take, without any
+    python -m lab.study --quick                       # the paper's claims in miniature, with UniFork beside it
 """
 
 import contextlib
-import io
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
 import time
-import weakref
 from dataclasses import asdict, dataclass, replace
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import aia
 import data
-import eval as judge
+import eval as evaluation
+import formats.weights
 import model
-from aia import InputError
-from data import opt
-from parts import kernels
+from formats.checkpoints import (
+    checkpoint_places,
+    from_manifest,
+    newest_checkpoint,
+    read_manifest,
+    read_tensors,
+    save_checkpoint,
+    tensor_names,
+    tensors_of,
+)
+from formats.datasets import Encoded, FileSource, bad_report, every, note_bad, open_sources
+from parts.pictures import janus_drawing, load_picture, to_picture
+from parts.processes import first_decides, over_processes, processes, rank
+from parts.settings import (
+    InputError,
+    at_least,
+    device_of,
+    first_line,
+    machine,
+    memory_gb,
+    moved,
+    opt,
+    parse,
+    read_json,
+    run_command,
+    tell,
+    whole,
+    write_json,
+)
+from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
+from parts.vision import tokenizer_step
+from parts.world import CELL_SIDES, GRID, WORLD, world_of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,11 +141,6 @@ class TrainConfig:
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it",
                      ("auto", "float32", "bfloat16"))
-    dry_run_world: int = opt(0, "predict a step of this many GPUs without any, and stop; --out then names a JSON file; "
-                             "the defaults are fsdp, bfloat16, --checkpoint-activations and --micro-batch 1")
-    tokens: int = opt(0, "dry run: tokens of each sample; 0: 8282 for Emu3, 3000 for Janus-Pro, at most its context")
-    tflops: float = opt(989.0, "dry run: 1e12 FLOP/s of one GPU in bfloat16 (989: the data sheet of an H100)")
-    utilisation: float = opt(0.4, "dry run: share of --tflops that a step reaches, recomputation counted as work")
 
 
 @dataclass(frozen=True)
@@ -193,7 +207,7 @@ RECIPES = {
 
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
          "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "shard": 0, "weight_decay": -1, "lora_rank": 0,
-         "dry_run_world": 0, "tokens": 0, "fork_layer": 0}
+         "fork_layer": 0}
 
 
 def parse_ratio(text):
@@ -209,24 +223,22 @@ def parse_ratio(text):
 
 def check_numbers(config):
     """Refuse numbers that would fail after an hour, before anything is written."""
-    data.at_least(config, LEAST)
-    for name in ("rho", "clip", "tflops", "utilisation"):
+    at_least(config, LEAST)
+    for name in ("rho", "clip"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
     if config.rho == math.inf:
         raise InputError("--rho inf: --aia-weight off leaves AIA out")
     if -1 < config.weight_decay < 0:
         raise InputError(f"--weight-decay {config.weight_decay}: give at least 0, or -1 for that of the plan")
-    data.world_of(asdict(config))
-    aia.fixed_weights(config.aia_weight)
+    world_of(asdict(config))
+    evaluation.fixed_weights(config.aia_weight)
     parse_ratio(config.ratio)
-    if not config.dry_run_world:
-        plan(config)
     if config.lora_rank and not config.init:
         raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
     if config.fork_layer and not config.init:
         raise InputError(f"--fork-layer {config.fork_layer} needs --init FOLDER: it copies weights that have learned")
-    if config.arms == "both" and not judge.has_aia(asdict(config)):
+    if config.arms == "both" and not evaluation.has_aia(asdict(config)):
         raise InputError("--arms both compares with and without AIA: tiny-unifork and --aia-weight off are without")
     if config.encoded and not (config.data or config.val):
         raise InputError("--encoded holds pictures of your own: the built-in world needs none, leave it out")
@@ -291,17 +303,9 @@ def make_optimizer(m, stage):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes: one, or as many as torchrun started
 # ---------------------------------------------------------------------------------------------------------------------
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def start_processes(config):
     """Join the other processes of torchrun, if there are any -> device of this one. Only the first one prints."""
-    device = data.device_of(config.device)
+    device = device_of(config.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         if config.device not in ("auto", "cuda", "cpu"):
             raise InputError(f"--device {config.device} with torchrun, whose processes have a GPU each: leave it out")
@@ -313,28 +317,6 @@ def start_processes(config):
     if config.shard and (config.parallel != "hsdp" or processes() % config.shard):
         raise InputError(f"--shard {config.shard}: give a divisor of the {processes()} processes, with --parallel hsdp")
     return device
-
-
-def over_processes(values):
-    """Sum of a CPU tensor over all processes, in place."""
-    if processes() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def first_decides(work):
-    """What work() gives, or refuses, on the first process: the same on all of them."""
-    found = [None, None]
-    if rank() == 0:
-        try:
-            found[0] = work()
-        except InputError as error:
-            found[1] = str(error)
-    if processes() > 1:
-        dist.broadcast_object_list(found)
-    if found[1]:
-        raise InputError(found[1])
-    return found[0]
 
 
 def replicated(m):
@@ -433,7 +415,7 @@ def metrics_of(sums, *more):
 
 def calibrate(net, schedule, targets, config, autocast, device=None):
     """lambda of each task from batches without updates (aia.weight_for_ratio), unless --aia-weight gives it."""
-    fixed = aia.fixed_weights(config.aia_weight)
+    fixed = evaluation.fixed_weights(config.aia_weight)
     if fixed:
         return fixed
     n, rows = config.calibration or (10 if config.preset.startswith("tiny") else 100), {task: [] for task in aia.TASKS}
@@ -450,251 +432,8 @@ def calibrate(net, schedule, targets, config, autocast, device=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The text tokenizer of the tiny models, and a run's copy of another's
-# ---------------------------------------------------------------------------------------------------------------------
-def train_tokenizer(file, config, world=None):
-    """A byte-level BPE on a world's text (None: the easiest), with the special tokens of `config` behind it; saved as
-    tokenizer.json.
-
-    Merges never cross the edge of a word that means something; what stands between such words may become one token, so
-    that conversations are short.
-    """
-    world = world or data.World(0)
-    words = [*world.shapes, *map(data.plural, world.shapes), *world.colours, *data.NUMBERS, "at the top",
-             "at the bottom", "left", "right", *data.RELATIONS, "yes", "no", "nothing", *"ABCD"]
-    words = "|".join(sorted(words, key=len, reverse=True))      # beside them the template, numbers, line ends and *
-    frame = "|".join(map(re.escape, (data.EMU3_SYSTEM + data.EMU3_USER, data.EMU3_USER, data.EMU3_ASSISTANT)))
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"{frame}| ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = tokenizers.decoders.ByteLevel()
-    rng, lines = np.random.default_rng(0), []
-    for _ in range(2000):
-        scene = world.scene(rng)
-        asked = data.question(world, scene, data.QUESTIONS[rng.integers(len(data.QUESTIONS))], rng)
-        lines += [data.EMU3_SYSTEM + data.EMU3_USER, data.EMU3_USER, data.EMU3_ASSISTANT]
-        lines += [data.JANUS_USER, data.JANUS_ASSISTANT]
-        lines += [data.caption(scene, rng), asked.text, asked.answer, " " + asked.answer, data.DESCRIBE]
-        lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(lines, trainer)
-    if core.get_vocab_size() != model.TINY_TEXT:
-        raise RuntimeError(f"the world's text gives {core.get_vocab_size()} tokens, not {model.TINY_TEXT}")
-    special = list(model.SPECIAL[config.kind].values())
-    if config.kind == "emu3":
-        special += [f"<|visual token {code:06d}|>" for code in range(1, config.codebook)]
-    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    core.save(str(file))
-    return data.Text(file, config.kind)
-
-
-def store_tokenizer(text, folder):
-    """A run folder's copy of a tokenizer: emu3.tiktoken as the equal tokenizer.json, all others as they are."""
-    if text.file.suffix == ".tiktoken":
-        text.core.save(str(folder / "tokenizer.json"))
-        return
-    for name in (text.file.name, "added_tokens.json"):
-        if text.file.with_name(name).exists():
-            shutil.copy(text.file.with_name(name), folder / name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One step of the picture tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
-AGREEMENT = 5.0                     # weight of the latents' variance within equal patches, at the end of stage 1
-
-
-def equal_patches(pixels, latents):
-    """Which patch of pixels lies under each latent: flat latents (n, code_dim), the patch of each (n,) as a number that
-    equal patches share, and the mean latent of each number (m, code_dim)."""
-    side = pixels.shape[-1] // latents.shape[-1]
-    content = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)                 # (n, 3 side side)
-    _, patch, times = torch.unique(content, dim=0, return_inverse=True, return_counts=True)
-    flat = model.flatten(latents)                                               # (n, code_dim)
-    mean = torch.zeros_like(flat[:len(times)]).index_add(0, patch, flat) / times[:, None]
-    return flat, patch, mean
-
-
-def autoencode(vq, pixels, commitment=0.25, quantize=True):
-    """Pixels (B, 3, S, S) -> reconstruction, codes (B, h, w), |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv
-    1711.00937, Eq. 3), and the share of the latents' variance that lies within equal patches.
-
-    Equal patches of pixels get one code, that of their mean latent, whatever surrounds them: language models learn such
-    codes many times faster. Where all patches differ this is plain vector quantization.
-    """
-    z = vq.latents(pixels)                                                      # (B, code_dim, h, w)
-    flat, patch, mean = equal_patches(pixels, z)
-    within = (flat - mean[patch]).square().sum(1).mean() / (flat - flat.mean(0)).square().sum(1).mean().detach()
-    if not quantize:
-        return vq.pixels(z), None, 0.0, within
-    codes = vq.nearest(mean.detach())[patch].view(len(z), *z.shape[2:])         # (B, h, w)
-    e = vq.vectors(codes)                                                       # (B, code_dim, h, w)
-    pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
-    # Straight through: forward e, backward to z as if there were no rounding.
-    return vq.pixels(z + (e - z).detach()), codes, pull, within
-
-
-@torch.no_grad()
-def fill_codebook(vq, pixels):
-    """Move the codebook rows onto mean latents of equal patches of these pictures.
-
-    Each row goes to the mean that is farthest from all rows so far. Rows drawn at random would land on the background,
-    which outnumbers all else.
-    """
-    mean = equal_patches(pixels, vq.latents(pixels))[-1]                         # (m, code_dim)
-    nearest = torch.full_like(mean[:, 0], torch.inf)
-    for i in range(len(vq.quantize.weight)):
-        vq.quantize.weight[i] = mean[nearest.argmax()]
-        nearest = torch.minimum(nearest, (mean - vq.quantize.weight[i]).square().sum(1))
-
-
-def tokenizer_step(m, pictures, step, stage, seed):
-    """Gradients of one step of stage 1: reconstruction, codebook and agreement of equal patches, on a batch that the
-    seed and the step decide."""
-    rng, device = np.random.default_rng([seed, 10, step]), m.vq.quantize.weight.device
-
-    def some(n):
-        return torch.stack([data.to_tensor(pictures[i]) for i in rng.integers(len(pictures), size=n)]).to(device)
-    warm = stage.steps // 5                         # first without the codebook, so that latents mean something
-    if step in (warm, stage.steps // 2):
-        fill_codebook(m.vq, some(128))
-    pixels = some(stage.batch_size)
-    again, codes, pull, within = autoencode(m.vq, pixels, quantize=step >= warm)
-    error = again - pixels
-    # Asked for at full weight from the start, agreement is reached by latents that say nothing.
-    agree = AGREEMENT * step / stage.steps * within
-    (error.abs().mean() + error.square().mean() + pull + agree).backward()
-    used = 0 if codes is None else len(codes.unique())
-    return {"tokenizer": {"l1": error.abs().mean().item(), "within": within.item(), "codes": used}}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run: folder, checkpoints, log
 # ---------------------------------------------------------------------------------------------------------------------
-def tensors_of(m, optimizer=None, known=None):
-    """{name: tensor} of a model and its optimizer, for saving and for loading in place. known: the names of a
-    checkpoint, whose moments the optimizer then gets; a parameter that never had a gradient has none."""
-    tensors = {f"model.{name}": value for name, value in m.state_dict().items()}
-    for name, parameter in m.named_parameters() if optimizer else ():
-        moments = optimizer.state.get(parameter, {})
-        if f"optimizer.exp_avg.{name}" in (known or ()):
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            moments["step"] = torch.zeros((), device=parameter.device)
-            optimizer.state[parameter] = moments
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
-    return tensors
-
-
-class Summed(io.BufferedWriter):
-    """A file whose checksum is taken while it is written."""
-
-    def __init__(self, path):
-        super().__init__(io.FileIO(path, "w"))
-        self.sum = model.new_checksum()
-
-    def write(self, part):
-        self.sum.update(part)
-        return super().write(part)
-
-
-class Summing(FileSystem):
-    """Leaves the checksum of each file NAME beside it, under NAME.sum."""
-
-    @contextlib.contextmanager
-    def create_stream(self, path, mode):
-        with Summed(path) as file:
-            yield file
-        Path(f"{path}.sum").write_text(file.sum.hexdigest(), encoding="ascii")
-
-
-class Writer(dcp.HuggingFaceStorageWriter):
-    """Writes a checkpoint under a second name; once every process has, adds the manifest and renames. Whoever is killed
-    before that leaves the previous checkpoint as the newest."""
-
-    def __init__(self, place, manifest, keep):
-        super().__init__(f"{place}.part", save_distributed=True)
-        self.place, self.manifest, self.keep, self.fs = place, manifest, keep, Summing()
-
-    def finish(self, metadata, results):
-        """Runs on the first process only, after all shards are on disk."""
-        part, files = Path(self.path), {}
-        for file in sorted(part.glob("*.sum")):
-            files[file.stem] = file.read_text(encoding="ascii")
-            file.unlink()
-        judge.write_json(self.manifest | {"files": files}, part / "manifest.json")
-        os.replace(part, self.place)
-        for old in model.checkpoint_places(self.place.parent.parent)[:-self.keep] if self.keep else ():
-            shutil.rmtree(old)
-
-
-def save_checkpoint(tensors, manifest, place, keep=0, group=None, stager=None):
-    """Write a checkpoint folder in the background, each process its shards; where weights are not shared out, the first
-    process alone -> future, None where there is nothing to do. keep: how many of the numbered checkpoints beside it
-    stay. group: processes, on a channel of their own. stager: copies tensors off a GPU; None: into pageable memory."""
-    if first_decides(place.exists):
-        return None
-    first_decides(lambda: shutil.rmtree(f"{place}.part", ignore_errors=True))
-    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    if alone and rank():
-        return None
-    return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
-                          async_stager=stager, no_dist=alone)
-
-
-def memory_gb():
-    """Largest memory of this process so far, in 1e9 bytes: GPU memory where one is used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:                             # Windows does not tell
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def attention_kernel(m, device, dtype):
-    """Which kernels the attention of a model runs on, without AIA and with it."""
-    c, attend = m.config, m.lm.layers[0].self_attn.attend
-    if attend is model.attend_explicit:
-        return "explicit, every map is kept"
-    q, k = (torch.zeros(1, heads, 64, c.head_dim, device=device, dtype=dtype) for heads in (c.heads, c.kv_heads))
-    asked = torch.ones(1, 64, dtype=torch.bool, device=device)
-    plain, measured = (kernel_of(attend(q.requires_grad_(), k, k, condition=condition)[0].grad_fn)
-                       for condition in (None, asked))
-    return plain if plain == measured else f"{plain}; with AIA {measured}"
-
-
-def kernel_of(node):
-    """The kernel behind an output of attention, by the name of the step that will differentiate it."""
-    while node and type(node).__name__.startswith(("Slice", "MassFromLse")):
-        if "Lse" in type(node).__name__:
-            return f"fused, {node.kernel.name} kernel and its log-sum-exp"
-        node = node.next_functions[0][0]
-    for kernel in ("Flash", "Cudnn", "Efficient"):
-        if f"{kernel}Attention" in type(node).__name__:
-            return f"fused, {kernel.lower()} kernel"
-    return "fused, but on the slow math fallback: no fast kernel takes heads of this size and type here"
-
-
-def settle_attention(m, device, dtype):
-    """Choose the body of attention for a device. Where that is log-sum-exp, try it (kernels.try_lse): in a type for
-    which no kernel is right, the flag channel goes on."""
-    c = m.config
-    chosen = model.AUTO.get(torch.device(device).type, "fused") if c.attention == "auto" else c.attention
-    for layer in m.lm.all_layers():
-        layer.self_attn.attend = model.ATTENTION[chosen]
-    if chosen != "lse":
-        return
-    for kind in dict.fromkeys((dtype, torch.float32)):          # the latter in evaluations
-        found, faults = kernels.try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)
-        for fault in faults:
-            print(f"attention by log-sum-exp in {kind}: {fault}")
-        if not found:
-            print(f"attention by log-sum-exp is not available in {kind} here: fused, with a flag channel, instead")
-
-
 class Stop(Exception):
     """A signal came (its number; 0: to another process): the run is saved, go."""
 
@@ -727,10 +466,10 @@ class Run:
         """Data, text tokenizer and model; nothing is written before all of them are good."""
         config = self.config
         kind = model.PRESETS[config.preset].kind
-        self.world = None if config.data else data.world_of(asdict(config))
-        self.source = data.open_sources(config.data, kind, config.on_bad_record) if config.data else \
+        self.world = None if config.data else world_of(asdict(config))
+        self.source = open_sources(config.data, kind, config.on_bad_record) if config.data else \
             data.WorldSource(self.world, config.pool, config.seed)
-        self.val = data.FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
+        self.val = FileSource(config.val, kind, config.on_bad_record) if config.val else self.source
         if self.state and self.state[1]["records"] != self.records():
             raise InputError(f"{self.folder} was started with {self.state[1]['records']} records, now there are "
                              f"{self.records()}: resume with the same data, or choose another --out")
@@ -755,15 +494,15 @@ class Run:
             raise InputError(f"--preset {config.preset} has branches from layer {branch} on, --init from layer "
                              f"{self.m.config.fork_layer} (0: none): add --fork-layer {branch}, or use another --init")
         dtype = torch.bfloat16 if uses_bf16(config, self.device) else torch.float32
-        print(f"attention: {attention_kernel(self.m, self.device, dtype)}")
+        print(f"attention: {model.attention_kernel(self.m, self.device, dtype)}")
         self.targets = {task: aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
                         for task in aia.TASKS}
         self.targets = {task: tuple(x.to(self.device) for x in pair) for task, pair in self.targets.items()}
-        self.encoded = data.Encoded(config.encoded, self.m) if config.encoded else None
+        self.encoded = Encoded(config.encoded, self.m) if config.encoded else None
         first_decides(self.begin_folder)
-        if not model.find_tokenizer(self.folder):
-            raise InputError(f"{self.folder} has lost its tokenizer: put {' or '.join(model.TOKENIZERS)} back")
-        self.text = data.Text(model.find_tokenizer(self.folder), kind)
+        if not find_tokenizer(self.folder):
+            raise InputError(f"{self.folder} has lost its tokenizer: put {' or '.join(TOKENIZERS)} back")
+        self.text = Text(find_tokenizer(self.folder), kind)
         if self.text.ids != self.m.ids:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
         self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
@@ -773,7 +512,7 @@ class Run:
         """Refuse a world whose pictures have another size than those that the model draws: they could not be read."""
         size, side = self.m.config.image_size, self.world.side
         if size != side:
-            fitting = [cell for cell in data.CELL_SIDES if data.GRID * cell == size]
+            fitting = [cell for cell in CELL_SIDES if GRID * cell == size]
             remedy = f"--cell {fitting[0]}" if fitting else "--data with pictures of your own"
             raise InputError(f"the model draws pictures of {size} x {size} pixels, those of the built-in world have "
                              f"{side} x {side}: give {remedy}")
@@ -781,10 +520,10 @@ class Run:
     def check_world(self):
         """Refuse weights that have met what this run would hold out."""
         file = self.m.tokenizer_file.with_name("settings.json")
-        made = asdict(TrainConfig()) | model.read_json(file) if file.exists() else {}
+        made = asdict(TrainConfig()) | read_json(file) if file.exists() else {}
         if not made or made["data"]:                # public weights, or own pictures: nothing is known
             return
-        for name in data.WORLD:
+        for name in WORLD:
             if made[name] != getattr(self.config, name):
                 raise InputError(f"--init {self.config.init} learned the world of --{name} {made[name]} and has met "
                                  f"what that of {getattr(self.config, name)} holds out: give --{name} {made[name]}")
@@ -802,12 +541,13 @@ class Run:
         shard, dtype = shard if self.sharded() else None, torch.bfloat16 if half else torch.float32
         place = "cpu" if config.offload and shard else self.device
         if saved:
-            m = model.from_manifest(saved[1], saved[0], place, config.attention, shard, dtype)
+            m = from_manifest(saved[1], saved[0], place, config.attention, shard, dtype)
         elif config.init:
-            m = model.load(config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard,
-                           lora_rank=config.lora_rank, fork_layer=config.fork_layer)
+            m = formats.weights.load(
+                config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard,
+                lora_rank=config.lora_rank, fork_layer=config.fork_layer)
             if not m.tokenizer_file:
-                raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(model.TOKENIZERS)} there")
+                raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
         else:
             m = model.build(config.preset, attention=config.attention).to(place)
             for name, child in m.named_children():
@@ -817,7 +557,7 @@ class Run:
         for name in {"vq", *stage.frozen} & {name for name, _ in m.named_children()}:
             getattr(m, name).to(self.device)
         m.lm.rope_bf16, m.lm.checkpoint_activations = config.rope_bf16, config.checkpoint_activations
-        settle_attention(m, self.device, torch.bfloat16 if uses_bf16(config, self.device) else torch.float32)
+        model.settle_attention(m, self.device, torch.bfloat16 if uses_bf16(config, self.device) else torch.float32)
         if config.compile:
             for layer in m.lm.all_layers():
                 layer.compile()
@@ -829,15 +569,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be made ({error.strerror}): choose another") from error
-        judge.write_json(asdict(self.config), self.folder / "settings.json")
+        write_json(asdict(self.config), self.folder / "settings.json")
         if not self.state:                          # whatever a job that was killed early has left
             for name in ("before", "control"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             if self.config.init:
-                store_tokenizer(data.Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
+                store_tokenizer(Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
             else:
-                world = data.world_of(asdict(self.config) | {"seed": 0})         # the same words for every seed
-                train_tokenizer(self.folder / "tokenizer.json", self.m.config, world)
+                world = world_of(asdict(self.config) | {"seed": 0})              # the same words for every seed
+                data.train_tokenizer(self.folder / "tokenizer.json", self.m.config, world)
 
     def save(self, stage, step, optimizer, weights):
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
@@ -874,7 +614,7 @@ class Run:
                 self.saving.result()
         except (CheckpointException, OSError) as error:
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            raise InputError(f"a checkpoint in {self.folder} could not be written ({model.first_line(cause)}): make "
+            raise InputError(f"a checkpoint in {self.folder} could not be written ({first_line(cause)}): make "
                              "room, then go on with --resume; earlier checkpoints are untouched") from error
         finally:
             self.saving = None
@@ -905,25 +645,29 @@ def resumed_from(folder, config):
     if used and not (config.resume and (folder / "settings.json").exists()):
         remedy = "is no run folder:" if config.resume else "is not empty: continue it with --resume, or"
         raise InputError(f"{folder} {remedy} choose another --out")
-    if not model.checkpoint_places(folder):
+    if not checkpoint_places(folder):
         if config.resume:
             if used:
-                check_settings(model.read_json(folder / "settings.json"), config, folder)
+                check_settings(read_json(folder / "settings.json"), config, folder)
             print(f"{folder} holds no checkpoint yet: beginning")
         return None
-    place, manifest = model.newest_checkpoint(folder)
+    place, manifest = newest_checkpoint(folder)
     check_settings(manifest["settings"], config, folder)
-    for newer in model.checkpoint_places(folder):
+    for newer in checkpoint_places(folder):
         if newer.name > place.name:
             shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
             os.replace(newer, f"{newer}.damaged")
     return place, manifest
 
 
+GONE = {"dry_run_world": 0, "tokens": 0, "tflops": 989.0, "utilisation": 0.4}       # settings of older runs
+
+
 def check_settings(stored, config, folder):
     """A resumed run keeps its settings; only where it runs and how often it reports may change."""
     plain, given = (json.loads(json.dumps(asdict(one))) for one in (TrainConfig(), config))     # tuples become lists
-    stored = plain | stored                         # a run of before a setting was there had its default
+    # a run of before a setting was there had its default
+    stored = plain | {name: value for name, value in stored.items() if GONE.get(name, ...) != value}
     free = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention",
             "checkpoint_activations", "compile", "encoded", "parallel", "shard", "whole_gradients", "offload", "keep",
             "val_every", "on_bad_record"}
@@ -941,7 +685,8 @@ def train(config, stages=None):
     """All stages, those of the plan unless given, then the evaluation -> the result that is printed as the last line;
     None but on the first process."""
     check_numbers(config)
-    run = Run(config, stages or plan(config))
+    stages = stages or plan(config)
+    run = Run(config, stages)
     begin, state = (run.state[1]["stage"], run.state[1]) if run.state else (0, None)
     if state:
         run.seconds = state["seconds"]
@@ -974,7 +719,7 @@ def equip(run, stage, state):
             net = replicated(run.m)
     if state:
         place, weights = run.state[0], state["weights"]
-        model.read_tensors(tensors_of(run.m, optimizer, model.tensor_names(place)), place)
+        read_tensors(tensors_of(run.m, optimizer, tensor_names(place)), place)
     elif stage.aia:
         weights = calibrate(net, both, run.targets, config, run.autocast, run.device)
         print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
@@ -988,12 +733,12 @@ def run_stage(run, index, state):
     resumed = bool(state and state["optimizer"])
     if run.sharded() and not state and index:
         run.written()
-        run.m = run.open(index, first_decides(lambda: model.newest_checkpoint(run.folder)))
+        run.m = run.open(index, first_decides(lambda: newest_checkpoint(run.folder)))
         run.preparer = data.Preparer(run.m, run.text, encoded=run.encoded)
     if stage.name in ("control", "tune") and not resumed:
         if first_decides((run.folder / "before").exists):           # what stage 3 starts from, with or without AIA
-            first_decides(lambda: model.read_manifest(run.folder / "before"))
-            model.read_tensors(tensors_of(run.m), run.folder / "before")
+            first_decides(lambda: read_manifest(run.folder / "before"))
+            read_tensors(tensors_of(run.m), run.folder / "before")
         else:
             run.write("before")
     optimizer, schedule, weights, net = equip(run, stage, state if resumed else None)
@@ -1029,7 +774,7 @@ def run_stage(run, index, state):
         optimizer.zero_grad()
         bar.update()
         if (step + 1) % config.log_every == 0 or step + 1 == stage.steps:
-            since = report(run, index, step, since, metrics, weights, float(norm), places, bar, waited)
+            since = report_step(run, index, step, since, metrics, weights, float(norm), places, bar, waited)
             waited, places = 0.0, torch.zeros_like(places)
         if schedule and config.val and (step + 1) % config.val_every == 0:
             start = time.time()
@@ -1056,14 +801,14 @@ def pictures_of(run):
         return run.source.crowded
     if not hasattr(run, "own_pictures"):
         config, found = run.m.config, {}
-        for record in (record for task in aia.TASKS for record in data.every(run.source, task)):
+        for record in (record for task in aia.TASKS for record in every(run.source, task)):
             try:
                 for picture in record.pictures:
                     if picture not in found:
-                        drawn = data.janus_drawing(data.load_picture(picture, config.kind), config)
-                        found[picture] = data.to_picture(drawn)
+                        drawn = janus_drawing(load_picture(picture, config.kind), config)
+                        found[picture] = to_picture(drawn)
             except InputError as error:
-                data.note_bad(f"{record.place}: {error}", run.bad, run.config.on_bad_record == "stop")
+                note_bad(f"{record.place}: {error}", run.bad, run.config.on_bad_record == "stop")
         run.own_pictures = list(found.values())
     return run.own_pictures
 
@@ -1080,7 +825,7 @@ def check_finite(norm, metrics, stage, step, batches, run):
         places = sum(found, [])
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     run.written()                                   # the last good one may be on its way to the disk
-    saved = model.checkpoint_places(run.folder)
+    saved = checkpoint_places(run.folder)
     good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
                      f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
@@ -1115,7 +860,7 @@ def brief(task, row):
     return f"{task} {row['ntp']:.3f} aia " + ("-" if row["aia"] is None else f"{row['aia']:.4f}")
 
 
-def report(run, index, step, since, metrics, weights, norm, places, bar, waited):
+def report_step(run, index, step, since, metrics, weights, norm, places, bar, waited):
     """One line on the terminal, one object in metrics.jsonl."""
     stage, now = run.stages[index], time.time()
     rate = (now - since[0]) / (step + 1 - since[1])                             # seconds per step
@@ -1154,14 +899,6 @@ def trim_log(path, stage, step):
         os.replace(aside, path)
 
 
-def whole(line):
-    """The object of a line of the log; None of one that a kill cut short."""
-    try:
-        return found if isinstance(found := json.loads(line), dict) else None
-    except ValueError:
-        return None
-
-
 @contextlib.contextmanager
 def interruptible(run):
     """Ctrl-C, SIGTERM and SLURM's USR1 finish the step, save, and say how to go on; Ctrl-C pressed twice stops at once
@@ -1194,31 +931,31 @@ def finish(run):
     m, run.m, run.preparer, run.stager = None if run.sharded() else run.m, None, None, None
     if run.sharded():                               # the whole of it, in the type of activations, in place of a part
         dtype = torch.bfloat16 if uses_bf16(run.config, run.device) else None
-        m = model.load(run.folder, dtype, run.device, rope_bf16=run.config.rope_bf16)
+        m = formats.weights.load(run.folder, dtype, run.device, rope_bf16=run.config.rope_bf16)
     skipped = run.bad if run.config.on_bad_record == "skip" else None
     cpu_targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
-    samples = judge.HeldOut(run.world, run.config.seed) if run.world else judge.FileBatches(run.val, skipped)
-    curves = judge.curves(arms(run, m), data.Preparer(m, run.text), samples, cpu_targets, run=asdict(run.config))
-    judge.plot_curves(curves, run.folder / "curves.png")
-    judge.write_json(curves, run.folder / "curves.json")
-    judge.print_curves(curves)
+    samples = evaluation.HeldOut(run.world, run.config.seed) if run.world else evaluation.FileBatches(run.val, skipped)
+    curves = evaluation.curves(arms(run, m), data.Preparer(m, run.text), samples, cpu_targets, run=asdict(run.config))
+    evaluation.plot_curves(curves, run.folder / "curves.png")
+    write_json(curves, run.folder / "curves.json")
+    evaluation.print_curves(curves)
     last = {task: curves[task]["after"] for task in aia.TASKS}
     result = {"und": None, "gen": None, "reader": None, "psnr": None}
     if run.world:
-        scores = {name: score(run, name, m) for name, m in arms(run, m)}
-        scores |= scores.pop("after") | judge.score_tokenizer(m, run.world, 4 * run.config.eval_n, run.config.seed)
+        scores = {name: score_arm(run, name, m) for name, m in arms(run, m)}
+        scores |= scores.pop("after") | evaluation.score_tokenizer(m, run.world, 4 * run.config.eval_n, run.config.seed)
         result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
-        judge.write_json(scores, run.folder / "scores.json")
+        write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
     bad = run.bad + run.source.bad + (run.val.bad if run.val is not run.source else [])
     if bad:
-        print(data.bad_report(bad, run.source.paths + run.val.paths))
+        print(bad_report(bad, run.source.paths + run.val.paths))
     print(f"run folder {run.folder}: checkpoints, metrics.jsonl, curves.png" + (", samples.png, scores.json" * bool(
         run.world)))
     result |= {"preset": run.config.preset, "seed": run.config.seed, "seconds": round(run.elapsed(), 1),
                "rss_gb": round(memory_gb(), 3)}
-    judge.write_json(result | {"machine": judge.machine() | {"device": run.device}}, run.folder / "result.json")
+    write_json(result | {"machine": machine() | {"device": run.device}}, run.folder / "result.json")
     return result
 
 
@@ -1227,535 +964,37 @@ def arms(run, m):
     may not fit where one was trained."""
     for name in ("before", "control"):
         if (run.folder / name).exists():
-            model.read_manifest(run.folder / name)  # refuses damaged files
-            model.read_tensors(tensors_of(m), run.folder / name)
+            read_manifest(run.folder / name)        # refuses damaged files
+            read_tensors(tensors_of(m), run.folder / name)
             yield name, m
-    model.read_tensors(tensors_of(m), model.newest_checkpoint(run.folder)[0])
+    read_tensors(tensors_of(m), newest_checkpoint(run.folder)[0])
     yield "after", m
 
 
-def score(run, name, m):
+def score_arm(run, name, m):
     """Held-out scores of one arm; draws samples.png of the final weights."""
     config = run.config
-    understood = judge.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
-    drawn, samples = judge.score_generation(m, run.text, run.world, config.eval_n, config.seed)
-    print("-- " + (judge.LABEL[name] if name != "after" or judge.has_aia(asdict(config)) else judge.WITHOUT))
-    judge.print_scores(understood | drawn)
+    understood = evaluation.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
+    drawn, samples = evaluation.score_generation(m, run.text, run.world, config.eval_n, config.seed)
+    plain = name == "after" and not evaluation.has_aia(asdict(config))
+    print("-- " + (evaluation.WITHOUT if plain else evaluation.LABEL[name]))
+    evaluation.print_scores(understood | drawn)
     if name == "after":
-        judge.plot_samples(samples, run.world.skills, run.folder / "samples.png")
+        evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png")
     return understood | drawn
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A cluster that is not there: one step of a large model, predicted on a laptop
-# ---------------------------------------------------------------------------------------------------------------------
-DRY = {"parallel": "fsdp", "dtype": "bfloat16", "checkpoint_activations": True, "micro_batch": 1}
-SAMPLES, EPOCHS, GIB = 3_000_000, 4, 2**30          # the paper's data, and our reading of how often (RECIPES)
-# Kernels of attention: place of q among their arguments, of is_causal, products of size T x T x D.
-KERNELS = {"_scaled_dot_product_flash_attention_for_cpu": (0, 4, 2),
-           "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 7, 5)}
-# What a process of a ring of k sends: (k - 1) / k of a whole tensor; the sum of whole tensors takes two rounds.
-COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+def settings_from(argv, cls=TrainConfig, prog="train.py", more=()):
+    """Flags over the defaults of the preset and the recipe that they name, over `more`."""
+    config = parse(cls, argv, prog)
+    recipe = RECIPES[config.recipe][1] if config.recipe else {}
+    return parse(cls, argv, prog, SETTINGS_OF.get(config.preset, {}) | dict(more) | recipe)
 
 
-def storages(x):
-    """{key: storage} of the tensors in x, of sharded ones this process's part."""
-    found = [t._local_tensor if isinstance(t, DTensor) else t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-    return {storage._cdata: storage for storage in (t.untyped_storage() for t in found)}
-
-
-class Ledger(TorchDispatchMode):
-    """Within `with ledger.fake, ledger:` nothing is computed, but every operation is written down: its FLOPs, the bytes
-    that it sends to other processes, and which storages live at the worst moment.
-
-    Weights are fake, shapes without memory. A batch made before is real, and so is what follows from it alone: masks
-    pick as many rows as they would in earnest. A number read from fake tensors, such as a loss for the log, is 1.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.fake, self.flop, self.sent = FakeTensorMode(allow_non_fake_inputs=True), 0, dict.fromkeys(COLLECTIVES, 0)
-        self.live, self.count, self.gathered, self.worst = {}, 0, set(), {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        if {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} == {torch.Tensor}:
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-        if name == "_local_scalar_dense":
-            return 1
-        if name == "index" and args[1][0].dtype is torch.bool:
-            with unset_fake_temporarily():
-                args = (args[0], list(args[1][0].nonzero().unbind(1)))
-        if name in COLLECTIVES:                     # they have no form without numbers before torch 2.10
-            least = min(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
-            with unset_fake_temporarily():
-                numbers = tree_map_only(torch.Tensor, lambda x: torch.zeros(x.numel() // least, dtype=x.dtype), args)
-                out = args[0], function(*numbers, **kwargs)[1]
-        else:
-            out = function(*args, **kwargs)
-        if function.overloadpacket in flop_registry:
-            self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
-        elif name in KERNELS:
-            q, causal, products = KERNELS[name]
-            self.flop += 2 * products * args[q].numel() * args[q + 1].shape[2] // (2 if True in args[causal:] else 1)
-        elif name == "allreduce_":
-            k = dist.ProcessGroup.unbox(args[1]).size()
-            self.sent[name] += sum(x.nbytes for x in args[0]) * 2 * (k - 1) // k
-        elif name in COLLECTIVES:
-            self.sent[name] += abs(args[0].nbytes - args[1].nbytes)
-        self.remember(storages(out), look=torch.is_grad_enabled() or name != "add")
-        if function.namespace in ("fsdp", "c10d"):
-            self.gathered |= self.numbers((args, kwargs))
-        return out
-
-    def remember(self, found, look):
-        """Number new storages. They go when they are freed; FSDP also empties some and fills them again. Sums of
-        gradients are not looked at: autograd makes them in place, but not where somebody writes down operations."""
-        for key in found.keys() - self.live.keys():
-            self.count += 1
-            self.live[key] = self.count, weakref.ref(found[key], lambda _, key=key: self.live.pop(key))
-        if look and found:
-            now = {number: storage().nbytes() for number, storage in list(self.live.values())}
-            self.worst = max(self.worst, now, key=lambda sizes: sum(sizes.values()))
-
-    def numbers(self, x):
-        return {self.live[key][0] for key in storages(x) if key in self.live}
-
-
-def rehearse(config, attention, recompute, batch=None):
-    """One step of the first process, on samples of the dearer task unless a batch is given: a drawing of Emu3, or a
-    picture and a long answer of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
-    stages = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
-    stage = [stage for stage in stages if not stage.ratio][-1]                  # the last that trains both tasks
-    c = replace(model.PRESETS[config.preset], attention=attention, lora_rank=config.lora_rank)
-    with torch.device("meta"):
-        m = model.MODELS[c.kind](c).train()
-    m.lm.checkpoint_activations, n, ledger = recompute, config.micro_batch, Ledger()
-    half = config.pure_bf16 or config.dtype == "bfloat16"
-    held = torch.bfloat16 if config.pure_bf16 or config.lora_rank and half else torch.float32
-    for name, parameter in m.named_parameters():
-        parameter.data = parameter.data.to(model.held_type(name, held))
-    freeze(m, stage)
-    shard_model(m, config, {"vq", *stage.frozen}, "cpu")
-    if batch is None:
-        task, first = ("gen", config.tokens // 3) if c.kind == "emu3" else ("und", (c.image_size // c.vit_patch) ** 2)
-        condition = (torch.arange(config.tokens) < first).expand(n, -1)
-        labels, pixels = (0, None) if task == "gen" else (-100, torch.zeros(n, 3, c.image_size, c.image_size))
-        batch = data.Batch(task, condition * c.ids["placeholder"], condition * labels, condition, ~condition,
-                           torch.ones(n).bool(), pixels)
-    passes = max(1, config.batch_size // (n * processes()))
-    targets = {batch.task: aia.targets(c.layers, batch.task)}
-    # Half precision is that of a GPU: its loss is cut as it is there.
-    with kernels.chunks_of("cuda" if half else "cpu"), ledger.fake, ledger:
-        m.to_empty(device="cpu")
-        optimizer = make_optimizer(m, stage)
-        accumulate(m, [batch] * passes, targets, {batch.task: 1.0})
-        moving = [p for p in m.parameters() if p.requires_grad]
-        kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
-                 "frozen": [p for p in m.parameters() if not p.requires_grad] + list(m.buffers())}
-        row = {kind: sum(x.nbytes() for x in storages(tensors).values()) for kind, tensors in kinds.items()}
-        others = ledger.gathered | ledger.numbers(kinds)
-        row["activations"] = sum(size for number, size in ledger.worst.items() if number not in others)
-        # The moments are always there: the first step makes them at its end, and fused AdamW makes nothing else.
-        row["optimizer"] = 2 * row["parameters"]
-        row["peak"] = sum(ledger.worst.values()) + row["optimizer"]
-        torch.nn.utils.clip_grad_norm_([p for p in moving if p.grad is not None], config.clip)
-        optimizer.step()
-    return row | {"sent": {COLLECTIVES[name]: x for name, x in ledger.sent.items()}, "flop": ledger.flop,
-                  "samples": n * processes() * passes, "all": sum(p.numel() for p in m.parameters()),
-                  "moving": sum(p.numel() for p in moving)}
-
-
-def dry_run(config):
-    """A step of --dry-run-world processes, four ways, and the days of the paper's training -> the result."""
-    check_numbers(config)
-    c, n = model.PRESETS[config.preset], config.dry_run_world
-    wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
-             getattr(config, name)] + ["parallel ddp"] * (config.parallel == "ddp")
-    if wrong:
-        raise InputError(f"--dry-run-world reads no data and needs weights shared over GPUs: leave out --{wrong[0]}")
-    config = replace(config, tokens=config.tokens or min({"emu3": 8282, "janus": 3000}[c.kind], c.context),
-                     shard=config.shard or min(8, n))
-    if config.parallel == "hsdp" and n % config.shard:
-        raise InputError(f"--shard {config.shard} does not divide {n} processes: choose a divisor")
-    least = 3 if c.kind == "emu3" else (c.image_size // c.vit_patch) ** 2 + 2
-    if not least <= config.tokens <= c.context:
-        raise InputError(f"--tokens {config.tokens}: {config.preset} takes {least} to {c.context}")
-    dist.init_process_group("fake", rank=0, world_size=n)
+def stoppable(work, again):
+    """work(), or when it was stopped, one line that says how to go on, and the exit status of a signal."""
     try:
-        ways = [(attention, recompute) for attention in ("explicit", "fused") for recompute in (True, False)]
-        rows = {way: rehearse(config, *way) for way in ways}
-    finally:
-        dist.destroy_process_group()
-    kept = {True: "recomputed", False: "kept"}
-    row, explicit = (rows[name, config.checkpoint_activations] for name in ("fused", "explicit"))
-    print(f"predicted from shapes, nothing measured: {config.preset}, {n} processes ({config.parallel}), a step of "
-          f"{row['samples']} samples of {config.tokens:,} tokens; {row['all']:,} parameters, {row['moving']:,} train\n"
-          "GiB of a process: " + ", ".join(f"{kind} {row[kind] / GIB:.2f}" for kind in (
-              "parameters", "gradients", "optimizer", "frozen")))
-    for (name, recompute), way in rows.items():
-        print(f"  {name:8s} attention, layers {kept[recompute]:10s} | peak {way['peak'] / GIB:7.2f}, of which "
-              f"activations {way['activations'] / GIB:7.2f} | {way['flop'] * n / 1e15:.2f} PFLOP a step")
-    seconds = row["flop"] / (config.tflops * 1e12 * config.utilisation)
-    days = SAMPLES * EPOCHS / row["samples"] * seconds / 86_400
-    print("GiB that a process sends: " + ", ".join(f"{kind} {x / GIB:.2f}" for kind, x in row["sent"].items()) +
-          f"\n{SAMPLES:,} samples x {EPOCHS} epochs, layers {kept[config.checkpoint_activations]}, at "
-          f"{config.tflops:g} TFLOP/s x {config.utilisation:g}: {seconds:.2f} s a step, {days:.1f} days")
-    result = {"parameters": row["all"], "peak_gib": row["peak"] / GIB, "peak_gib_explicit": explicit["peak"] / GIB,
-              "comm_gib": sum(row["sent"].values()) / GIB, "pflop": row["flop"] * n / 1e15, "days": days}
-    if config.out:
-        judge.write_json({"result": result, "settings": asdict(config), "rows": [
-            {"attention": name, "recompute": recompute} | way for (name, recompute), way in rows.items()]}, config.out)
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The papers in miniature: each row against a baseline of the same seed, several seeds, an interval for every claim
-# ---------------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Row:
-    """A row: the groups that it belongs to, its flags, the weights of the same seed that it begins from (a row and a
-    folder of its run; "": none, a whole run) and the row that it is compared with."""
-
-    groups: str
-    flags: dict
-    start: str = "aia/before"
-    baseline: str = "unified"
-
-
-OFF = {"aia_weight": "off"}
-BOTH = ("", OFF), ("+aia", {})
-# Worlds and models in which the tasks may be in each other's way: chosen before any of them was run.
-SETTINGS = {"half": {"preset": "tiny-half"}, "janus": {"preset": "tiny-janus"}, "words": {"shapes": 8, "colours": 8},
-            "crowd": {"shapes": 6, "colours": 6, "objects": 4}}
-SETTINGS |= {f"{one}-crowd": SETTINGS[one] | SETTINGS["crowd"] for one in ("half", "janus")}
-EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("und", "0:1"))}
-
-
-def rows_of(name, flags, groups):
-    """A setting without and with AIA, with a fork, and its experts where it is searched for a conflict (group 6). The
-    search itself does without cures: where it found something to cure, they are run by name."""
-    return {name: Row(groups, flags | OFF, "", ""),
-            f"{name}+aia": Row(groups.strip("6"), flags, f"{name}/before", name),
-            f"{name}+fork": Row("", flags | {"fork_layer": 2} | OFF, f"{name}/before", name),
-            **{f"{name}-{task}": Row("6", flags | own, "", "") for task, own in EXPERTS.items() if "6" in groups}}
-
-
-ROWS = {
-    "aia": Row("1", {}, ""), "unified": Row("1", OFF, baseline=""),
-    **{f"expert-{task}": Row("1", flags, "", "") for task, flags in EXPERTS.items()},
-    **{f"unifork-{layer}": Row("1", {"fork_layer": layer} | OFF) for layer in (1, 2)},
-    # Both from the beginning: a preset has a start of its own for the picture tokenizer, these two have the same.
-    "wide": Row("1", {"preset": "tiny-wide"} | OFF, "", ""),
-    "unifork": Row("1", {"preset": "tiny-unifork"} | OFF, "", "wide"),
-    "raw": Row("2", {"aia_variant": "raw"}), "no-huber": Row("2", {"aia_variant": "no-huber"}),
-    **{f"rho-{rho}": Row("2", {"rho": float(rho)}) for rho in (1, 10, 100)},
-    **{name: Row("2", {"aia_weight": name}) for name in ("paper", "released")},
-    **{name: Row("2", {"aia_targets": name}) for name in aia.REFERENCES},
-    "experts-curves": Row("2", {"aia_targets": "experts"}),
-    **{f"{gen}to{und}{arm}": Row("3", {"ratio": f"{gen}:{und}"} | flags, baseline=f"{gen}to{und}" if arm else "unified")
-       for gen, und in ((2, 1), (4, 1), (1, 2)) for arm, flags in BOTH},
-    **{f"tuned{arm}": Row("4", {"preset": "tiny-janus"} | flags, "janus", "tuned" if arm else "janus")
-       for arm, flags in BOTH},
-    **{f"long{arm}": Row("5", {"steps": 3 * TUNE.steps} | flags, baseline="long" if arm else "unified")
-       for arm, flags in BOTH},
-    **rows_of("double", {"preset": "tiny-double"}, "5"),
-    **{row: what for name, flags in SETTINGS.items()
-       for row, what in rows_of(name, flags, {"half": "56", "janus": "46"}.get(name, "6")).items()}}
-# Unified model: how the names of its two experts begin, and of the row that joins them.
-PAIRS = {"unified": ("expert", "experts")} | {name: (name, f"{name}-experts") for name in SETTINGS}
-PUBLISHED = Path("assets/study.json")
-QUICK = ("aia", "unified", "unifork-2", "raw", "no-huber")
-# 97.5 % point of Student's t for 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
-
-
-@dataclass(frozen=True)
-class Study:
-    """Run the rows of the study that are not there yet, and write what all finished ones say. It may be stopped at any
-    time."""
-
-    rows: tuple = opt(("1", "2"), "groups 1 to 6, or names of rows")
-    seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
-    quick: bool = opt(False, "five rows of one seed: to show how it goes, not what is true")
-    runs: str = opt("runs/study", "folder of the runs")
-    out: str = opt("", "JSON file to write; empty: assets/study.json, or study.json in the folder of runs with --quick "
-                   "and where the former knows more runs")
-
-
-def study(settings):
-    """All rows and seeds, one after the other -> {claim: verdict}."""
-    groups = {group for row in ROWS.values() for group in row.groups}
-    names = QUICK if settings.quick else [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
-    unknown, runs = {*settings.rows} - {*ROWS} - groups, Path(settings.runs)
-    seeds = settings.seeds[:1] if settings.quick else settings.seeds
-    if unknown or not names:
-        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
-    if not (seeds and all(seed.isdecimal() for seed in seeds)):
-        raise InputError(f"--seeds {' '.join(seeds)}: give whole numbers")
-    if settings.out and not Path(settings.out).parent.is_dir():
-        raise InputError(f"--out {settings.out}: there is no folder {Path(settings.out).parent}")
-    names = dict.fromkeys(needed for name in names for needed in (*needs(name), name))
-    todo = [(int(seed), name) for seed in seeds for name in names]
-    published = names_of(model.read_json(PUBLISHED)["rows"]) if PUBLISHED.exists() else set()
-    for number, (seed, name) in enumerate(todo, 1):
-        print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
-        run_row(name, seed, runs)
-        found = finished_rows(runs)
-        content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": judge.machine()}
-        known = published <= names_of(found) and not settings.quick             # nothing that was found is lost
-        out = settings.out or (PUBLISHED if known else runs / "study.json")
-        judge.write_json(content, out)
-    print_study(content)
-    print(f"written to {out}")
-    return {claim["claim"]: claim["verdict"] for claim in content["claims"]}
-
-
-def names_of(rows):
-    """Which runs the rows of a study tell of."""
-    return {(row["row"], row["seed"]) for row in rows}
-
-
-def needs(name):
-    """The rows that one begins from or takes its targets from."""
-    row = ROWS[name]
-    start = row.start.partition("/")[0]
-    experts = [f"expert-{task}" for task in EXPERTS] if row.flags.get("aia_targets") == "experts" else []
-    return [*experts, *([*needs(start), start] if start else [])]
-
-
-def run_row(name, seed, runs):
-    """Run one row of one seed, or go on with it, unless it is there."""
-    row, folder = ROWS[name], runs / f"{name}-seed{seed}"
-    start, _, part = row.start.partition("/")
-    flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
-    flags["init"] = str(runs / f"{start}-seed{seed}" / part) if start else ""
-    if row.flags.get("aia_targets") == "experts":
-        flags["aia_targets"] = str(experts_targets(runs, seed))
-    config = TrainConfig(**flags)
-    if (folder / "result.json").exists():
-        stored = model.read_json(folder / "settings.json")                      # what it began from may have moved
-        check_settings(stored | {name: getattr(config, name) for name in ("init", "aia_targets") if stored.get(name)},
-                       config, folder)
-    else:
-        stages = plan(config)
-        if 0 in parse_ratio(config.ratio):          # as many samples of its task a step as a model of both
-            stages = [replace(stage, batch_size=stage.batch_size // 2) if stage.name in ("joint", "tune") else stage
-                      for stage in stages]
-        train(config, stages)
-    if "1" in row.groups and not (folder / "alignment.json").exists():
-        judge.alignment(judge.Alignment(checkpoint=str(folder), n=512))
-
-
-def finished_rows(runs):
-    """What each finished run of the folder gave, in the order of ROWS."""
-    found = []
-    for name, row in ROWS.items():
-        files = ("result.json", "alignment.json") if "1" in row.groups else ("result.json",)
-        places = {folder.name.removeprefix(f"{name}-seed"): folder for folder in runs.glob(f"{name}-seed*")
-                  if all((folder / file).exists() for file in files)}
-        found += [read_row(name, int(seed), places[seed]) for seed in sorted(filter(str.isdecimal, places), key=int)
-                  if model.read_json(places[seed] / "settings.json")["seed"] == int(seed)]              # no copies
-    return found
-
-
-def read_row(name, seed, folder):
-    """Scores, losses on held-out samples, distance to the targets, seconds; curves and alignment where there are."""
-    result, curves = (model.read_json(folder / f"{file}.json") for file in ("result", "curves"))
-    row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
-    for task in aia.TASKS:
-        tuned, before = curves[task]["after"], curves[task].get("before")
-        if tuned:
-            row[task + "_curve"] = tuned["intensity"]
-            row |= {f"{key}_{task}": tuned[key] for key in ("ntp", "aia")} | {
-                f"distance_{task}": judge.distance(curves[task], "after"), f"std_{task}": float(np.mean(tuned["std"]))}
-            row |= {f"aia_before_{task}": before["aia"]} if before else {}
-    if (folder / "alignment.json").exists():
-        alignment = model.read_json(folder / "alignment.json")
-        row["alignment"] = {task: alignment[task]["score"]["10"] for task in aia.TASKS}
-    return row
-
-
-def experts_targets(runs, seed):
-    """Targets made of the curves of this seed's experts."""
-    file, table = runs / f"experts-seed{seed}.json", {}
-    for task in aia.TASKS:
-        curve = model.read_json(runs / f"expert-{task}-seed{seed}/curves.json")[task]["after"]["intensity"]
-        table[task] = aia.stages_from_curve(curve, task)
-    judge.write_json(table, file)
-    return file
-
-
-def interval(values):
-    """Mean and half of its 95 % interval (Student's t); None without at least three seeds."""
-    mean = float(np.mean(values))
-    if len(values) < 3:
-        return mean, None
-    return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-def verdict(mean, interval):
-    """Of a figure that is above zero where a claim holds."""
-    decided = interval is not None and abs(mean) > interval > 0                 # 0: equal by chance, scores have steps
-    return ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
-
-
-def mean_score(row):
-    return (row["und"] + row["gen"]) / 2
-
-
-MEASURES = ("ntp", "aia_before", "aia", "distance")
-COMPARED = {key: itemgetter(key) for key in ("und", "gen", "ntp_und", "ntp_gen")} | {"both": mean_score}
-
-
-def summary_of(rows):
-    """{row: both scores with mean and interval; differences to its baseline, paired by seed, of scores, of their mean
-    ("both") and of next-token losses; means of losses, distances and its own seconds}; two experts are one row more."""
-    table, result = by_row(rows), {}
-    baselines = {name: row.baseline for name, row in ROWS.items()} | {joint: name for name, (_, joint) in PAIRS.items()}
-    for name, seeds in table.items():
-        base = table.get(baselines[name], {})
-        shared = sorted({*seeds} & {*base})
-        result[name] = {"seeds": sorted(seeds), "seconds": float(np.mean([row["seconds"] for row in seeds.values()])),
-                        "baseline": baselines[name] if shared else "", "paired": shared}
-        for task in aia.TASKS:
-            mean, half = interval([row[task] for row in seeds.values()])
-            result[name][task] = {"mean": mean, "interval": half} | {
-                key: float(np.mean([row[f"{key}_{task}"] for row in seeds.values()]))
-                for key in MEASURES if all(f"{key}_{task}" in row for row in seeds.values())}
-        if shared:
-            result[name]["difference"] = {key: dict(zip(("mean", "interval"), interval(
-                [of(seeds[seed]) - of(base[seed]) for seed in shared]), strict=True)) for key, of in COMPARED.items()}
-    return result
-
-
-def by_row(rows):
-    """{row: {seed: row}}; "experts" has understanding of the one and generation of the other, and so have those of each
-    setting."""
-    table = {}
-    for row in rows:
-        table.setdefault(row["row"], {})[row["seed"]] = row
-    for prefix, joint in PAIRS.values():
-        for seed in sorted({*table.get(f"{prefix}-gen", {})} & {*table.get(f"{prefix}-und", {})}):
-            parts = {task: table[f"{prefix}-{task}"][seed] for task in aia.TASKS}
-            row = {key: value for task, part in parts.items() for key, value in part.items() if key.endswith(task)
-                   or key.startswith(task)} | {"seconds": sum(part["seconds"] for part in parts.values())}
-            if all("alignment" in part for part in parts.values()):
-                row["alignment"] = {task: part["alignment"][task] for task, part in parts.items()}
-            table.setdefault(joint, {})[seed] = row
-    return table
-
-
-def gap(row, other):
-    """Mean distance of the curves of two rows, both tasks."""
-    return float(np.mean([np.abs(np.array(row[f"{task}_curve"]) - other[f"{task}_curve"]) for task in aia.TASKS]))
-
-
-def better(row, *others):
-    """How much better a row is than each of the others."""
-    return [mean_score(row) - mean_score(other) for other in others]
-
-
-def between(experts, shared):
-    """How far understanding's alignment of the last layer is above the shared model's, and generation's below."""
-    und, gen = (experts["alignment"][task][-1] - shared["alignment"][task][-1] for task in ("und", "gen"))
-    return [und, -gen]
-
-
-# Claim, rows that it needs, and for each seed a number, or several, all above zero where the claim holds.
-CLAIMS = (
-    ("the two tasks' curves correlate negatively", ("unified",),
-     lambda plain: -(judge.correlation(plain["gen_curve"], plain["und_curve"]) or 0.0)),
-    ("patterns are stable over inputs (deviation below the paper's 0.13 of Emu3)", ("unified",),
-     lambda plain: 0.13 - (plain["std_gen"] + plain["std_und"]) / 2),
-    ("more decoupling moves curves towards the experts", ("unified", "unifork-1", "experts"),
-     lambda plain, forked, experts: gap(plain, experts) - gap(forked, experts)),
-    ("AIA moves curves towards the targets", ("unified", "aia"),
-     lambda plain, tuned: sum(plain[f"distance_{task}"] - tuned[f"distance_{task}"] for task in aia.TASKS) / 2),
-    ("AIA improves understanding", ("unified", "aia"), lambda plain, tuned: tuned["und"] - plain["und"]),
-    ("AIA improves generation", ("unified", "aia"), lambda plain, tuned: tuned["gen"] - plain["gen"]),
-    ("Huber matters", ("aia", "no-huber"), better),
-    ("stages matter", ("aia", "raw"), better),
-    ("rho has a middle optimum: 50 beats 1 and 100", ("aia", "rho-1", "rho-100"), better),
-    ("1:1 is the best ratio with AIA", ("aia", "2to1+aia", "4to1+aia", "1to2+aia"), better),
-    ("unified training is worse than the experts (a conflict)", ("experts", "unified"), better),
-    ("alignment rises in understanding", ("experts",),
-     lambda experts: experts["alignment"]["und"][-1] - experts["alignment"]["und"][0]),
-    ("alignment rises and falls in generation", ("experts",),
-     lambda experts: max(experts["alignment"]["gen"][1:-1]) - max(experts["alignment"]["gen"][i] for i in (0, -1))),
-    ("the shared model's alignment lies between: below the expert's in understanding, above in generation (last layer)",
-     ("experts", "unified"), between),
-    ("at half width unified training is worse than the experts (a conflict)", ("half-experts", "half"), better),
-    ("at half width AIA improves the mean of both scores", ("half+aia", "half"), better),
-    ("at half width forked beats shared", ("half+fork", "half"), better),
-    ("forked beats shared", ("unifork-2", "unified"), better),
-    ("forked beats shared of the same size", ("unifork", "wide"), better),
-)
-
-
-def claims_of(rows):
-    """Verdict of each claim: one of several numbers decides against it, all decide for it; the figure is the least of
-    those that decided."""
-    table, found = by_row(rows), []
-    for claim, names, number in CLAIMS:
-        seeds = sorted(set.intersection(*({*table.get(name, {})} for name in names)))
-        values = [np.atleast_1d(number(*(table[name][seed] for name in names))) for seed in seeds]
-        parts = [interval(part) for part in zip(*values, strict=True)] or [(None, None)]
-        verdicts = {verdict(*part) for part in parts}
-        decision = next((one for one in ("does not hold", "not decided here") if one in verdicts), "holds")
-        mean, half = min((part for part in parts if verdict(*part) == decision), key=lambda part: part[0])
-        found.append({"claim": claim, "verdict": decision, "figure": mean, "interval": half, "seeds": len(seeds)})
-    return found
-
-
-def shown(mean, interval, sign="+"):
-    """Mean with its interval, if there is one."""
-    return f"{mean:{sign}.3f}" + (f" ± {interval:.3f}" if interval is not None else "")
-
-
-def print_study(content):
-    """Rows, settings and claims as tables in Markdown."""
-    print("\n| row | seeds | understanding | generation | difference to | und | gen | loss und | gen | L_AIA und | "
-          "gen | distance und | gen | minutes |\n" + "|---" * 14 + "|")
-    tasks = ("und", "gen")
-    alone = {f"{prefix}-{task}" for prefix, _ in PAIRS.values() for task in EXPERTS}         # shown in pairs
-    for name, row in ((name, row) for name, row in content["summary"].items() if name not in alone):
-        cells = [name, str(len(row["seeds"])), *(shown(row[task]["mean"], row[task]["interval"], "") for task in tasks)]
-        few = f" ({len(row['paired'])})" if row["baseline"] and row["paired"] != row["seeds"] else ""
-        cells += [row["baseline"] + few or "-"]
-        cells += [shown(**row["difference"][task]) if row["baseline"] else "-" for task in tasks]
-        cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]
-        cells += [f"{row[task]['aia_before']:.4f} -> {row[task]['aia']:.4f}" if "aia_before" in row[task] else "-"
-                  for task in tasks]
-        cells += [f"{row[task]['distance']:.3f}" if "distance" in row[task] else "-" for task in tasks]
-        cells += [f"{row['seconds'] / 60:.1f}"]
-        print(f"| {' | '.join(cells)} |")
-    print("\nWhat two experts gain over a unified model (a conflict: scores above 0, losses below 0)\n\n"
-          "| setting | seeds | understanding | generation | loss und | loss gen | conflict |\n" + "|---" * 7 + "|")
-    for name, row in ((name, content["summary"].get(joint)) for name, (_, joint) in PAIRS.items()):
-        if row and row["baseline"]:
-            cells = [shown(**row["difference"][key]) for key in ("und", "gen", "ntp_und", "ntp_gen")]
-            cells += [verdict(**row["difference"]["both"])]
-            print(f"| {name} | {len(row['paired'])} | {' | '.join(cells)} |")
-    print("\n| claim | verdict | figure (above 0 where it holds) | seeds |\n|---|---|---|---|")
-    for claim in content["claims"]:
-        figure = shown(claim["figure"], claim["interval"]) if claim["seeds"] else "-"
-        print(f"| {claim['claim']} | {claim['verdict']} | {figure} | {claim['seeds']} |")
-
-
-def main(argv=None):
-    argv, again = sys.argv[1:] if argv is None else argv, "go on with the same command and --resume"
-    if argv[:1] == ["study"]:
-        command, config, again = study, data.parse(Study, argv[1:], "train.py study"), "go on with the same command"
-    else:
-        config = data.parse(TrainConfig, argv, "train.py")
-        command = dry_run if config.dry_run_world else train
-        defaults = SETTINGS_OF.get(config.preset, {}) | (DRY if config.dry_run_world else {}) | (
-            RECIPES[config.recipe][1] if config.recipe else {})
-        config = data.parse(TrainConfig, argv, "train.py", defaults)
-    try:
-        result = command(config)
+        return work()
     except Stop as stop:
         print(f"stopped and saved; {again}")
         sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
@@ -1765,9 +1004,16 @@ def main(argv=None):
     finally:
         if dist.is_initialized():                   # its threads, left alone, may abort a process that ends
             dist.destroy_process_group()
-    if result:
-        print("result " + json.dumps(result))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    moved(argv, "train.py", {"study": "python -m lab.study"})
+    if any(word.split("=")[0] == "--dry-run-world" for word in argv):
+        raise InputError("train.py --dry-run-world N is now python -m lab.dry_run --world N")
+    config = settings_from(argv)
+    tell(stoppable(lambda: train(config), "go on with the same command and --resume"))
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run_command(main)

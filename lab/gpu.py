@@ -21,16 +21,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aia
 import data
-import eval as judge
 import model
 import train
-from data import opt
-from model import InputError
-from parts import kernels
+from formats.checkpoints import read_tensors, save_checkpoint, tensors_of
+from formats.weights import public_files
+from lab.dry_run import DryRun, rehearse
+from lab.speed import released_loss, step_flops
+from parts.kernels import indices, kernel_for, try_lse
+from parts.settings import (
+    InputError,
+    device_of,
+    first_line,
+    machine,
+    opt,
+    parse,
+    read_json,
+    run_command,
+    tell,
+    write_json,
+)
+from parts.vision import JanusVQ, flatten
 
 # Legend: B samples, H heads, G key/value heads, T tokens, D head size. Times in seconds or ms, memory in 1e9 bytes.
 
@@ -47,11 +62,11 @@ class Gpu:
     seconds: float = opt(560.0, "begin nothing more after this time")
 
 
-class Bench:
+class Meter:
     """What all parts share: the device, how sizes shrink with --tiny, clocks and memory of the device."""
 
     def __init__(self, settings):
-        self.tiny, self.device = settings.tiny, data.device_of(settings.device)
+        self.tiny, self.device = settings.tiny, device_of(settings.device)
         self.cuda, self.end = self.device.startswith("cuda"), time.monotonic() + settings.seconds
 
     def size(self, full, tiny):
@@ -99,7 +114,7 @@ def off(got, expected):
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine, and whether numbers are right on it
 # ---------------------------------------------------------------------------------------------------------------------
-def machine(bench):
+def about_machine(bench):
     """Its name, the speed of products and copies, and which kernels attention takes."""
     if bench.cuda:
         about = torch.cuda.get_device_properties(0)
@@ -113,11 +128,11 @@ def machine(bench):
     for preset in ("janus-pro-1b", "emu3-8b"):
         c = model.PRESETS[preset]
         for dtype in (torch.float32, torch.bfloat16):
-            found, faults = kernels.try_lse(bench.device, dtype, c.heads, c.kv_heads, c.head_dim)
+            found, faults = try_lse(bench.device, dtype, c.heads, c.kv_heads, c.head_dim)
             for attention in ("fused", "lse"):
                 m = small_model(c, attention)
                 yield {"preset": preset, "dtype": str(dtype), "attention": attention, "log_sum_exp": found,
-                       "faults": faults, "kernels": train.attention_kernel(m, bench.device, dtype)}
+                       "faults": faults, "kernels": model.attention_kernel(m, bench.device, dtype)}
 
 
 def small_model(c, attention):
@@ -130,9 +145,9 @@ def parity(bench):
     """All bodies of attention against the softmax written out in float64; picture codes of this device and the CPU."""
     t = bench.size(700, 64)
     condition = (torch.arange(t) < t // 3).expand(2, -1).to(bench.device)
-    rectangle = kernels.indices(~condition), kernels.indices(condition)
+    rectangle = indices(~condition), indices(condition)
     for dtype, d in ((torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 128)):
-        kernels.try_lse(bench.device, dtype, 8, 2, d)
+        try_lse(bench.device, dtype, 8, 2, d)
         g = torch.Generator().manual_seed(0)
         drawn = [torch.randn(2, h, t, d, generator=g).to(dtype).to(bench.device) for h in (8, 2, 2)]
         exact = outcome(model.attend_explicit, [x.double() for x in drawn], condition, rectangle)
@@ -145,7 +160,7 @@ def parity(bench):
 
 def lse_kernel(q):
     """Name of the kernel that `lse` takes for q; None where it goes on with the flag channel."""
-    found = kernels.kernel_for(q)
+    found = kernel_for(q)
     return found and found.name
 
 
@@ -161,13 +176,13 @@ def outcome(attend, inputs, condition, rectangle):
 def codes(bench):
     """Share of picture codes that differ from the CPU's, as models are and with cuDNN's own rounding (TF32)."""
     torch.manual_seed(0)
-    here = model.JanusVQ(model.PRESETS[bench.size("janus-pro-1b", "tiny-janus")]).eval()
+    here = JanusVQ(model.PRESETS[bench.size("janus-pro-1b", "tiny-janus")]).eval()
     for p in here.parameters():
         if p.ndim == 4 and not p.any():             # branches that begin by adding nothing
             torch.nn.init.kaiming_uniform_(p, a=5**0.5)
     pixels = torch.rand(2, 3, *(bench.size(384, 16),) * 2) * 2 - 1
     with torch.no_grad():
-        flat = model.flatten(here.latents(pixels))
+        flat = flatten(here.latents(pixels))
         some = flat[torch.randint(len(flat), (len(here.quantize.weight),))]
         here.quantize.weight.copy_(some + 0.1 * torch.randn_like(some) / some.shape[1] ** 0.5)
         expected, z = here.encode(pixels), here.latents(pixels)
@@ -190,7 +205,7 @@ def attention(bench):
             "plain, cudnn": ("fused", [SDPBackend.CUDNN_ATTENTION]), "flag channel": ("fused", None),
             "log-sum-exp": ("lse", None)}
     for b, h, g, t, rows, keys in shapes:
-        kernels.try_lse(bench.device, torch.bfloat16, h, g, d)
+        try_lse(bench.device, torch.bfloat16, h, g, d)
         place = torch.arange(t, device=bench.device).expand(b, -1)
         condition, rectangle = place < keys, (place[:, t - rows:], place[:, :keys])
         for name, (body, only) in ways.items():
@@ -230,7 +245,7 @@ def tried(bench, work, *args):
     try:
         return work(bench, *args)
     except (RuntimeError, InputError) as error:
-        return {"failed": f"{type(error).__name__}: {model.first_line(error)}"}
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +284,7 @@ def filled(preset, device, dtype, lora_rank=0):
     return m
 
 
-def sample(c, case):
+def made_batch(c, case):
     """A batch as training makes it: Emu3 draws; Janus-Pro draws, or reads a picture and gives a long answer."""
     n, t = case.samples, case.tokens
     place, words = torch.arange(t).expand(n, -1), torch.randint(5, 400, (n, t))
@@ -296,7 +311,7 @@ def steps(bench, preset, manner, cases, lora_rank=0):
     m = filled(preset, bench.device, dtype, lora_rank).train()
     optimizer, c = train.make_optimizer(m, train.LARGE[0]), m.config
     targets = {task: tuple(x.to(bench.device) for x in aia.targets(c.layers, task)) for task in aia.TASKS}
-    kernels.try_lse(bench.device, torch.bfloat16, c.heads, c.kv_heads, c.head_dim)
+    try_lse(bench.device, torch.bfloat16, c.heads, c.kv_heads, c.head_dim)
 
     def autocast():
         return torch.autocast(bench.device.split(":")[0], torch.bfloat16, enabled=manner == "autocast")
@@ -313,13 +328,13 @@ def step_cost(bench, m, optimizer, targets, autocast, case):
         layer._compiled_call_impl = None            # what `compile` sets and nothing takes back
         if case.compiled:
             layer.compile()
-    m.lm.checkpoint_activations, batch = case.recompute, sample(m.config, case)
+    m.lm.checkpoint_activations, batch = case.recompute, made_batch(m.config, case)
     weights = None if case.variant == "plain" else {case.task: 5.0}
 
     def step():
         if case.variant == "released":
             with autocast():
-                loss = judge.released_loss(m, batch.to(bench.device), *targets[case.task], weight=5.0)
+                loss = released_loss(m, batch.to(bench.device), *targets[case.task], weight=5.0)
             loss.backward()
         else:
             sums = train.accumulate(m, [batch], targets, weights, autocast=autocast, device=bench.device)
@@ -333,7 +348,7 @@ def step_cost(bench, m, optimizer, targets, autocast, case):
     first = time.perf_counter() - start
     bench.clean()
     held, seconds = bench.held(), bench.seconds(step, 3, 1)
-    flop = judge.step_flops(m.config, case.tokens) * case.samples
+    flop = step_flops(m.config, case.tokens) * case.samples
     return {"seconds": seconds, "first_seconds": first, "tokens_per_second": case.samples * case.tokens / seconds,
             "share_of_989_tflops": flop / seconds / 989e12, "held_gb": held, "peak_gb": bench.peak()}
 
@@ -374,13 +389,13 @@ def predicted(bench, rows):
 
 
 def expected_memory(bench, row):
-    config = train.TrainConfig(preset=row["preset"], dry_run_world=1, parallel="fsdp", tokens=row["tokens"],
-                               micro_batch=row["samples"], batch_size=row["samples"], dtype="bfloat16",
-                               pure_bf16=row["manner"] == "pure", lora_rank=row["lora_rank"])
+    config = DryRun(preset=row["preset"], world=1, parallel="fsdp", tokens=row["tokens"],
+                    micro_batch=row["samples"], batch_size=row["samples"], dtype="bfloat16",
+                    pure_bf16=row["manner"] == "pure", lora_rank=row["lora_rank"])
     dist.init_process_group("fake", rank=0, world_size=1)
     try:
         case = Case(row["variant"], row["samples"], row["tokens"], row["task"])
-        found = train.rehearse(config, "fused", row["recompute"], sample(model.PRESETS[row["preset"]], case))
+        found = rehearse(config, "fused", row["recompute"], made_batch(model.PRESETS[row["preset"]], case))
     finally:
         dist.destroy_process_group()
     gb = found["peak"] / 1e9
@@ -396,7 +411,7 @@ def generation(bench):
     for preset in (bench.size("janus-pro-7b", "tiny-janus"), bench.size("emu3-8b", "tiny-emu3")):
         m = filled(preset, bench.device, torch.bfloat16).eval()
         yield from decoding(bench, m, preset)
-        files, ids = model.public_files(m)["config"], m.ids
+        files, ids = public_files(m)["config"], m.ids
         del m
         bench.clean()
         yield {"preset": preset, "who": "transformers"} | tried(bench, their_words, files, ids)
@@ -450,7 +465,7 @@ def saving(bench):
     m = filled(bench.size("janus-pro-1b", "tiny-janus"), bench.device, torch.bfloat16).train()
     optimizer, task = train.make_optimizer(m, train.LARGE[0]), "gen"
     targets = {task: tuple(x.to(bench.device) for x in aia.targets(m.config.layers, task))}
-    batch = sample(m.config, Case("aia", 1, bench.size(640, 80), task))
+    batch = made_batch(m.config, Case("aia", 1, bench.size(640, 80), task))
 
     def step():
         train.metrics_of(train.accumulate(m, [batch], targets, {task: 5.0}, device=bench.device))
@@ -461,48 +476,48 @@ def saving(bench):
     with tempfile.TemporaryDirectory() as folder:
         for i, pinned in enumerate((False, True, True)[:3 if bench.cuda else 1]):       # the second time it is there
             if pinned and not stager:
-                stager = train.BlockingAsyncStager(cache_staged_state_dict=True)
-            tensors, place = train.tensors_of(m, optimizer), Path(folder) / f"checkpoints/0-{i:07d}"
+                stager = BlockingAsyncStager(cache_staged_state_dict=True)
+            tensors, place = tensors_of(m, optimizer), Path(folder) / f"checkpoints/0-{i:07d}"
             place.parent.mkdir(exist_ok=True)
             bench.wait()
             start = time.perf_counter()
-            future = train.save_checkpoint(tensors, {"config": {}}, place, stager=stager)
+            future = save_checkpoint(tensors, {"config": {}}, place, stager=stager)
             staged, beside = time.perf_counter() - start, bench.seconds(step, 1, 0)
             future.result()
             written = time.perf_counter() - start
             yield {"pinned": pinned, "time": i, "gb": sum(x.nbytes for x in tensors.values()) / 1e9, "staged": staged,
                    "written": written, "step_alone": alone, "step_beside": beside}
-        before = {name: value.clone() for name, value in train.tensors_of(m, optimizer).items()}
-        train.save_checkpoint(before, {"config": {}}, Path(folder) / "last").result()
+        before = {name: value.clone() for name, value in tensors_of(m, optimizer).items()}
+        save_checkpoint(before, {"config": {}}, Path(folder) / "last").result()
         step()
         start = time.perf_counter()
-        model.read_tensors(train.tensors_of(m, optimizer), Path(folder) / "last")
+        read_tensors(tensors_of(m, optimizer), Path(folder) / "last")
         bench.wait()
-        now = train.tensors_of(m, optimizer)
+        now = tensors_of(m, optimizer)
         yield {"read": time.perf_counter() - start, "same": all(torch.equal(now[key], x) for key, x in before.items())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
-PARTS = {"machine": machine, "parity": parity, "attention": attention, "small": small, "large": large,
+PARTS = {"machine": about_machine, "parity": parity, "attention": attention, "small": small, "large": large,
          "generation": generation, "saving": saving, "predicted": predicted}
 
 
-def measure(settings):
+def measure_parts(settings):
     """All parts that are wanted -> how many rows the file holds, and of which parts."""
     unknown = set(settings.parts) - set(PARTS)
     if unknown:
         raise InputError(f"lab.gpu knows no part {', '.join(sorted(unknown))}: use some of {', '.join(PARTS)}")
-    out, bench = Path(settings.out), Bench(settings)
+    out, bench = Path(settings.out), Meter(settings)
     if not (bench.cuda or settings.tiny or settings.parts == ("predicted",)):
         raise InputError("there is no GPU here: --tiny --out tiny.json tries the command without one")
-    content = model.read_json(out) if out.exists() else {"rows": [], "complete": []}
+    content = read_json(out) if out.exists() else {"rows": [], "complete": []}
     if content["rows"] and content["tiny"] != settings.tiny:
         raise InputError(f"{out} holds rows {'of' if content['tiny'] else 'without'} --tiny: give another --out")
     wanted = [part for part in PARTS if part in (settings.parts or set(PARTS) - set(content["complete"]))]
-    about = judge.machine() | {"device": bench.device, "cuda": torch.version.cuda, "platform": platform.machine(),
-                               "gpu": torch.cuda.get_device_name() if bench.cuda else None}
+    about = machine() | {"device": bench.device, "cuda": torch.version.cuda, "platform": platform.machine(),
+                         "gpu": torch.cuda.get_device_name() if bench.cuda else None}
     content["tiny"] = settings.tiny
     if bench.cuda or settings.tiny:                 # `predicted` alone may follow on another machine
         content["machine"] = about
@@ -513,10 +528,10 @@ def measure(settings):
         for row in PARTS[part](bench, list(rows)) if part == "predicted" else PARTS[part](bench):
             rows.append({"part": part, **row, "date": about["date"], "gpu": about["gpu"], "torch": about["torch"]})
             print(json.dumps(rows[-1]), flush=True)
-            judge.write_json(content, out)
+            write_json(content, out)
         if not any(row.get("failed") == NO_TIME for row in rows if row["part"] == part):
             content["complete"].append(part)
-        judge.write_json(content, out)
+        write_json(content, out)
         bench.clean()
         print(f"{part}: {time.monotonic() - started:.1f} s, {bench.left():.0f} s left", flush=True)
         if bench.left() < 0:
@@ -525,8 +540,8 @@ def measure(settings):
 
 
 def main(argv=None):
-    print("result " + json.dumps(measure(data.parse(Gpu, argv, "python -m lab.gpu"))))
+    tell(measure_parts(parse(Gpu, argv, "python -m lab.gpu")))
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run_command(main)

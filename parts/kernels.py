@@ -17,20 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from aia import at_least_float32
-
-
-def first_line(error):
-    """The beginning of what a library says, for messages of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
+import aia
+from parts.settings import first_line
 
 # Legend: B samples, H heads, G key/value heads, T tokens, D head size; R rows and K keys that count; n tokens with a
 # label, C channels, V vocabulary.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Next-token loss, without all logits at once
+# The loss in chunks
 # ---------------------------------------------------------------------------------------------------------------------
 CHUNK = {"cpu": 256, "cuda": 1024}              # tokens that meet the vocabulary at once
 
@@ -67,7 +62,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits = torch.mm(part, weight.T, out=room[:len(part)])             # (n, V)
             if bias is not None:
                 logits += bias
-            scores = at_least_float32(logits)                                   # (n, V), in place from here on
+            scores = aia.at_least_float32(logits)                               # (n, V), in place from here on
             scores -= scores.amax(-1, keepdim=True)
             picked = scores.gather(1, wanted)                                   # (n, 1)
             norm = scores.exp_().sum(-1, keepdim=True)                          # (n, 1)
@@ -199,7 +194,7 @@ def attention_inside(q, k, lse, rows, keys):
     shared = q.shape[1] // k.shape[1] * q.shape[2]                              # rows of a head of k, H / G R
     scores = (q.view(*k.shape[:2], shared, q.shape[3]) @ k.transpose(-1, -2)).view(*q.shape[:3], k.shape[2])
     # A(q, k) = exp(q.k / sqrt(D) - lse(q))
-    scores = at_least_float32(scores) * q.shape[3] ** -0.5 - lse[..., None]
+    scores = aia.at_least_float32(scores) * q.shape[3] ** -0.5 - lse[..., None]
     seen = (keys >= 0)[:, None] & (keys[:, None] <= rows[:, :, None])           # (B, R, K); no key is before row -1
     return scores.masked_fill(~seen[:, None], -math.inf).exp()                  # (B, H, R, K)
 
@@ -238,9 +233,9 @@ class MassFromLse(torch.autograd.Function):
         q, k, v, out, lse, mass, rows, keys = ctx.saved_tensors
         lost = mass * d_mass                                                    # (B, H, T)
         # Where nobody uses a row's out there is no direction to shift O in: a gradient too faint to matter makes one.
-        unused = (at_least_float32(d_out).square().sum(-1) < FAINT**2) & (lost != 0)
+        unused = (aia.at_least_float32(d_out).square().sum(-1) < FAINT**2) & (lost != 0)
         d_out = torch.where(unused[..., None], FAINT, d_out)                    # (B, H, T, D)
-        wide = at_least_float32(d_out)
+        wide = aia.at_least_float32(d_out)
         # O' = O + m dm dO / |dO|^2
         shifted = out + (lost / wide.square().sum(-1).clamp(min=FAINT**2))[..., None] * wide    # (B, H, T, D)
         d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, shifted.to(q.dtype), lse, *ctx.rest)
@@ -305,6 +300,18 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
             faults.append(f"{kernel.name}: wrong by {wrong:.1e}")
     PASSED.pop((kind, dtype), None)
     return None, faults
+
+
+def kernel_of(node):
+    """The kernel behind an output of attention, by the name of the step that will differentiate it."""
+    while node and type(node).__name__.startswith(("Slice", "MassFromLse")):
+        if "Lse" in type(node).__name__:
+            return f"fused, {node.kernel.name} kernel and its log-sum-exp"
+        node = node.next_functions[0][0]
+    for kernel in ("Flash", "Cudnn", "Efficient"):
+        if f"{kernel}Attention" in type(node).__name__:
+            return f"fused, {kernel.lower()} kernel"
+    return "fused, but on the slow math fallback: no fast kernel takes heads of this size and type here"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Put the repository root on the path, so that a bare `pytest` finds the code; tests that wait for --slow; the
 device of tests that compare numbers."""
-
 import json
 import platform
 import sys

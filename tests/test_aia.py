@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import aia
+import eval as evaluation
 import model
+from parts.settings import InputError
 
 ATTENDS = [model.attend_explicit, model.attend_fused]
 
@@ -101,7 +103,7 @@ def test_depth_scales_table_s4_to_any_number_of_layers(last, task):
 @pytest.mark.parametrize("table, layers", [("S4", 30), ("S5", 32), ("released", 32)])
 def test_printed_tables_refuse_another_depth(table, layers):
     """Their layer numbers mean nothing in a deeper or shallower model."""
-    with pytest.raises(aia.InputError, match=f"{table}.*{layers}"):
+    with pytest.raises(InputError, match=f"{table}.*{layers}"):
         aia.targets(layers, "gen", table)
 
 
@@ -136,7 +138,7 @@ def test_resampling_keeps_both_ends_and_is_linear_between():
 ])
 def test_unknown_names_are_refused(arguments, message):
     """The message repeats the name, so that a slip of the pen is seen."""
-    with pytest.raises(aia.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         aia.targets(32, *arguments)
 
 
@@ -147,7 +149,7 @@ def test_own_targets_come_from_a_json_file(tmp_path):
     target, delta = aia.targets(4, "gen", str(file))
     torch.testing.assert_close(target, torch.tensor([0.5, 0.5, 0.25, 0.25]))
     torch.testing.assert_close(delta, torch.tensor([0.1, 0.1, 0.2, 0.2]))
-    with pytest.raises(aia.InputError, match="mine.json.*'und'"):
+    with pytest.raises(InputError, match="mine.json.*'und'"):
         aia.targets(4, "und", str(file))
 
 
@@ -161,7 +163,7 @@ def test_malformed_targets_name_their_file(tmp_path, content):
     """Syntax, a missing task, wrong rows, depths that do not rise from 0 and values out of range are told in a line."""
     file = tmp_path / "mine.json"
     file.write_text(content)
-    with pytest.raises(aia.InputError, match="mine.json"):
+    with pytest.raises(InputError, match="mine.json"):
         aia.targets(4, "gen", str(file))
 
 
@@ -299,11 +301,11 @@ def test_a_loss_of_zero_needs_no_weight():
 ])
 def test_weights_are_a_name_one_number_or_two(text, expected):
     """Two numbers stand for generation and understanding; rho asks for calibration."""
-    assert aia.fixed_weights(text) == (expected and {"gen": expected[0], "und": expected[1]})
+    assert evaluation.fixed_weights(text) == (expected and {"gen": expected[0], "und": expected[1]})
 
 
 @pytest.mark.parametrize("text", ["", "five", "-1", "1,-1", "1,2,3", "1,", "nan", "inf"])
 def test_unusable_weights_are_refused(text):
     """A weight is finite and not negative; the message names the flag."""
-    with pytest.raises(aia.InputError, match="--aia-weight"):
-        aia.fixed_weights(text)
+    with pytest.raises(InputError, match="--aia-weight"):
+        evaluation.fixed_weights(text)

@@ -19,11 +19,54 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmarks.common
+import benchmarks.fid
 import data
-import eval as scorers
+import eval as evaluation
 import model
 import train
-from aia import InputError
+from benchmarks.common import LETTER_ONLY, MAX_NEW_TOKENS, Item, ask_group, rgb
+from benchmarks.dpg import dpg_crops, dpg_score
+from benchmarks.fid import fid_distance, fid_network, fid_pixels, fid_stats
+from benchmarks.geneval import (
+    GENEVAL_COLORS,
+    geneval_color_texts,
+    geneval_crop,
+    geneval_evaluate,
+    geneval_iou,
+    geneval_position,
+    geneval_summary,
+)
+from benchmarks.judge import PROMPTS
+from benchmarks.mmbench import (
+    mmbench_groups,
+    mmbench_infer,
+    mmbench_judge_prompt,
+    mmbench_letter,
+    mmbench_open,
+    mmbench_prompt,
+    mmbench_score,
+)
+from benchmarks.mme import MME_SUFFIX, MME_TASKS, mme_parse, mme_score
+from benchmarks.mmmu import (
+    MMMU_SUBJECTS,
+    mmmu_eval_choice,
+    mmmu_eval_open,
+    mmmu_letter,
+    mmmu_options,
+    mmmu_parse_choice,
+    mmmu_parse_open,
+    mmmu_prompt,
+    mmmu_score,
+)
+from benchmarks.mmvet import mmvet_grade, mmvet_prompt, mmvet_score
+from benchmarks.mmvp import mmvp_grade, mmvp_options, mmvp_prompt, mmvp_score
+from benchmarks.pope import POPE, pope_metrics, pope_parse, pope_score
+from benchmarks.score import Score
+from formats.checkpoints import save_checkpoint, tensors_of
+from formats.datasets import pyarrow_for
+from parts.settings import InputError, run_command, write_json
+from parts.world import SKILLS
 
 FRUIT = {"A": "red apple", "B": "green pear", "C": "bananas", "D": "no fruit"}
 PETS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
@@ -49,17 +92,17 @@ class Script:
 def test_mmmu_prompts_show_the_options_and_keep_image_marks():
     """The AIA prompt is one block of lines with stripped options; MMMU's own has (A) and blank lines around."""
     row = {"question": " See <image 1>. ", "options": "[' x ', 'it\\'s']", "question_type": "multiple-choice"}
-    assert scorers.mmmu_prompt(row) == "See <image 1>.\nA. x\nB. it's\n" + scorers.LETTER_ONLY
-    assert scorers.mmmu_prompt(row, "official") == f" See <image 1>. \n\n(A)  x \n(B) it's\n\n{scorers.LETTER_ONLY}"
+    assert mmmu_prompt(row) == "See <image 1>.\nA. x\nB. it's\n" + LETTER_ONLY
+    assert mmmu_prompt(row, "official") == f" See <image 1>. \n\n(A)  x \n(B) it's\n\n{LETTER_ONLY}"
     row = {"question": "How many?", "options": "[]", "question_type": "open"}
-    assert scorers.mmmu_prompt(row) == "How many?\nAnswer the question using a single word or phrase."
-    assert scorers.mmmu_prompt(row, "official") == "How many?\n\nAnswer the question using a single word or phrase."
+    assert mmmu_prompt(row) == "How many?\nAnswer the question using a single word or phrase."
+    assert mmmu_prompt(row, "official") == "How many?\n\nAnswer the question using a single word or phrase."
 
 
 def test_mmmu_options_are_data_and_never_code():
     """The column comes with a download: a literal parser refuses what eval would run."""
     with pytest.raises(ValueError):
-        scorers.mmmu_options({"options": "[print('run')]"})
+        mmmu_options({"options": "[print('run')]"})
 
 
 @pytest.mark.parametrize("pred, letter", [
@@ -67,8 +110,8 @@ def test_mmmu_options_are_data_and_never_code():
     ("7", "7"), ("two bananas, no fruit", "C"), ("Bananas", "B"), ("I see bananas", "C"), ("i see BANANAS", "A")])
 def test_mmmu_letter_follows_the_first_character_then_the_option_texts(pred, letter):
     """With options the rule always gives an answer: silence is the second, an unreadable text the first."""
-    assert scorers.mmmu_letter(pred, FRUIT) == letter
-    assert scorers.mmmu_letter(pred, {}) == pred.strip()
+    assert mmmu_letter(pred, FRUIT) == letter
+    assert mmmu_letter(pred, {}) == pred.strip()
 
 
 @pytest.mark.parametrize("response, letter", [
@@ -80,13 +123,13 @@ def test_mmmu_letter_follows_the_first_character_then_the_option_texts(pred, let
 def test_mmmu_parse_choice_takes_the_marker_said_last(response, letter):
     """Markers in brackets win over bare letters, those over option texts; None is the random fallback, here D."""
     rng = Script()
-    assert scorers.mmmu_parse_choice(response, list(FRUIT), FRUIT, rng) == (letter or "D")
+    assert mmmu_parse_choice(response, list(FRUIT), FRUIT, rng) == (letter or "D")
     assert rng.calls == ([] if letter else [list(FRUIT)])
 
 
 def test_mmmu_parse_choice_gives_ties_to_the_first_option():
     """Two options that end at one place share the last position, and the first maximum counts."""
-    assert scorers.mmmu_parse_choice("I think that it is a cat now", ["A", "B"], {"A": "cat", "B": "cat"}, None) == "A"
+    assert mmmu_parse_choice("I think that it is a cat now", ["A", "B"], {"A": "cat", "B": "cat"}, None) == "A"
 
 
 @pytest.mark.parametrize("response, parsed", [
@@ -97,7 +140,7 @@ def test_mmmu_parse_choice_gives_ties_to_the_first_option():
     ("-7", {-7.0}), ("inf", {float("inf")}), ("could be either final one", {"one"}), ("this answer is \nx", {"is"})])
 def test_mmmu_parse_open_keeps_short_tails_and_their_numbers(response, parsed):
     """What follows an indicator word is the answer; numbers in it count for themselves, to two places."""
-    found = scorers.mmmu_parse_open(response)
+    found = mmmu_parse_open(response)
     assert set(found) == parsed and len(found) == len(parsed)
 
 
@@ -108,7 +151,7 @@ def test_mmmu_parse_open_keeps_short_tails_and_their_numbers(response, parsed):
     ("12", "twelve", False), ("Red", "RED", True)])
 def test_mmmu_eval_open_wants_one_right_entry(gold, response, right):
     """A gold text may be part of an entry, a gold number has to equal one."""
-    assert scorers.mmmu_eval_open(gold, scorers.mmmu_parse_open(response)) is right
+    assert mmmu_eval_open(gold, mmmu_parse_open(response)) is right
 
 
 def mmmu_key(**golds):
@@ -121,7 +164,7 @@ def test_mmmu_score_weighs_examples():
     key = mmmu_key(Math_1="A", Math_2="7", Math_3="C", Art_1=["B", "D"], Music_1="A", Physics_1="A")
     said = {"validation_Math_1": "A", "validation_Math_2": "so it is 7", "validation_Math_3": "B",
             "validation_Art_1": "D", "validation_Music_1": "B"}
-    report = scorers.mmmu_score(said, key)
+    report = mmmu_score(said, key)
     assert report["Overall-Science"] == report["Math"] == {"num": 3, "acc": 0.667}
     assert report["Overall-Art and Design"] == {"num": 2, "acc": 0.5} and report["Overall"] == {"num": 5, "acc": 0.6}
     assert report["Overall-Business"] == {"num": 0, "acc": 0}
@@ -131,24 +174,24 @@ def test_mmmu_score_weighs_examples():
 
 def test_mmmu_score_counts_given_predictions_of_known_subjects_only():
     """The subject is the id between its first and last part; an id that its subject's key lacks is an error."""
-    assert len(scorers.MMMU_SUBJECTS) == 30
+    assert len(MMMU_SUBJECTS) == 30
     key = mmmu_key(Art_Theory_1="A", Art_Theory_2="B", Chess_1="A")
     said = {"test_Art_Theory_1": "A"}
     with pytest.raises(KeyError):
-        scorers.mmmu_score(said, key)
+        mmmu_score(said, key)
     said = {f"validation_{name}": "A" for name in ("Art_Theory_1", "Chess_1", "Law_9", "Math_9")}
-    assert scorers.mmmu_score(said, key)["Overall"] == {"num": 1, "acc": 1.0}
-    assert scorers.mmmu_eval_choice(["A", "C"], "C") and not scorers.mmmu_eval_choice("A", "a")
+    assert mmmu_score(said, key)["Overall"] == {"num": 1, "acc": 1.0}
+    assert mmmu_eval_choice(["A", "C"], "C") and not mmmu_eval_choice("A", "a")
 
 
 # --- MMBench ---------------------------------------------------------------------------------------------------------
 def test_mmbench_prompts_strip_nothing_and_skip_missing_options():
     """AIA puts a bare hint in front; VLMEvalKit labels it and sets blank lines."""
     row, asked = {"question": "Who? ", "A": "x", "B": None, "C": "z", "F": "never"}, "Who? \nA. x\nC. z\n"
-    assert scorers.mmbench_prompt(row) == asked + scorers.LETTER_ONLY
-    assert scorers.mmbench_prompt({**row, "hint": "look"}) == "look\n" + asked + scorers.LETTER_ONLY
-    assert scorers.mmbench_prompt(row, "vlmevalkit") == f"\n{asked}\n{scorers.LETTER_ONLY}"
-    assert scorers.mmbench_prompt({**row, "hint": "h"}, "vlmevalkit") == f"\nHint: h\n{asked}\n{scorers.LETTER_ONLY}"
+    assert mmbench_prompt(row) == asked + LETTER_ONLY
+    assert mmbench_prompt({**row, "hint": "look"}) == "look\n" + asked + LETTER_ONLY
+    assert mmbench_prompt(row, "vlmevalkit") == f"\n{asked}\n{LETTER_ONLY}"
+    assert mmbench_prompt({**row, "hint": "h"}, "vlmevalkit") == f"\nHint: h\n{asked}\n{LETTER_ONLY}"
 
 
 @pytest.mark.parametrize("pred, letter", [
@@ -156,7 +199,7 @@ def test_mmbench_prompts_strip_nothing_and_skip_missing_options():
     ("It is Closed", "B"), ("Ajar", "A")])
 def test_mmbench_letter_leaves_what_it_cannot_read(pred, letter):
     """Unlike MMMU's there is no last resort: the text stays and scores as wrong."""
-    assert scorers.mmbench_letter(pred, DOOR) == letter
+    assert mmbench_letter(pred, DOOR) == letter
 
 
 @pytest.mark.parametrize("answer, letter", [
@@ -171,23 +214,23 @@ def test_mmbench_letter_leaves_what_it_cannot_read(pred, letter):
     ("rabbit " * 7, False), ("rabbit " * 6, "B")])
 def test_mmbench_infer_reads_letters_near_the_end_then_phrases_then_option_texts(answer, letter):
     """Seen far from the end, A may be an article; a text over twice as long as all options says too much."""
-    assert scorers.mmbench_infer(answer, PETS) == letter
+    assert mmbench_infer(answer, PETS) == letter
 
 
 def test_mmbench_infer_takes_unusual_options():
     """Options may be numbers, empty, or called Z."""
-    assert scorers.mmbench_infer("it's 12", {"A": 12, "B": 1000}) == "A"
-    assert scorers.mmbench_infer("x", {"A": "", "B": "yes"}) == "A"
-    assert scorers.mmbench_infer("Z", {"A": "no", "Z": "yes"}) == "Z"
-    assert scorers.mmbench_infer("answer is D", {"A": "no", "B": "yes"}) is False
+    assert mmbench_infer("it's 12", {"A": 12, "B": 1000}) == "A"
+    assert mmbench_infer("x", {"A": "", "B": "yes"}) == "A"
+    assert mmbench_infer("Z", {"A": "no", "Z": "yes"}) == "Z"
+    assert mmbench_infer("answer is D", {"A": "no", "B": "yes"}) is False
 
 
 def test_mmbench_judge_prompt_fills_each_field_once():
     """Braces in a question are text, not fields."""
-    filled = scorers.mmbench_judge_prompt("{p}?", {"A": "x", "C": 3}, "said", "Q {q} O {o}P {p}{r}")
+    filled = mmbench_judge_prompt("{p}?", {"A": "x", "C": 3}, "said", "Q {q} O {o}P {p}{r}")
     assert filled == "Q {p}? O There are several options: \nA. x\nC. 3\nP said{r}"
     with pytest.raises(ValueError, match="judge-prompt file"):
-        scorers.mmbench_judge_prompt("?", {}, "", None)
+        mmbench_judge_prompt("?", {}, "", None)
 
 
 def mmbench_rows(first, second):
@@ -205,7 +248,7 @@ def mmbench_rows(first, second):
 def test_mmbench_circular_wants_every_copy_and_vanilla_the_first():
     """Question 2 is right as asked first and wrong with its options turned."""
     rows = mmbench_rows(["B", "C.", "It is a rabbit", "A"], ["A", "A"])
-    circular, vanilla = scorers.mmbench_score(rows), scorers.mmbench_score(rows[::-1], circular=False)
+    circular, vanilla = mmbench_score(rows), mmbench_score(rows[::-1], circular=False)
     assert circular["hit"] == {1: 1, 2: 0}
     assert circular["report"] == {"Overall": 0.5, "CP": 1.0, "LR": 0.0, "kind 1": 1.0, "kind 2": 0.0}
     assert vanilla["hit"] == {1: 1, 2: 1} and vanilla["report"]["Overall"] == 1.0
@@ -214,9 +257,9 @@ def test_mmbench_circular_wants_every_copy_and_vanilla_the_first():
 def test_mmbench_without_a_judge_unreadable_is_wrong():
     """The exact matching of VLMEvalKit knows no partial credit."""
     rows = mmbench_rows(["B", "C", "D", "some animal"], ["A", "B"])
-    assert scorers.mmbench_score(rows)["hit"] == {1: 0, 2: 1}
-    assert scorers.mmbench_score(rows)["report"]["Overall"] == 0.5
-    assert scorers.mmbench_score(mmbench_rows(["hm"], ["A"]), circular=False)["hit"] == {1: 0, 2: 1}
+    assert mmbench_score(rows)["hit"] == {1: 0, 2: 1}
+    assert mmbench_score(rows)["report"]["Overall"] == 0.5
+    assert mmbench_score(mmbench_rows(["hm"], ["A"]), circular=False)["hit"] == {1: 0, 2: 1}
 
 
 @pytest.mark.parametrize("first, replies, hit, calls", [
@@ -227,7 +270,7 @@ def test_mmbench_without_a_judge_unreadable_is_wrong():
 def test_mmbench_asks_the_judge_only_where_it_decides(first, replies, hit, calls):
     """A wrong letter anywhere ends the group without a call; three unreadable replies are a draw of the rng, here Z."""
     judge, rng = Script(*replies), Script()
-    result = scorers.mmbench_score(mmbench_rows(first, ["A", "B"]), judge=judge, rng=rng, template="{q} {o} {p}")
+    result = mmbench_score(mmbench_rows(first, ["A", "B"]), judge=judge, rng=rng, template="{q} {o} {p}")
     assert result["hit"] == {1: hit, 2: 1} and len(judge.calls) == calls
     assert rng.calls == ([["A", "B", "C", "D", "Z"]] if "Failed" in "".join(replies) else [])
     assert all(settings == {"temperature": 0, "max_tokens": 2048, "system": None} for _, settings in judge.calls)
@@ -236,35 +279,35 @@ def test_mmbench_asks_the_judge_only_where_it_decides(first, replies, hit, calls
 def test_mmbench_groups_need_their_main_row_and_open_ones_are_listed():
     """A group is exactly the rows present, in order of index; what the judge must read can be exported."""
     rows = mmbench_rows(["B", "C", "hm", "A"], ["A", "B"])
-    groups = scorers.mmbench_groups([rows[2], rows[0], rows[5]])
+    groups = mmbench_groups([rows[2], rows[0], rows[5]])
     assert {index: [row["index"] for row in group] for index, group in groups.items()} == {1: [1, 2_000_001]}
-    assert scorers.mmbench_open(groups[1]) == [rows[2]]
-    assert scorers.mmbench_open(rows[:2]) == 1
-    assert list(scorers.mmbench_groups(rows, circular=False).values()) == [[rows[0]], [rows[4]]]
+    assert mmbench_open(groups[1]) == [rows[2]]
+    assert mmbench_open(rows[:2]) == 1
+    assert list(mmbench_groups(rows, circular=False).values()) == [[rows[0]], [rows[4]]]
 
 
 def test_mmbench_report_lets_a_later_group_overwrite():
     """Groups of both columns share one table."""
     rows = mmbench_rows(["B"], ["B"])
     rows[1]["category"] = "coarse_perception"
-    assert scorers.mmbench_score(rows)["report"] == {"Overall": 0.5, "CP": 0.0, "LR": 0.0, "kind 1": 1.0}
+    assert mmbench_score(rows)["report"] == {"Overall": 0.5, "CP": 0.0, "LR": 0.0, "kind 1": 1.0}
 
 
 # --- MMVP ------------------------------------------------------------------------------------------------------------
 def test_mmvp_prompts():
     """AIA turns (a) and (b) into lettered lines; MMVP's own prompt keeps the column as it is."""
     row = {"Question": "Is it open?", "Options": "(a) Open (b) Closed"}
-    assert scorers.mmvp_options(row["Options"]) == DOOR
-    assert scorers.mmvp_prompt(row) == "Is it open?\nA. Open\nB. Closed\n" + scorers.LETTER_ONLY
-    assert scorers.mmvp_prompt(row, "official") == "Is it open? (a) Open (b) Closed"
+    assert mmvp_options(row["Options"]) == DOOR
+    assert mmvp_prompt(row) == "Is it open?\nA. Open\nB. Closed\n" + LETTER_ONLY
+    assert mmvp_prompt(row, "official") == "Is it open? (a) Open (b) Closed"
 
 
 @pytest.mark.parametrize("hits, pairs, single", [("11101100", 0.5, 0.625), ("11011", 0.5, 0.8)])
 def test_mmvp_score_wants_both_rows_of_a_pair(hits, pairs, single):
     """Rows are paired in file order, and an odd last row has no partner."""
     preds = ["A" if hit == "1" else "a" for hit in hits]
-    assert scorers.mmvp_score(preds, ["A"] * len(hits)) == pairs
-    assert scorers.mmvp_score(preds, ["A"] * len(hits), size=1) == single
+    assert mmvp_score(preds, ["A"] * len(hits)) == pairs
+    assert mmvp_score(preds, ["A"] * len(hits), size=1) == single
 
 
 @pytest.mark.parametrize("reply, right", [("yes", True), ("YES", True), ("yes.", False), (" yes", False),
@@ -272,7 +315,7 @@ def test_mmvp_score_wants_both_rows_of_a_pair(hits, pairs, single):
 def test_mmvp_grader_wants_exactly_yes(reply, right):
     """The official test is an equality, so a full stop is a no."""
     judge = Script(reply)
-    assert scorers.mmvp_grade("Is it? (a) x (b) y", "(a)", "x", judge) is right
+    assert mmvp_grade("Is it? (a) x (b) y", "(a)", "x", judge) is right
     prompt, settings = judge.calls[0]
     assert prompt == ("Given the following question Is it? (a) x (b) y, the correct answer is (a). "
                       "Does the following answer correctly answers the question, answer:x?")
@@ -282,8 +325,8 @@ def test_mmvp_grader_wants_exactly_yes(reply, right):
 # --- MM-Vet ----------------------------------------------------------------------------------------------------------
 def test_mmvet_prompt_adds_one_open_line():
     """Blanks go around AND and OR even if there are some already."""
-    assert scorers.mmvet_prompt("q", "1<AND>2 <OR> 3", "p", "T\n") == "T\n\nq | 1 <AND> 2  <OR>  3 | p | "
-    assert scorers.mmvet_prompt("q", "a", "p", "T", retry=True).endswith(
+    assert mmvet_prompt("q", "1<AND>2 <OR> 3", "p", "T\n") == "T\n\nq | 1 <AND> 2  <OR>  3 | p | "
+    assert mmvet_prompt("q", "a", "p", "T", retry=True).endswith(
         "T\nq | a | p | \nPredict the correctness of the answer (digit): ")
 
 
@@ -293,17 +336,17 @@ def test_mmvet_prompt_adds_one_open_line():
 def test_mmvet_grade_reads_up_to_the_first_blank(reply, score):
     """An unreadable reply costs a second call; nan would pass the official range test and spoil the mean."""
     expected = (0.7, "0.7", 2) if score is None else (score, reply.split(" ")[0].strip(), 1)
-    assert scorers.mmvet_grade("q", "a", "p", Script(reply, "0.7"), "T") == expected
+    assert mmvet_grade("q", "a", "p", Script(reply, "0.7"), "T") == expected
 
 
 def test_mmvet_grade_never_reads_the_sixth_reply():
     """Six calls at growing temperatures, then 0 even if the last reply is a number."""
     judge = Script(*["bad"] * 5, "1.0")
-    assert scorers.mmvet_grade("q", "a", "p", judge, "T") == (0.0, "1.0", 6)
+    assert mmvet_grade("q", "a", "p", judge, "T") == (0.0, "1.0", 6)
     assert [settings["temperature"] for _, settings in judge.calls] == [0, 0, 0.5, 1, 1.5, 2]
     assert all(settings["max_tokens"] == 3 and settings["system"] is None for _, settings in judge.calls)
     assert ["digit" in prompt for prompt, _ in judge.calls] == [False] + [True] * 5
-    assert scorers.mmvet_grade("q", "a", "p", Script(*["bad"] * 4, "0.4"), "T") == (0.4, "0.4", 5)
+    assert mmvet_grade("q", "a", "p", Script(*["bad"] * 4, "0.4"), "T") == (0.4, "0.4", 5)
 
 
 def test_mmvet_scores_questions_capabilities_and_sets():
@@ -311,9 +354,9 @@ def test_mmvet_scores_questions_capabilities_and_sets():
     wants = [["rec"], ["ocr", "spat"], ["spat", "ocr"], ["rec", "know", "gen"]]
     metadata = {f"v1_{i}": {"capability": capability} for i, capability in enumerate(wants)}
     judge = Script("1.0", "0.5", "bad", "0.2", "0.3")
-    grades = {name: [scorers.mmvet_grade("q", "a", "p", judge, "T")[0]] for name in metadata}
+    grades = {name: [mmvet_grade("q", "a", "p", judge, "T")[0]] for name in metadata}
     assert list(grades.values()) == [[1], [0.5], [0.2], [0.3]] and len(judge.calls) == 5
-    assert scorers.mmvet_score({**grades, "other": [1.0]}, metadata) == {
+    assert mmvet_score({**grades, "other": [1.0]}, metadata) == {
         "total": 50.0, "std": 0.0, "runs": [50.0],
         "capabilities": {"rec": 65.0, "ocr": 35.0, "spat": 35.0, "know": 30.0, "gen": 30.0},
         "sets": {"ocr+spat": 35.0, "rec": 100.0, "gen+know+rec": 30.0}}
@@ -322,18 +365,18 @@ def test_mmvet_scores_questions_capabilities_and_sets():
 def test_mmvet_runs_give_a_mean_and_a_population_deviation():
     """Totals 58.3, 56.7 and 48.3 have mean 54.4 and deviation 4.4, not the 5.4 of a sample."""
     metadata = {"v1_0": {"capability": ["rec"]}}
-    score = scorers.mmvet_score({"v1_0": [0.583, 0.567, 0.483]}, metadata)
+    score = mmvet_score({"v1_0": [0.583, 0.567, 0.483]}, metadata)
     assert (score["total"], score["std"], score["runs"]) == (54.4, 4.4, [58.3, 56.7, 48.3])
-    assert scorers.mmvet_score({"v1_0": [0.58349]}, metadata, decimals=2)["total"] == 58.35
+    assert mmvet_score({"v1_0": [0.58349]}, metadata, decimals=2)["total"] == 58.35
 
 
 def test_mmvet_score_needs_every_question_of_the_metadata():
     """A mean over what happens to be there would not compare; nor would unequal numbers of runs."""
     metadata = {"a": {"capability": ["rec"]}, "b": {"capability": ["rec"]}}
     with pytest.raises(KeyError):
-        scorers.mmvet_score({"a": [1.0]}, metadata)
+        mmvet_score({"a": [1.0]}, metadata)
     with pytest.raises(ValueError):
-        scorers.mmvet_score({"a": [1.0], "b": [1.0, 0.5]}, metadata)
+        mmvet_score({"a": [1.0], "b": [1.0, 0.5]}, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +387,7 @@ def test_mmvet_score_needs_every_question_of_the_metadata():
     *((text, "no") for text in ("No", "no", "No, there is no dog.", "Yes, no doubt", "it is not, no. Yes", "No,"))])
 def test_pope_reads_an_answer_word_by_word(text, expected):
     """Only the words No, no and not before the first period count, and nothing is stripped."""
-    assert scorers.pope_parse(text) == expected
+    assert pope_parse(text) == expected
 
 
 @pytest.mark.parametrize("texts, labels, counts, shares", [
@@ -358,7 +401,7 @@ def test_pope_reads_an_answer_word_by_word(text, expected):
     (["yes", "no"], "no yes", (0, 1, 0, 1), (0, 0, 0, None, 0.5)), ([], "", (0,) * 4, (None,) * 5)])
 def test_pope_counts_yes_as_positive(texts, labels, counts, shares):
     """The official program's examples, and None where it divides by zero; the yes ratio counts surplus answers."""
-    metrics = scorers.pope_metrics(texts, labels.split())
+    metrics = pope_metrics(texts, labels.split())
     assert tuple(metrics[name] for name in ("TP", "FP", "TN", "FN")) == counts
     found = [metrics[name] for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
     assert found == pytest.approx(list(shares), abs=5e-5)
@@ -368,20 +411,20 @@ def test_pope_score_is_the_mean_f1_of_the_categories():
     """It is a plain mean, in percent, and None as soon as one category has no F1."""
     answers = {"random": ["yes"] * 2, "popular": ["yes", "no"], "adversarial": ["yes", "no"]}
     labels = {name: ["yes", "no"] for name in answers}
-    report = scorers.pope_score(answers, labels)
+    report = pope_score(answers, labels)
     assert report["score"] == pytest.approx(100 * (2 / 3 + 1 + 1) / 3)
     assert report["categories"]["random"]["FP"] == 1
-    assert scorers.pope_score(answers | {"random": ["no", "no"]}, labels)["score"] is None
+    assert pope_score(answers | {"random": ["no", "no"]}, labels)["score"] is None
 
 
 def test_pope_refuses_labels_of_another_version():
     """Pairing by position would give a wrong number in silence; --force drops the surplus instead."""
     answers, labels = {"random": ["yes", "no"]}, {"random": ["yes", "no", "no"]}
     with pytest.raises(InputError, match="POPE random: 2 answers, 3 labels; .*--force"):
-        scorers.pope_score(answers, labels)
-    assert scorers.pope_score(answers, labels, force=True)["score"] == 100
+        pope_score(answers, labels)
+    assert pope_score(answers, labels, force=True)["score"] == 100
     with pytest.raises(InputError, match="POPE popular: 0 answers, 1 labels"):
-        scorers.pope_score(answers, {"random": ["yes", "no"], "popular": ["yes"]})
+        pope_score(answers, {"random": ["yes", "no"], "popular": ["yes"]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +435,7 @@ def mme_file(*answers):
     return "".join(f"{i // 2}.jpg\tIs it?\t" + answer.replace("/", "\t") + "\n" for i, answer in enumerate(answers))
 
 
-PERFECT = {task: mme_file("Yes/Yes", "No/No") for task in scorers.MME_TASKS}
+PERFECT = {task: mme_file("Yes/Yes", "No/No") for task in MME_TASKS}
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -401,18 +444,18 @@ PERFECT = {task: mme_file("Yes/Yes", "No/No") for task in scorers.MME_TASKS}
     *((text, "other") for text in ("**Yes**", "  yes", "I cannot", "", "\n", "The answer is no"))])
 def test_mme_reads_the_first_four_characters(text, expected):
     """Yes is looked for before no, and both anywhere in them, in any case."""
-    assert scorers.mme_parse(text) == expected
+    assert mme_parse(text) == expected
 
 
 def test_mme_adds_accuracy_and_pictures_with_both_right():
     """The worked examples: 75 + 50 for color, 66.67 + 33.33 for OCR, 200 for each other of the 10 + 4 tasks."""
     color = mme_file("Yes/Yes", "No/no", "Yes/yes", "No/The answer is no")
     ocr = mme_file("Yes/no", "No/no", "Yes/yes", "No/yes", "Yes/yes", "No/no")
-    report = scorers.mme_score(PERFECT | {"color": color, "OCR": ocr})
+    report = mme_score(PERFECT | {"color": color, "OCR": ocr})
     assert report["tasks"]["color"] == 125 and report["tasks"]["OCR"] == pytest.approx(100)
     assert report["perception"] == pytest.approx(1825) and report["cognition"] == 800
     assert report["total"] == pytest.approx(2625) and report["skipped"] == 0
-    assert sum(lines for _, lines in scorers.MME_TASKS.values()) == 2374
+    assert sum(lines for _, lines in MME_TASKS.values()) == 2374
 
 
 @pytest.mark.parametrize("text, score, skipped", [
@@ -421,7 +464,7 @@ def test_mme_adds_accuracy_and_pictures_with_both_right():
     (mme_file("YES/Yes\u2028it is", "No/No").replace("\n", "\r\n").rstrip(), 200, 0)])
 def test_mme_skips_a_line_without_four_fields_but_keeps_its_picture(text, score, skipped):
     """Such a line is no answer. Only ends of lines as a file has them split the text, on Windows too."""
-    report = scorers.mme_score(PERFECT | {"count": text})
+    report = mme_score(PERFECT | {"count": text})
     assert (report["tasks"]["count"], report["skipped"]) == (score, skipped)
 
 
@@ -431,9 +474,9 @@ def test_mme_skips_a_line_without_four_fields_but_keeps_its_picture(text, score,
 def test_mme_refuses_what_the_official_program_stops_at(text, message):
     """An odd number of lines shifts the pairs, and another gold answer is a broken file; the message names the line."""
     with pytest.raises(InputError, match=message):
-        scorers.mme_score(PERFECT | {"color": text})
+        mme_score(PERFECT | {"color": text})
     with pytest.raises(InputError, match="MME OCR: there is no OCR.txt"):
-        scorers.mme_score({task: text for task, text in PERFECT.items() if task != "OCR"})
+        mme_score({task: text for task, text in PERFECT.items() if task != "OCR"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,7 +486,7 @@ CAT, DOG = [20, 20, 30, 30], [0, 20, 10, 30]
 
 
 def geneval(boxes, include, exclude=(), tag="position", color=None, **options):
-    return scorers.geneval_evaluate(boxes, {"tag": tag, "include": include, "exclude": exclude}, color, **options)
+    return geneval_evaluate(boxes, {"tag": tag, "include": include, "exclude": exclude}, color, **options)
 
 
 def want(name, count=1, **more):
@@ -456,19 +499,19 @@ def scored(*scores, box=CAT):
 
 def test_geneval_position_is_seen_from_the_second_box():
     """The worked examples: a tenth of both sizes is slack, and a direction counts above half of the whole offset."""
-    assert scorers.geneval_position(DOG, CAT) == {"left of"} and scorers.geneval_position(CAT, DOG) == {"right of"}
-    assert scorers.geneval_position((12, 12, 22, 22), (20, 20, 30, 30)) == {"above", "left of"}
-    assert scorers.geneval_position((0, 0, 10, 10), (20, 30, 30, 40)) == {"above"}
-    assert scorers.geneval_position((20, 30, 30, 40), (0, 0, 10, 10)) == {"below"}
-    assert scorers.geneval_position(CAT, CAT) == set() == scorers.geneval_position((22, 20, 32, 30), CAT)
-    assert scorers.geneval_position((24, 20, 34, 30), CAT) == set()         # 2 of 4 are left, which is not above half
+    assert geneval_position(DOG, CAT) == {"left of"} and geneval_position(CAT, DOG) == {"right of"}
+    assert geneval_position((12, 12, 22, 22), (20, 20, 30, 30)) == {"above", "left of"}
+    assert geneval_position((0, 0, 10, 10), (20, 30, 30, 40)) == {"above"}
+    assert geneval_position((20, 30, 30, 40), (0, 0, 10, 10)) == {"below"}
+    assert geneval_position(CAT, CAT) == set() == geneval_position((22, 20, 32, 30), CAT)
+    assert geneval_position((24, 20, 34, 30), CAT) == set()         # 2 of 4 are left, which is not above half
 
 
 def test_geneval_iou_counts_both_borders():
     """11 x 11 boxes that share 3 x 3 pixels: 9 of 233."""
-    assert scorers.geneval_iou((12, 12, 22, 22), (20, 20, 30, 30)) == pytest.approx(9 / 233)
-    assert scorers.geneval_iou((12, 12, 22, 22), (20, 20, 30, 30)) == pytest.approx(0.0386, abs=5e-5)
-    assert scorers.geneval_iou(CAT, CAT) == 1 and scorers.geneval_iou(CAT, DOG) == 0
+    assert geneval_iou((12, 12, 22, 22), (20, 20, 30, 30)) == pytest.approx(9 / 233)
+    assert geneval_iou((12, 12, 22, 22), (20, 20, 30, 30)) == pytest.approx(0.0386, abs=5e-5)
+    assert geneval_iou(CAT, CAT) == 1 and geneval_iou(CAT, DOG) == 0
 
 
 def test_geneval_asks_each_pair_for_the_relation():
@@ -539,28 +582,28 @@ def test_geneval_crop_greys_the_surroundings_and_rounds_to_even():
     """Outside the mask lies #999999, outside the picture black; 0.5 rounds to 0 and 1.5 to 2."""
     red, mask = Image.new("RGBA", (4, 3), "red"), np.zeros((3, 4), bool)
     mask[0, 0] = True
-    crop = np.asarray(scorers.geneval_crop(red, [0.5, -1, 1.5, 1.6, 0.9], mask))
+    crop = np.asarray(geneval_crop(red, [0.5, -1, 1.5, 1.6, 0.9], mask))
     assert crop.shape == (3, 2, 3)
     assert crop[:, 0].tolist() == [[0, 0, 0], [255, 0, 0], [153, 153, 153]] and (crop[1:, 1] == 153).all()
-    assert (np.asarray(scorers.geneval_crop(red, (0, 0, 4, 3), None)) == (255, 0, 0)).all()
+    assert (np.asarray(geneval_crop(red, (0, 0, 4, 3), None)) == (255, 0, 0)).all()
     turned = Image.new("RGB", (4, 3))
     turned.getexif()[0x0112] = 6
-    assert (np.asarray(scorers.geneval_crop(turned, (0, 0, 3, 4), np.zeros((4, 3), bool))) == 153).all()
+    assert (np.asarray(geneval_crop(turned, (0, 0, 3, 4), np.zeros((4, 3), bool))) == 153).all()
 
 
 def test_geneval_colours_have_three_texts():
     """ULMEvalKit's third text is the same for all colours, since it lacks the f of an f-string."""
     first = ["a photo of a orange car", "a photo of a orange-colored car"]
-    assert scorers.geneval_color_texts("car", "orange") == [*first, "a photo of a orange object"]
-    assert scorers.geneval_color_texts("car", "orange", "ulmevalkit") == [*first, "a photo of a {c} object"]
-    assert " ".join(scorers.GENEVAL_COLORS) == "red orange yellow green blue purple pink brown black white"
+    assert geneval_color_texts("car", "orange") == [*first, "a photo of a orange object"]
+    assert geneval_color_texts("car", "orange", "ulmevalkit") == [*first, "a photo of a {c} object"]
+    assert " ".join(GENEVAL_COLORS) == "red orange yellow green blue purple pink brown black white"
 
 
 def test_geneval_overall_is_the_mean_over_tags():
     """The worked example: 4/4, 1/4 + 0/4 and 2/4 pictures."""
     results = [(tag, prompt, i < right) for tag, prompt, right in (
         ("single_object", "a", 4), ("counting", "b", 1), ("counting", "c", 0), ("colors", "d", 2)) for i in range(4)]
-    found = scorers.geneval_summary(results)
+    found = geneval_summary(results)
     assert found["tags"] == {"single_object": 1, "counting": 0.125, "colors": 0.5}
     assert list(found["tags"]) == ["single_object", "counting", "colors"]
     assert found["overall"] == pytest.approx(0.54167, abs=5e-6)
@@ -587,7 +630,7 @@ def dpg(answers, variant="official", rows=ROWS, pic_num=1):
     """Answers as words in question order, one text a crop."""
     replies = {file: [{f"{file[0]}{i}?": word for i, word in enumerate(crop.split(), 1)} for crop in crops]
                for file, crops in answers.items()}
-    return scorers.dpg_score([FIRST, *rows] if variant == "official" else list(rows), replies, pic_num, variant)
+    return dpg_score([FIRST, *rows] if variant == "official" else list(rows), replies, pic_num, variant)
 
 
 def test_dpg_official_is_a_mean_over_pictures():
@@ -628,9 +671,9 @@ def test_dpg_official_loses_the_first_row_and_what_rests_on_it():
     """A picture with a lost parent fails and is left out, unless another parent said no before."""
     replies = {"a.png": [{"a1?": "yes", "a2?": "yes"}], "b.png": [{"b1?": "yes", "b2?": "no"}]}
     rows = [dpg_row("a", 1, "0"), dpg_row("a", 2, "1"), *ROWS[3:]]
-    found = scorers.dpg_score(rows, replies, 1, "official")
+    found = dpg_score(rows, replies, 1, "official")
     assert found["score"] == 50 and found["failed"] == ["a.png"] and found["l1"] == {"entity": 100, "relation": 0}
-    assert scorers.dpg_score(rows, replies, 1, "ulmevalkit")["score"] == 0.75
+    assert dpg_score(rows, replies, 1, "ulmevalkit")["score"] == 0.75
     unknown = [dpg_row("a", 1, "0"), dpg_row("a", 2, "1,9")]
     assert dpg({"a.png": ["no yes"], "a.jpg": ["yes yes"]}, rows=unknown)["failed"] == ["a.jpg"]
     assert dpg({"a.jpg": ["yes yes"]}, "ulmevalkit", unknown)["score"] == 1
@@ -659,8 +702,8 @@ def test_dpg_counts_an_exact_yes_and_lists_what_it_cannot_score():
 
 def test_dpg_crops_read_the_grid_row_by_row():
     """Top left, top right, bottom left, bottom right."""
-    assert scorers.dpg_crops(8) == [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
-    assert scorers.dpg_crops(8, 1) == [(0, 0, 8, 8)]
+    assert dpg_crops(8) == [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
+    assert dpg_crops(8, 1) == [(0, 0, 8, 8)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,31 +711,31 @@ def test_dpg_crops_read_the_grid_row_by_row():
 # ---------------------------------------------------------------------------------------------------------------------
 def test_fid_equals_the_official_packages():
     """The three worked examples, with covariances that commute, that do not, and from features."""
-    assert scorers.fid_distance((0, 0), np.diag((1, 4)), (1, 2), np.diag((4, 1))) == pytest.approx(7)
-    found = scorers.fid_distance((1, 2), [[2, 0.5], [0.5, 1]], (0, 1), [[1, -0.3], [-0.3, 2]])
+    assert fid_distance((0, 0), np.diag((1, 4)), (1, 2), np.diag((4, 1))) == pytest.approx(7)
+    found = fid_distance((1, 2), [[2, 0.5], [0.5, 1]], (0, 1), [[1, -0.3], [-0.3, 2]])
     assert found == pytest.approx(2.575425893, abs=1e-8)
-    one = scorers.fid_stats([(0, 0), (2, 0), (0, 2), (2, 2)])
-    other = scorers.fid_stats(np.array([(1, 1), (3, 1), (1, 5)], np.float32))
+    one = fid_stats([(0, 0), (2, 0), (0, 2), (2, 2)])
+    other = fid_stats(np.array([(1, 1), (3, 1), (1, 5)], np.float32))
     np.testing.assert_allclose(one[1], [[1.3333, 0], [0, 1.3333]], atol=5e-5)
     np.testing.assert_allclose(other[1], [[1.3333, -1.3333], [-1.3333, 5.3333]], atol=5e-5)
     assert other[0].dtype == other[1].dtype == np.float64
-    assert scorers.fid_distance(*one, *other) == pytest.approx(3.797387792, abs=1e-8)
+    assert fid_distance(*one, *other) == pytest.approx(3.797387792, abs=1e-8)
 
 
 def test_fid_of_equal_sets_is_zero_even_when_they_are_few():
     """Three pictures of five features have a singular covariance, and one feature is a number in place of a matrix."""
-    few = scorers.fid_stats(np.random.default_rng(0).normal(size=(3, 5)))
-    assert scorers.fid_distance(*few, *few) == pytest.approx(0, abs=1e-6)
-    assert scorers.fid_distance(0, 1, 3, 4) == pytest.approx(9 + 1 + 4 - 2 * 2)
-    assert scorers.fid_stats([[1], [3]])[1].tolist() == [[2]]
+    few = fid_stats(np.random.default_rng(0).normal(size=(3, 5)))
+    assert fid_distance(*few, *few) == pytest.approx(0, abs=1e-6)
+    assert fid_distance(0, 1, 3, 4) == pytest.approx(9 + 1 + 4 - 2 * 2)
+    assert fid_stats([[1], [3]])[1].tolist() == [[2]]
 
 
 def test_fid_refuses_shapes_that_do_not_fit():
     """Features of two networks cannot be compared, and one picture has no covariance."""
     with pytest.raises(InputError, match="use one network"):
-        scorers.fid_distance((0, 0), np.eye(2), 0, 1)
+        fid_distance((0, 0), np.eye(2), 0, 1)
     with pytest.raises(InputError, match="two or more pictures"):
-        scorers.fid_stats([[1, 2]])
+        fid_stats([[1, 2]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,13 +768,13 @@ def edit(file, old, new):
 
 def command(bench, folder, *flags):
     """Score folder/data, writing to folder/out -> scores.json."""
-    scorers.main(["score", bench, "--data", str(folder / "data"), "--out", str(folder / "out"), *map(str, flags)])
+    evaluation.main(["score", bench, "--data", str(folder / "data"), "--out", str(folder / "out"), *map(str, flags)])
     return json.loads((folder / "out/scores.json").read_text())
 
 
 def mmmu_files(folder):
     """Math 2 of 3 right, Art 1 of 1, Music 0 of 1: the worked example. -> answers in the order of the subjects."""
-    parquet, said = data.pyarrow_for(folder).parquet, {}
+    parquet, said = pyarrow_for(folder).parquet, {}
     for subject, rows in {"Art": [("A", " A\n")], "Music": [("B", "(B)")],
                           "Math": [("B", "Because"), ("C", "x"), (["1000", "a k"], "The answer is 1,000")]}.items():
         columns = []
@@ -741,7 +784,7 @@ def mmmu_files(folder):
                             "options": str(options), "question_type": kind, "image_1": {"bytes": png(), "path": "1"}})
             said[columns[-1]["id"]] = text
         file = written(folder / f"{subject}/validation-00000-of-00001.parquet")
-        parquet.write_table(data.pyarrow_for(folder).Table.from_pylist(columns), file)
+        parquet.write_table(pyarrow_for(folder).Table.from_pylist(columns), file)
     return {name: said[name] for name in sorted(said)}
 
 
@@ -780,18 +823,18 @@ def mmvet_files(folder):
 def pope_files(folder):
     """Six questions a category; stripped answers give 2 true and 2 false positives, so F1 is 2/3."""
     texts, labels = ("Yes", "No, there is no dog.", "yes", "There is none", "No\n", "Yes. No."), "yes no no no no yes"
-    for name in scorers.POPE:
+    for name in POPE:
         written(folder / f"coco/coco_pope_{name}.json", [{"image": f"{i // 2}.png", "label": label}
                                                          for i, label in enumerate(labels.split())])
     written(folder / "llava_pope_test.jsonl", [{"question_id": i, "image": f"{i % 6 // 2}.png", "text": "A dog?\nSay.",
-                                                "category": scorers.POPE[i // 6]} for i in range(18)])
+                                                "category": POPE[i // 6]} for i in range(18)])
     return {str(i): texts[i % 6] for i in range(18)}
 
 
 def mme_files(folder):
     """The worked example: color 125, OCR 100, all other tasks perfect."""
     said = {}
-    for task in scorers.MME_TASKS:
+    for task in MME_TASKS:
         given = {"color": ("Yes", "No", "Yes", "The answer is no"), "OCR": ("No", "No", "Yes", "Yes", "Yes", "No")}.get(
             task, ("Yes", "no."))
         lines = [f"{i // 2}.jpg\tIs it? Please answer yes or no.\t{('Yes', 'No')[i % 2]}" for i in range(len(given))]
@@ -804,7 +847,7 @@ def mme_files(folder):
 
 FILES = {"mmmu": mmmu_files, "mmbench": mmbench_files, "mmvp": mmvp_files, "mmvet": mmvet_files, "pope": pope_files,
          "mme": mme_files, "fid": lambda folder: {str(i): written(folder / f"{i}.png", png()).name for i in range(2)}}
-MMVP_LINE = {"question": "Is it open, or not?\nA. Open\nB. Closed\n" + scorers.LETTER_ONLY, "answer": "A",
+MMVP_LINE = {"question": "Is it open, or not?\nA. Open\nB. Closed\n" + LETTER_ONLY, "answer": "A",
              "gt_answers": "A", "data_id": "3"}
 
 
@@ -819,7 +862,7 @@ MMVP_LINE = {"question": "Is it open, or not?\nA. Open\nB. Closed\n" + scorers.L
     ("pope", {"score": pytest.approx(200 / 3)}, "results.json", '  "text_orig": "No",'),
     ("pope --force", {"score": pytest.approx(200 / 3)}, "results.txt", "random: TP 2"),
     ("mme", {"score": pytest.approx(1825), "cognition": 800}, "mme/color.txt",
-     f"1.jpg\tIs it? Please answer yes or no.{scorers.MME_SUFFIX}\tNo\tThe answer is no"),
+     f"1.jpg\tIs it? Please answer yes or no.{MME_SUFFIX}\tNo\tThe answer is no"),
     ("mme --variant official", {"total": pytest.approx(2625), "skipped": 0}, "mme/OCR.txt", None)])
 def test_given_answers_are_scored_and_written_for_submission(bench, expected, file, line, tmp_path, capsys):
     """Each benchmark from files in its official layout: the worked examples' numbers, printed and stored."""
@@ -857,11 +900,11 @@ def runs(tmp_path_factory):
     for kind in ("emu3", "janus"):
         folders[kind] = folder = tmp_path_factory.mktemp(kind)
         config = replace(model.PRESETS[f"tiny-{kind}"], layers=1, width=64, ffn=64)
-        train.train_tokenizer(folder / "tokenizer.json", config)
+        data.train_tokenizer(folder / "tokenizer.json", config)
         torch.manual_seed(0)
-        tensors, manifest = train.tensors_of(model.from_config(config)), {"config": asdict(config), "dtype": "float32"}
-        train.save_checkpoint(tensors, manifest, folder / "checkpoints/0-0000000").result()
-        scorers.write_json(asdict(train.TrainConfig(preset=f"tiny-{kind}")), folder / "settings.json")
+        tensors, manifest = tensors_of(model.from_config(config)), {"config": asdict(config), "dtype": "float32"}
+        save_checkpoint(tensors, manifest, folder / "checkpoints/0-0000000").result()
+        write_json(asdict(train.TrainConfig(preset=f"tiny-{kind}")), folder / "settings.json")
     return folders
 
 
@@ -874,8 +917,8 @@ def alone(monkeypatch):
                 process.setenv("RANK", rank)
                 process.setenv("WORLD_SIZE", "2")
                 work()
-    monkeypatch.setitem(scorers.MAX_NEW_TOKENS, "aia", 6)
-    monkeypatch.setattr(scorers, "all_done", lambda: None)
+    monkeypatch.setitem(MAX_NEW_TOKENS, "aia", 6)
+    monkeypatch.setattr(benchmarks.common, "all_done", lambda: None)
     return shared
 
 
@@ -891,8 +934,9 @@ def test_raw_answers_are_stored_in_order_resumed_and_shared(bench, kind, batch, 
     file.unlink()
     written(tmp_path / "out/answers-0.jsonl", lines[3] + lines[2][:-9])
     written(tmp_path / "out/answers-1.jsonl", lines[1])
-    asked, inner = [], scorers.ask_group
-    monkeypatch.setattr(scorers, "ask_group", lambda *key: asked.extend(item.id for item in key[2]) or inner(*key))
+    asked, inner = [], ask_group
+    monkeypatch.setattr(benchmarks.common, "ask_group", lambda *key: asked.extend(
+        item.id for item in key[2]) or inner(*key))
     assert command(bench, tmp_path, *flags) == scores and file.read_text() == whole
     assert sorted(asked) == sorted({*said} - {rows[3]["id"], rows[1]["id"]})
     file.unlink()
@@ -910,14 +954,14 @@ def test_raw_answers_are_stored_in_order_resumed_and_shared(bench, kind, batch, 
 def test_questions_are_wrapped_for_each_model(kind, bench, how, before, after, longest, runs):
     """Emu3 takes the prompt as it stands, its period behind it; Janus-Pro's template strips the end. For MME, AIA keeps
     the first token of an answer."""
-    m, text, _ = scorers.load_run(scorers.Score(checkpoint=str(runs[kind])))
+    m, text, _ = evaluation.load_run(Score(checkpoint=str(runs[kind])))
     preparer, seen = data.Preparer(m, text, training=False), []
     preparer.template.system = model.JANUS_PRO_7B.system                       # the tiny models have none
     if how.get("prompt_style"):
         preparer.template.plain()
     m.generate_text = lambda ids, *rest: seen.append((ids, rest)) or torch.full((len(ids), 1), text.ids["eos"])
-    item = scorers.Item("1", "\n" * (longest > 999) + "<image 1>: a\n b ", png(size=(16, 16)), {})
-    assert scorers.ask_group(scorers.Score(bench=bench, **how), preparer, [item]) == [""] and not preparer.known
+    item = Item("1", "\n" * (longest > 999) + "<image 1>: a\n b ", png(size=(16, 16)), {})
+    assert ask_group(Score(bench=bench, **how), preparer, [item]) == [""] and not preparer.known
     (ids, (pixels, _, tokens)), = seen
     ids, shown = ids[0].tolist(), functools.partial(text.core.decode, skip_special_tokens=False)
     first, last = ids.index(text.ids["boi"]), ids.index(text.ids["eoi"])
@@ -927,11 +971,11 @@ def test_questions_are_wrapped_for_each_model(kind, bench, how, before, after, l
 
 def test_transparency_is_white_for_mmmu_and_dropped_elsewhere(tmp_path):
     """AIA's reader of MMMU pastes on white, the others convert to RGB at once; a palette may be transparent too."""
-    half = scorers.Item("1", "", png((255, 0, 0, 128), "RGBA"), {})
-    assert scorers.rgb(half, "mmmu")[0, 0].tolist() == [255, 127, 127]
-    assert scorers.rgb(half, "mmbench")[0, 0].tolist() == [255, 0, 0]
+    half = Item("1", "", png((255, 0, 0, 128), "RGBA"), {})
+    assert rgb(half, "mmmu")[0, 0].tolist() == [255, 127, 127]
+    assert rgb(half, "mmbench")[0, 0].tolist() == [255, 0, 0]
     Image.new("P", (4, 4), 0).save(tmp_path / "p.png", transparency=0)
-    assert scorers.rgb(scorers.Item("1", "", tmp_path / "p.png", {}), "mmmu").min() == 255
+    assert rgb(Item("1", "", tmp_path / "p.png", {}), "mmmu").min() == 255
 
 
 # --- Judges ----------------------------------------------------------------------------------------------------------
@@ -954,7 +998,7 @@ def judged(bench, folder, judge, *flags):
 def test_mmvet_is_judged_in_rounds(tmp_path, monkeypatch):
     """The worked example: replies 1.0, 0.5, "bad" and 0.3, then 0.2; of several gradings the last reply repeats."""
     prompt, said = written(tmp_path / "prompt.txt", "Table\r\n"), mmvet_files(tmp_path / "data")
-    monkeypatch.setitem(scorers.PROMPTS, "mmvet", (7, hashlib.sha256(b"Table\r\n").hexdigest()))
+    monkeypatch.setitem(PROMPTS, "mmvet", (7, hashlib.sha256(b"Table\r\n").hexdigest()))
     replies = {"0": ["1.0"], "1": ["0.5"], "2": ["bad"], "3": ["0.3", "0.7 so"]}
     found, rounds = judged("mmvet", tmp_path, lambda request: ["0.2"] if "(digit)" in request["prompt"] else
                            replies[request["prompt"].split("\n")[2][0]],
@@ -1069,8 +1113,8 @@ def test_drawings_lie_in_the_official_folders_and_repeat(bench, kind, flags, run
         files = sorted((tmp_path / "out/images").rglob("*.png"))
         return {str(file.relative_to(tmp_path / "out/images")): file.read_bytes() for file in files}
     work, seeds, draw = functools.partial(command, bench, tmp_path, "--checkpoint", runs[kind], "--seed", 5, *flags
-                                          ), [], scorers.draw
-    monkeypatch.setattr(scorers, "draw", lambda *key, **how: seeds.append(key[3]) or draw(*key, **how))
+                                          ), [], evaluation.draw
+    monkeypatch.setattr(evaluation, "draw", lambda *key, **how: seeds.append(key[3]) or draw(*key, **how))
     assert work()["score"] is None
     first = pictures()
     if bench == "dpg":
@@ -1091,7 +1135,7 @@ def test_drawings_lie_in_the_official_folders_and_repeat(bench, kind, flags, run
 def refused(capsys, *argv):
     """The one line of a command that is refused with status 2."""
     with pytest.raises(SystemExit) as stop:
-        data.run(lambda: command(*argv))
+        run_command(lambda: command(*argv))
     line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     return line
@@ -1203,12 +1247,12 @@ def test_fid_modes_resize_each_in_its_way(tmp_path):
     for name, array in (("step", step[297:301, 297:301]), ("stripes", stripes)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
         np.save(tmp_path / f"{name}.npy", array)
-    plain, clean = (scorers.fid_pixels(tmp_path / "step.png", mode) for mode in ("pytorch", "clean"))
+    plain, clean = (fid_pixels(tmp_path / "step.png", mode) for mode in ("pytorch", "clean"))
     assert plain.shape == clean.shape == (3, 299, 299) and plain.dtype == clean.dtype == torch.float32
     assert [plain.min(), plain.max(), clean.min(), clean.max()] == pytest.approx([-1, 1, 0, 255])
     assert plain[0, 0, 149] == pytest.approx(0, abs=1e-6) and (clean % 1 != 0).sum() > 1000
-    assert torch.equal(clean, scorers.fid_pixels(tmp_path / "step.npy", "clean"))
-    plain, clean = (scorers.fid_pixels(tmp_path / "stripes.png", mode)[0, 9, 9:11] for mode in ("pytorch", "clean"))
+    assert torch.equal(clean, fid_pixels(tmp_path / "step.npy", "clean"))
+    plain, clean = (fid_pixels(tmp_path / "stripes.png", mode)[0, 9, 9:11] for mode in ("pytorch", "clean"))
     assert (plain[0] - plain[1]).abs() == pytest.approx(1) and (clean[0] - clean[1]).abs() < 120
 
 
@@ -1216,15 +1260,15 @@ def test_fid_modes_resize_each_in_its_way(tmp_path):
 def test_fid_compares_folders_and_stored_numbers(mode, n, tmp_path, monkeypatch, capsys):
     """With a made-up network of two features a distance known in closed form; clean looks into subfolders too."""
     scale, shift = (127.5, 127.5) if mode == "pytorch" else (1, 0)              # -1..1 is 0..255 less 127.5
-    monkeypatch.setattr(scorers, "fid_network", lambda name, device: lambda pixels: pixels[:, :2, 0, 0] * scale + shift)
+    monkeypatch.setattr(benchmarks.fid, "fid_network", lambda *_: lambda pixels: pixels[:, :2, 0, 0] * scale + shift)
     points, others = np.array([(0, 0), (200, 0), (0, 200), (200, 200)]), np.array([(100, 100), (101, 150)])
     for i, (red, green) in enumerate(points.tolist()):
         written(tmp_path / f"data/{'sub/' * (i == 3)}{i}.png", png((red, green, 7)))
     for i, (red, green) in enumerate(others.tolist()):
         written(tmp_path / f"other/{i}.png", png((red, green, 7)))
-    one, other = scorers.fid_stats(points[:n]), scorers.fid_stats(others)
+    one, other = fid_stats(points[:n]), fid_stats(others)
     found = command("fid", tmp_path, "--preds", tmp_path / "other", "--variant", mode)
-    assert found["score"] == pytest.approx(scorers.fid_distance(*one, *other), rel=1e-4) and found["variant"] == mode
+    assert found["score"] == pytest.approx(fid_distance(*one, *other), rel=1e-4) and found["variant"] == mode
     assert "fewer than features" in capsys.readouterr().out
     stored(tmp_path, mu=one[0], sigma=one[1])
     np.savez(tmp_path / "other.npz", features=others)
@@ -1246,11 +1290,11 @@ def test_fid_asks_each_package_for_the_network_it_means(monkeypatch):
         monkeypatch.setitem(sys.modules, name.split(".")[0], SimpleNamespace())
         monkeypatch.setitem(sys.modules, name, content)
     for mode in ("pytorch", "clean"):
-        assert scorers.fid_network(mode, "cpu")(torch.full((2, 3, 4, 4), 9.0)).tolist() == [[9.0] * 3] * 2
+        assert fid_network(mode, "cpu")(torch.full((2, 3, 4, 4), 9.0)).tolist() == [[9.0] * 3] * 2
     assert calls == [{"resize_input": False, "normalize_input": False}, ("clean", {"use_dataparallel": False})]
 
 
 def test_fid_of_the_world_uses_the_runs_own_tokenizer(runs, tmp_path):
     """Drawings of an untrained model are far from held-out scenes, and the same seed gives the same number."""
     found = [command("fid", tmp_path, "--variant", "world", "--checkpoint", runs["emu3"], "--n", 2) for _ in range(2)]
-    assert found[0] == found[1] and found[0]["score"] > 0 and found[0]["pictures"] == 2 * len(data.SKILLS)
+    assert found[0] == found[1] and found[0]["score"] > 0 and found[0]["pictures"] == 2 * len(SKILLS)

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import unicodedata
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import pyarrow.parquet
@@ -18,18 +19,68 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import aia
 import data
-import eval as judge
+import eval as evaluation
+import formats.datasets
 import model
 import train
-from aia import InputError
+from formats.checkpoints import save_checkpoint, tensors_of
+from formats.datasets import (
+    ENCODING,
+    Encoded,
+    FileSource,
+    Mixture,
+    bad_report,
+    every,
+    index_file,
+    open_sources,
+    picture_key,
+    tar_samples,
+)
+from formats.records import Record, question_parts
+from parts.pictures import (
+    check_size,
+    emu3_picture,
+    janus_drawing,
+    janus_reading,
+    load_picture,
+    smart_resize,
+    to_picture,
+    to_tensor,
+)
+from parts.settings import InputError, opt, parse
+from parts.text import SPECIAL, Text, find_tokenizer, store_tokenizer
+from parts.world import (
+    BACKGROUND,
+    CELL_SIDES,
+    CELLS,
+    COLOURS,
+    GRID,
+    NUMBERS,
+    OPPOSITE,
+    PLACES,
+    PREFIXES,
+    QUESTIONS,
+    RELATIONS,
+    SHAPES,
+    Thing,
+    World,
+    caption,
+    combinations,
+    draw_scenes,
+    make_question,
+    prompt_text,
+    read_scenes,
+    world_of,
+)
 
 PRESET = {"emu3": model.PRESETS["tiny-emu3"], "janus": model.PRESETS["tiny-janus"]}
 both_kinds = pytest.mark.parametrize("kind", PRESET)
-SHAPE, COLOUR, PLACE, RELATION = (f"({'|'.join(words)})" for words in (data.SHAPES, data.COLOURS, data.PLACES,
-                                                                      data.RELATIONS))
+SHAPE, COLOUR, PLACE, RELATION = (f"({'|'.join(words)})" for words in (SHAPES, COLOURS, PLACES,
+                                                                       RELATIONS))
 
 
 worlds = pytest.mark.parametrize("size", [(4, 4, 2), (5, 5, 3), (8, 8, 4)])      # shapes, colours, objects
@@ -43,7 +94,7 @@ def random(*key):
 def texts(tmp_path_factory):
     """The text tokenizer of each tiny preset."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: train.train_tokenizer(folder / f"{kind}.json", config) for kind, config in PRESET.items()}
+    return {kind: data.train_tokenizer(folder / f"{kind}.json", config) for kind, config in PRESET.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,45 +108,45 @@ def preparers(texts):
 # The world
 # ---------------------------------------------------------------------------------------------------------------------
 def training_scenes(n, seed=0, size=()):
-    world, rng = data.World(seed, *size), random(seed)
+    world, rng = World(seed, *size), random(seed)
     return [world.scene(rng) for _ in range(n)]
 
 
 def held_out_scenes(n, seed=0, size=()):
     """[(scene, combination)], n for each skill."""
-    world, rng = data.World(seed, *size), random(seed)
+    world, rng = World(seed, *size), random(seed)
     return [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(n)]
 
 
 def crowds(n, seed=0, size=()):
     """Full pictures, as the picture tokenizer learns them."""
-    world, rng = data.World(seed, *size), random(seed)
+    world, rng = World(seed, *size), random(seed)
     return [world.crowd(rng) for _ in range(n)]
 
 
 def every_thing(world):
     """A scene for each thing at each place."""
-    return [(data.Thing(shape, colour, place),) for shape in world.shapes for colour in world.colours
-            for place in range(data.CELLS)]
+    return [(Thing(shape, colour, place),) for shape in world.shapes for colour in world.colours
+            for place in range(CELLS)]
 
 
 @worlds
 def test_the_reader_reads_every_drawn_scene_exactly(size):
     """Sprites differ by more than rounding to uint8 changes them: each thing at each place, training and held out."""
-    world = data.World(0, *size)
+    world = World(0, *size)
     scenes = every_thing(world) + training_scenes(1000, 0, size) + crowds(100, 0, size)
     scenes += [scene for scene, _ in held_out_scenes(50, 0, size)]
-    found, clear = data.read(data.draw(scenes), world)
+    found, clear = read_scenes(draw_scenes(scenes), world)
     assert [set(scene) for scene in found] == [set(scene) for scene in scenes] and clear.all()
 
 
-@pytest.mark.parametrize("cell", data.CELL_SIDES)
+@pytest.mark.parametrize("cell", CELL_SIDES)
 def test_cells_of_every_size_are_read_back_exactly(cell):
     """Shapes grow with their cell, and no sprite comes to look like another; which scenes there are stays the same."""
-    world, plain = data.World(0, 8, 8, 4, cell), data.World(0, 8, 8, 4)
+    world, plain = World(0, 8, 8, 4, cell), World(0, 8, 8, 4)
     scenes = every_thing(world) + [world.crowd(random(i)) for i in range(100)]
-    pictures = data.draw(scenes, cell)
-    found, clear = data.read(pictures, world)
+    pictures = draw_scenes(scenes, cell)
+    found, clear = read_scenes(pictures, world)
     assert pictures.shape[1:] == (world.side, world.side, 3) == (2 * cell, 2 * cell, 3)
     assert [set(scene) for scene in found] == [set(scene) for scene in scenes] and clear.all()
     assert world.held_out == plain.held_out and world.scene(random(0)) == plain.scene(random(0))
@@ -104,14 +155,14 @@ def test_cells_of_every_size_are_read_back_exactly(cell):
 def test_cells_of_the_usual_size_are_drawn_as_ever():
     """Trained weights know these bytes. A bar is 2.88 by 7.2 pixels: 4 of 8 samples lie in the pixel columns at its
     sides, 5 of 8 in the rows at its ends."""
-    world = data.World(0, 8, 8)
-    pictures = data.draw(every_thing(world))
+    world = World(0, 8, 8)
+    pictures = draw_scenes(every_thing(world))
     assert hashlib.sha256(pictures.tobytes()).hexdigest() == (
         "663b7a5590031f50bfb9e4c8fa4d2f357d89e2eb53b07c946566c09671adca25")
     across, along = np.array([0, 0, 0.5, 1, 1, 0.5, 0, 0]), np.array([0.625, *[1.0] * 6, 0.625])
     cover = along[:, None, None] * across[:, None]
-    bar = cover * data.COLOURS["red"] + (1 - cover) * data.BACKGROUND
-    drawn, = data.draw([(data.Thing("bar", "red", 0),)])
+    bar = cover * COLOURS["red"] + (1 - cover) * BACKGROUND
+    drawn, = draw_scenes([(Thing("bar", "red", 0),)])
     assert np.array_equal(drawn[:8, :8], bar.round()) and (drawn[8:] == 245).all() and (drawn[:, 8:] == 245).all()
 
 
@@ -119,9 +170,9 @@ def test_cells_of_the_usual_size_are_drawn_as_ever():
 @pytest.mark.parametrize("cell", [8, 32])
 def test_the_reader_finds_nothing_on_noise(cell, levels):
     """Noise is like no sprite, be it smooth or black and white: no thing, and the picture counts as unclear."""
-    world = data.World(0, 8, 8, cell=cell)
+    world = World(0, 8, 8, cell=cell)
     noise = random(0).integers(levels, size=(200, world.side, world.side, 3)) * (255 // (levels - 1))
-    found, clear = data.read(noise.astype(np.uint8), world)
+    found, clear = read_scenes(noise.astype(np.uint8), world)
     assert not any(found) and not clear.any()
 
 
@@ -129,12 +180,12 @@ def test_the_reader_finds_nothing_on_noise(cell, levels):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_scenes_show_no_held_out_combination(seed, size):
     """The score is about composition, so what is asked was never shown; held-out scenes show what was asked."""
-    world, trained = data.World(seed, *size), set().union(*map(data.combinations, training_scenes(1500, seed, size)))
-    assert not (trained | set().union(*map(data.combinations, crowds(300, seed, size)))) & world.held_out
+    world, trained = World(seed, *size), set().union(*map(combinations, training_scenes(1500, seed, size)))
+    assert not (trained | set().union(*map(combinations, crowds(300, seed, size)))) & world.held_out
     for skill in world.skills:      # the words themselves are known: every skill is met in training, and held out
         assert {c for c in world.held_out if c[0] == skill} and {c for c in trained if c[0] == skill}
     for scene, combination in held_out_scenes(30, seed, size):
-        assert combination in world.held_out and combination in data.combinations(scene)
+        assert combination in world.held_out and combination in combinations(scene)
 
 
 def test_every_two_words_of_a_held_out_combination_are_met_in_training():
@@ -142,16 +193,16 @@ def test_every_two_words_of_a_held_out_combination_are_met_in_training():
     def words(combination):
         flat = [part for word in combination[1:] for part in (word if isinstance(word, tuple) else (word,))]
         return {(a, b) for i, a in enumerate(flat) for b in flat[i + 1:]}
-    world, met = data.World(0), set()
+    world, met = World(0), set()
     for scene in training_scenes(3000):
         met |= {pair for t in scene for pair in words((0, t.colour, t.shape, t.place))}
-        met |= {pair for combination in data.combinations(scene) for pair in words(combination)}
+        met |= {pair for combination in combinations(scene) for pair in words(combination)}
     assert not set().union(*map(words, world.held_out)) - met
 
 
 def combination_of(prompt):
     """Read a prompt back by its words alone."""
-    prefix = max((p for p in data.PREFIXES if prompt.startswith(p)), key=len)
+    prefix = max((p for p in PREFIXES if prompt.startswith(p)), key=len)
     several = {skill: " and ".join([f"a {SHAPE} {PLACE}"] * n) for n, skill in
                enumerate(("one object", "two objects", "three objects", "four objects"), 1)}
     patterns = {**several,
@@ -160,7 +211,7 @@ def combination_of(prompt):
                 "colour attribution": f"a {COLOUR} {SHAPE} and a {COLOUR} {SHAPE}"}
     (skill, words), = ((skill, found.groups()) for skill, pattern in patterns.items()
                        if (found := re.fullmatch(pattern, prompt.removeprefix(prefix))))
-    words = [data.PLACES.index(w) if w in data.PLACES else data.NUMBERS.index(w) if w in data.NUMBERS else w
+    words = [PLACES.index(w) if w in PLACES else NUMBERS.index(w) if w in NUMBERS else w
              for w in words]
     if skill in ("counting", "colours"):
         return skill, *words
@@ -168,29 +219,29 @@ def combination_of(prompt):
         return skill, *(word for pair in sorted(zip(words[::2], words[1::2], strict=True)) for word in pair)
     first, name, second = tuple(words[:2]), words[2:-2], tuple(words[-2:])
     if first[1] > second[1]:
-        first, name, second = second, [data.OPPOSITE[n] for n in name], first
+        first, name, second = second, [OPPOSITE[n] for n in name], first
     return skill, first, *name, second
 
 
 @worlds
 def test_a_prompt_mentions_exactly_its_combination(size):
     """Read back from its words, every prompt of every combination is that combination again, in either order."""
-    for every in data.World(0, *size).combinations.values():
-        for i, combination in enumerate(every[:500]):
-            assert {combination_of(data.prompt_text(combination, random(i, j))) for j in range(4)} == {combination}
+    for way in World(0, *size).combinations.values():
+        for i, combination in enumerate(way[:500]):
+            assert {combination_of(prompt_text(combination, random(i, j))) for j in range(4)} == {combination}
 
 
 def spoiled(skill, scene):
     """Scenes with one thing added, or one word of what the skill mentions changed."""
-    free = next((place for place in range(data.CELLS) if place not in {t.place for t in scene}), None)
+    free = next((place for place in range(CELLS) if place not in {t.place for t in scene}), None)
     if free is not None:
         yield *scene, replace(scene[0], place=free)
     for i, thing in enumerate(scene):
         rest = scene[:i] + scene[i + 1:]
         yield rest
-        yield *rest, replace(thing, shape=next(s for s in data.SHAPES if s != thing.shape))
+        yield *rest, replace(thing, shape=next(s for s in SHAPES if s != thing.shape))
         if skill in ("colours", "counting", "position", "colour attribution"):
-            yield *rest, replace(thing, colour=next(c for c in data.COLOURS if c != thing.colour))
+            yield *rest, replace(thing, colour=next(c for c in COLOURS if c != thing.colour))
         if skill in ("one object", "two objects", "three objects", "colours"):
             yield *rest, replace(thing, place=free)
     if skill in ("position", "two objects", "three objects", "four objects"):
@@ -201,21 +252,21 @@ def spoiled(skill, scene):
 def test_a_scene_fulfils_its_prompt_and_a_changed_scene_does_not(size):
     """One thing more, one less, or a wrong word is a wrong picture: scores of drawing give no credit for parts."""
     for scene, combination in held_out_scenes(20, 0, size):
-        assert combination in data.combinations(scene)
+        assert combination in combinations(scene)
         for wrong in spoiled(combination[0], scene):
-            assert combination not in data.combinations(wrong), (combination, wrong)
+            assert combination not in combinations(wrong), (combination, wrong)
 
 
 def fits(caption, scene):
     """Is this the full description of a scene, or a prompt that it fulfils?"""
-    return caption == answer_of("what is there?", scene) or combination_of(caption) in data.combinations(scene)
+    return caption == answer_of("what is there?", scene) or combination_of(caption) in combinations(scene)
 
 
 @worlds
 def test_captions_of_training_pictures_fit_them(size):
     """A caption describes all of its scene, or is a prompt of any skill that the scene fulfils."""
     for i, scene in enumerate(training_scenes(300, 0, size)):
-        assert fits(data.caption(scene, random(i)), scene)
+        assert fits(caption(scene, random(i)), scene)
 
 
 def answer_of(text, scene):
@@ -229,18 +280,18 @@ def answer_of(text, scene):
     if found := match(f"is there a {SHAPE}?"):
         truth = count(shape=found[1]) > 0
     elif found := match(f"is there a {SHAPE} {PLACE}?"):
-        truth = count(shape=found[1], place=data.PLACES.index(found[2])) > 0
+        truth = count(shape=found[1], place=PLACES.index(found[2])) > 0
     elif found := match(f"(is|are) there (one|two|three) {SHAPE}PLURAL?"):
-        truth = data.NUMBERS[count(shape=found[3])] == found[2]
+        truth = NUMBERS[count(shape=found[3])] == found[2]
     elif found := match(f"(is|are) the {SHAPE}PLURAL {COLOUR}?"):
         truth = count(shape=found[2], colour=found[3]) == count(shape=found[2])
     elif found := match(f"is the {SHAPE} {RELATION} the {SHAPE}?"):
-        (row, column), (row2, column2) = (divmod(t.place, data.GRID) for name in (found[1], found[3]) for t in scene
+        (row, column), (row2, column2) = (divmod(t.place, GRID) for name in (found[1], found[3]) for t in scene
                                           if t.shape == name)
         truth = {"left of": column < column2, "right of": column > column2, "above": row < row2,
                  "below": row > row2}[found[2]]
     elif text == "what is there?":
-        return " and ".join(f"a {t.colour} {t.shape} {data.PLACES[t.place]}" for t in scene)
+        return " and ".join(f"a {t.colour} {t.shape} {PLACES[t.place]}" for t in scene)
     elif found := match(f"is there a {SHAPE} or a {SHAPE}?"):
         shape, = (name for name in found.groups() if count(shape=name))
         return shape
@@ -250,9 +301,9 @@ def answer_of(text, scene):
                   if answer_of(text.replace(found[2], side + " of" * ("left" in found[2])), scene) == "yes")
         return right
     elif found := match(f"how many {SHAPE}PLURAL are there?"):
-        return data.NUMBERS[count(shape=found[1])]
+        return NUMBERS[count(shape=found[1])]
     elif found := match(f"where is the {SHAPE}?"):
-        return next(data.PLACES[t.place] for t in scene if t.shape == found[1])
+        return next(PLACES[t.place] for t in scene if t.shape == found[1])
     elif found := match(f"what colour (is|are) the {SHAPE}PLURAL?"):
         return next(t.colour for t in scene if t.shape == found[2])
     else:
@@ -263,14 +314,14 @@ def answer_of(text, scene):
 
 
 @worlds
-@pytest.mark.parametrize("kind", data.QUESTIONS)
+@pytest.mark.parametrize("kind", QUESTIONS)
 def test_questions_are_answered_correctly(kind, size):
     """A brute-force reading of the question's words gives the same answer, and the answer that was asked for."""
-    world, met = data.World(0, *size), set()
+    world, met = World(0, *size), set()
     scenes = training_scenes(300, 0, size) + [scene for scene, _ in held_out_scenes(30, 0, size)]
     for i, scene in enumerate(scenes):
         for truth in (None,) if kind == "choice" else (None, True, False):
-            asked = data.question(world, scene, kind, random(i), truth)
+            asked = make_question(world, scene, kind, random(i), truth)
             assert asked.kind == kind and asked.answer == answer_of(asked.text, scene), (asked, scene)
             assert truth is None or asked.answer == ("yes" if truth else "no")
             met.add(asked.answer)
@@ -285,22 +336,22 @@ def test_a_world_of_an_impossible_size_is_refused(size, message):
     """A choice needs two words that the scene does not show, a picture has four places, and a cell is made of whole
     codes."""
     with pytest.raises(InputError, match=re.escape(message)):
-        data.World(0, *size)
+        World(0, *size)
 
 
 def test_runs_of_before_keep_their_world():
     """Settings that name no size are of the easiest world; others come back as they were."""
-    before = data.world_of({"seed": 3, "lr": 1})
-    assert before.held_out == data.World(3).held_out and before.cell == 8
-    again = data.world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3, "cell": 16})
-    assert again.held_out == data.World(3, 6, 5, 3).held_out and again.cell == 16
+    before = world_of({"seed": 3, "lr": 1})
+    assert before.held_out == World(3).held_out and before.cell == 8
+    again = world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3, "cell": 16})
+    assert again.held_out == World(3, 6, 5, 3).held_out and again.cell == 16
 
 
 def test_rotations_keep_the_right_option():
     """The four options move round, so that the right one stands behind each letter once; the first is the original."""
     for i, scene in enumerate(training_scenes(100)):
-        asked = data.question(data.World(0), scene, "choice", random(i))
-        turned = judge.rotations(asked)
+        asked = make_question(World(0), scene, "choice", random(i))
+        turned = evaluation.rotations(asked)
         assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
         assert all(q.answer == answer_of(q.text, scene) for q in turned)
 
@@ -335,7 +386,7 @@ def test_any_unicode_text_survives_encoding(kind, texts):
 @both_kinds
 def test_special_strings_in_a_users_text_stay_text(kind, texts):
     """Else a caption that quotes a control token would end the answer, or open a picture."""
-    for special in [*model.SPECIAL[kind].values(), "<|visual token 000007|>", "<image>"]:
+    for special in [*SPECIAL[kind].values(), "<|visual token 000007|>", "<image>"]:
         ids = texts[kind].encode(f"say {special} now")
         assert max(ids) < model.TINY_TEXT and texts[kind].decode(ids) == f"say {special} now"
 
@@ -343,8 +394,8 @@ def test_special_strings_in_a_users_text_stay_text(kind, texts):
 @both_kinds
 def test_special_strings_act_only_where_they_are_allowed(kind, texts):
     """The flag's whole effect: the same string is one control token instead of text."""
-    open_text = data.Text(texts[kind].file, kind, allow_special=True)
-    boi = model.SPECIAL[kind]["boi"]
+    open_text = Text(texts[kind].file, kind, allow_special=True)
+    boi = SPECIAL[kind]["boi"]
     assert open_text.encode(f"a{boi}b") == (*texts[kind].encode("a"), texts[kind].ids["boi"], *texts[kind].encode("b"))
 
 
@@ -371,7 +422,7 @@ def test_emu3s_own_tokenizer_has_the_published_ids(tmp_path):
              11: ",", 4531: " film", 1081: " gr", 2627: "ained", 1850: " best", 4271: " quality", 220: " "}
     ranks = dict(enumerate(BYTES)) | {rank: word.encode() for rank, word in words.items()}
     ranks |= {300: b" g", 301: b"ai", 302: b"ain", 303: b"aine"}                # on the way to " grained"
-    text = data.Text(rank_file(tmp_path, ranks, 32768, 151643), "emu3")
+    text = Text(rank_file(tmp_path, ranks, 32768, 151643), "emu3")
     prompt = "a portrait of young girl. masterpiece, film grained, best quality."
     assert [*text.encode(prompt)] == [64, 33033, 315, 3908, 3743, 13, 58731, 11, 4531, 1081, 2627, 11, 1850, 4271, 13]
     assert list(text.encode("64*64")) == [21, 19, 9, 21, 19]
@@ -400,7 +451,7 @@ def test_emu3s_own_tokenizer_merges_as_published(tmp_path):
         joint = pool[rng.integers(len(pool))] + pool[rng.integers(len(pool))]
         tokens += [joint] if joint not in pool and len(joint) < 9 else []
     ranks = {token: rank for rank, token in enumerate([*BYTES, *tokens])}
-    text = data.Text(rank_file(tmp_path, [*BYTES, *tokens]), "emu3")
+    text = Text(rank_file(tmp_path, [*BYTES, *tokens]), "emu3")
     for _ in range(300):
         word = "".join("abcd"[i] for i in rng.integers(4, size=rng.integers(1, 20)))
         assert list(text.encode(word)) == lowest_rank_first(word.encode(), ranks), word
@@ -412,7 +463,7 @@ def test_emu3s_own_tokenizer_merges_as_published(tmp_path):
     ("two  spaces ", ["two", " ", " spaces", " "])])
 def test_emu3s_own_tokenizer_cuts_words_as_published(given, cut, tmp_path):
     """Contractions in any case, single digits, line ends with the signs before them; composed characters (NFC)."""
-    text = data.Text(rank_file(tmp_path, BYTES), "emu3")
+    text = Text(rank_file(tmp_path, BYTES), "emu3")
     core = text.core
     assert [given for given, _ in core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(given))] == [
         "".join(core.id_to_token(i) for i in core.encode(piece, add_special_tokens=False).ids) for piece in cut]
@@ -421,10 +472,10 @@ def test_emu3s_own_tokenizer_cuts_words_as_published(given, cut, tmp_path):
 
 def test_emu3s_own_tokenizer_is_stored_as_an_equal_tokenizer_json(tmp_path):
     """A run that starts from the original files keeps one that every library reads."""
-    text = data.Text(rank_file(tmp_path, [*BYTES, b"re", b"ed", b"red", b" red"]), "emu3")
+    text = Text(rank_file(tmp_path, [*BYTES, b"re", b"ed", b"red", b" red"]), "emu3")
     (tmp_path / "run").mkdir()
-    train.store_tokenizer(text, tmp_path / "run")
-    again = data.Text(model.find_tokenizer(tmp_path / "run"), "emu3")
+    store_tokenizer(text, tmp_path / "run")
+    again = Text(find_tokenizer(tmp_path / "run"), "emu3")
     assert again.ids == text.ids and again.file.name == "tokenizer.json"
     for given in ("a red cat's 12\n\n!", "<|image start|>"):
         assert again.encode(given) == text.encode(given) and max(text.encode(given)) < 260
@@ -436,14 +487,14 @@ def test_a_broken_rank_file_is_named(line, tmp_path):
     file = rank_file(tmp_path, BYTES)
     file.write_bytes(file.read_bytes() + line)
     with pytest.raises(InputError, match=r"emu3.tiktoken cannot be read .*download"):
-        data.Text(file, "emu3")
+        Text(file, "emu3")
 
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
     """A Llama-type sentencepiece tokenizer with Janus-Pro's control tokens, some in the model and some beside it."""
-    folder, special = tmp_path_factory.mktemp("pieces"), list(model.SPECIAL["janus"].values())
-    lines = [data.caption(scene, random(i)) for i, scene in enumerate(training_scenes(200))]
+    folder, special = tmp_path_factory.mktemp("pieces"), list(SPECIAL["janus"].values())
+    lines = [caption(scene, random(i)) for i, scene in enumerate(training_scenes(200))]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
@@ -454,22 +505,22 @@ def pieces(tmp_path_factory):
 
 def test_sentencepiece_models_encode_and_decode(pieces, tmp_path):
     """Ids are those of the library; control tokens are found by string in the model and in the file beside it."""
-    text, library = data.Text(pieces, "janus"), sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    text, library = Text(pieces, "janus"), sentencepiece.SentencePieceProcessor(model_file=str(pieces))
     given = "a red circle, 漢\n"
     assert list(text.encode(given)) == library.encode(given)
     assert text.decode([text.ids["boi"], *text.encode(given), text.ids["eos"], 5]) == given
-    assert text.ids["bos"] == library.piece_to_id(model.SPECIAL["janus"]["bos"]) and text.ids["assistant"] == 342
-    train.store_tokenizer(text, tmp_path)
-    assert data.Text(model.find_tokenizer(tmp_path), "janus").ids == text.ids
+    assert text.ids["bos"] == library.piece_to_id(SPECIAL["janus"]["bos"]) and text.ids["assistant"] == 342
+    store_tokenizer(text, tmp_path)
+    assert Text(find_tokenizer(tmp_path), "janus").ids == text.ids
 
 
 def test_a_control_string_that_cannot_be_kept_apart_is_refused(pieces):
     """Sentencepiece finds its own control tokens in any text; they act only where they are allowed."""
-    text, special = data.Text(pieces, "janus"), model.SPECIAL["janus"]
+    text, special = Text(pieces, "janus"), SPECIAL["janus"]
     with pytest.raises(InputError, match=f"holds the control string {special['boi']}.*--allow-special"):
         text.encode(f"a {special['boi']} b")
     assert 342 not in text.encode(special["assistant"])
-    allowed = data.Text(pieces, "janus", allow_special=True).encode(special["boi"] + special["assistant"])
+    allowed = Text(pieces, "janus", allow_special=True).encode(special["boi"] + special["assistant"])
     assert list(allowed) == [text.ids["boi"], 342]
 
 
@@ -480,9 +531,9 @@ def test_letters_among_the_added_tokens_stay_letters(texts, tmp_path):
         token["special"] = False
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 488, "content": "€"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    text = data.Text(tmp_path / "tokenizer.json", "janus")
+    text = Text(tmp_path / "tokenizer.json", "janus")
     assert text.encode("€") == (488,) and text.decode([488]) == "€"
-    assert max(text.encode(model.SPECIAL["janus"]["boi"])) < model.TINY_TEXT
+    assert max(text.encode(SPECIAL["janus"]["boi"])) < model.TINY_TEXT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,7 +573,7 @@ def test_masks_of_emu3_understanding(texts):
     Question and template belong to neither; the template itself adds the full stop after the question.
     """
     ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
-    turns = data.question_parts([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
+    turns = question_parts([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
     v, pieces = ids["visual"], data.Emu3Template(PRESET["emu3"], texts["emu3"]).understanding(
         turns, [torch.tensor([[5, 9], [7, 2]])])
     check("und", pieces, (ids["bos"], "."), (e("You are a helpful assistant. USER: "), "."),
@@ -536,7 +587,7 @@ def test_masks_of_emu3_understanding(texts):
 def test_text_between_pictures_is_encoded_in_one_piece(tmp_path):
     """The published templates are strings: a tokenizer that joins ?. or a space with a word must see them whole."""
     ranks = [*BYTES, b"?.", b" W", b" Wh", b" USER"]
-    text = data.Text(rank_file(tmp_path, ranks), "emu3")
+    text = Text(rank_file(tmp_path, ranks), "emu3")
     template = data.Emu3Template(PRESET["emu3"], text)
     pieces = template.understanding([(["What?"], "x"), (["What?"], None)], [])
     first = text.encode("You are a helpful assistant. USER: What?. ASSISTANT:")
@@ -557,7 +608,7 @@ def test_masks_of_janus_generation(texts):
 def test_masks_of_janus_understanding(texts):
     """As in Emu3: keys are the image tokens of all pictures, queries the answers; no BOS within the conversation."""
     ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
-    turns = data.question_parts([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
+    turns = question_parts([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
     config = replace(PRESET["janus"], image_size=2 * PRESET["janus"].vit_patch)              # 2 x 2 image tokens
     picture = [(ids["boi"], "."), ([ids["placeholder"]] * 4, "k"), (ids["eoi"], ".")]
     check("und", data.JanusTemplate(config, texts["janus"]).understanding(turns, None),
@@ -592,7 +643,7 @@ def test_janus_breaks_the_line_after_a_picture_only_before_words(texts):
 def test_marks_must_fit_the_pictures(marks, pictures):
     """Else a picture would be lost, or a question would ask about one that is not there."""
     with pytest.raises(InputError, match=f"{marks} <image> marks in the questions for {pictures} pictures"):
-        data.question_parts([("<image> and " * marks, None)], pictures)
+        question_parts([("<image> and " * marks, None)], pictures)
 
 
 def test_a_tokenizer_of_a_newer_library_is_named(texts, tmp_path):
@@ -600,7 +651,7 @@ def test_a_tokenizer_of_a_newer_library_is_named(texts, tmp_path):
     content = json.loads(texts["emu3"].file.read_text()) | {"pre_tokenizer": {"type": "Invented"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="tokenizer.json cannot be used .* newer version"):
-        data.Text(tmp_path / "tokenizer.json", "emu3")
+        Text(tmp_path / "tokenizer.json", "emu3")
 
 
 @pytest.mark.parametrize("words", [1, 2, 5])
@@ -613,7 +664,7 @@ def test_an_answer_has_a_query_for_each_of_its_tokens(words):
 
 
 def world_records(task, n, turns=4):
-    source = data.WorldSource(data.World(0), n, 0)
+    source = data.WorldSource(World(0), n, 0)
     records = [source.record(task, i, random(i)) for i in range(n)]
     return [replace(record, turns=record.turns[:turns]) for record in records]
 
@@ -656,9 +707,9 @@ def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
     (524, 516, (512, 528))])                            # 64.5 and 65.5 codes: half to even, 64 and 66
 def test_emu3_picture_sizes(width, height, expected):
     """What Emu3's own code makes of a picture: multiples of 8, area within 512^2..1024^2, height x width."""
-    assert data.smart_resize(height, width, model.PRESETS["emu3-8b"]) == expected
+    assert smart_resize(height, width, model.PRESETS["emu3-8b"]) == expected
     if width < 600:
-        assert data.emu3_picture(Image.new("RGB", (width, height)), model.PRESETS["emu3-8b"]).shape == (3, *expected)
+        assert emu3_picture(Image.new("RGB", (width, height)), model.PRESETS["emu3-8b"]).shape == (3, *expected)
 
 
 @pytest.mark.parametrize("aspect, side, grid", [
@@ -666,7 +717,7 @@ def test_emu3_picture_sizes(width, height, expected):
     ("5:1", 720, (40, 201)), ("1:1", 512, (64, 64))])
 def test_emu3_draws_any_aspect(aspect, side, grid):
     """Rows and columns of codes, height first, all of about the same area; 67.5 becomes 68."""
-    assert judge.grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
+    assert evaluation.grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
 
 
 @pytest.mark.parametrize("kind, aspect", [("emu3", "16x9"), ("emu3", "0:1"), ("emu3", "-4:-3"), ("emu3", "9:1"),
@@ -674,14 +725,14 @@ def test_emu3_draws_any_aspect(aspect, side, grid):
 def test_an_aspect_that_cannot_be_drawn_is_refused(kind, aspect):
     """Janus-Pro draws squares only, Emu3 up to 5:1."""
     with pytest.raises(InputError, match=f"--aspect .*{aspect}"):
-        judge.grid_for(aspect, model.PRESETS["emu3-8b" if kind == "emu3" else "janus-pro-1b"])
+        evaluation.grid_for(aspect, model.PRESETS["emu3-8b" if kind == "emu3" else "janus-pro-1b"])
 
 
 @pytest.mark.parametrize("width, height, inner", [(500, 333, (384, 255)), (333, 500, (255, 384)), (96, 96, (384, 384)),
                                                   (1000, 20, (384, 14))])
 def test_janus_reads_a_picture_on_grey_with_truncated_sides(width, height, inner):
     """333 / 500 * 384 = 255.7 becomes 255, at least 14; the rest of the square is 127, its larger part last."""
-    pixels = data.janus_reading(Image.new("RGB", (width, height), "white"), model.PRESETS["janus-pro-7b"])
+    pixels = janus_reading(Image.new("RGB", (width, height), "white"), model.PRESETS["janus-pro-7b"])
     expected = np.full((384, 384, 3), 127, np.uint8)
     left, top = ((384 - side) // 2 for side in inner)
     expected[top:top + inner[1], left:left + inner[0]] = 255
@@ -696,7 +747,7 @@ def test_janus_draws_the_centre_square(width, height):
     rows = bands if height > width else bands.transpose(1, 0, 2)
     rows[:] = (255, 0, 0)
     rows[long // 4:long - long // 4] = (0, 255, 0)
-    pixels = data.janus_drawing(Image.fromarray(bands), model.PRESETS["janus-pro-7b"])
+    pixels = janus_drawing(Image.fromarray(bands), model.PRESETS["janus-pro-7b"])
     assert pixels.shape == (3, 384, 384)
     middle = pixels[:, 192, :] if width > height else pixels[:, :, 192]                      # (3, 384), along the bands
     assert (middle[1, 8:-8] > 0.99).all() and (middle[0, 8:-8] < -0.99).all()
@@ -705,9 +756,9 @@ def test_janus_draws_the_centre_square(width, height):
 def test_pictures_are_truncated_to_bytes():
     """Both models cut the fraction off instead of rounding, and clip: (0 + 1) / 2 * 255 = 127.5 becomes 127."""
     pixels = torch.tensor([-9.0, -1.0, 0.0, 0.9999, 1.0, 9.0])[None, None].expand(3, 1, 6)
-    assert data.to_picture(pixels)[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    assert to_picture(pixels)[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
     picture = random(0).integers(256, size=(5, 4, 3)).astype(np.uint8)
-    assert np.abs(data.to_picture(data.to_tensor(picture)).astype(int) - picture).max() <= 1
+    assert np.abs(to_picture(to_tensor(picture)).astype(int) - picture).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -722,7 +773,7 @@ def entry(image, *turns, **more):
 @pytest.fixture
 def album(tmp_path):
     """A folder with pictures, good and bad, and a function that writes a JSON-lines file beside them."""
-    for name, picture in zip("abc", data.draw(training_scenes(3)), strict=True):
+    for name, picture in zip("abc", draw_scenes(training_scenes(3)), strict=True):
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     Image.fromarray(random(0).integers(256, size=(60, 60, 3)).astype(np.uint8)).save(tmp_path / "huge.png")
     Image.new("RGB", (280, 10)).save(tmp_path / "flat.png")
@@ -743,10 +794,10 @@ DRAWN, ASKED = entry("a.png", ("a red cross", "<image>")), entry("b.png", ("is i
 def test_records_of_both_tasks_are_read(kind, album):
     """The task follows from the conversation; a place names file and line, paths are relative to the file."""
     file = album(DRAWN, "", ASKED | {"task": "und", "id": "x"}, entry(["b.png", "c.png"], ("same?", "no")))
-    source = data.FileSource(file, kind)
+    source = FileSource(file, kind)
     drawn, = source.records["gen"]
     asked, two = source.records["und"]
-    assert drawn == data.Record(f"{file}:1", "gen", (("a red cross", "<image>"),), (file.parent / "a.png",))
+    assert drawn == Record(f"{file}:1", "gen", (("a red cross", "<image>"),), (file.parent / "a.png",))
     assert asked.place == f"{file}:3" and asked.turns == (("is it red?", "yes"), ("and blue?", "no"))
     assert two.pictures == (file.parent / "b.png", file.parent / "c.png")
 
@@ -754,7 +805,7 @@ def test_records_of_both_tasks_are_read(kind, album):
 def test_text_may_hold_any_line_separator_but_the_newline(album):
     """JSON allows U+2028 and its like inside a string, and captions from the web have them: they end no record."""
     file = album(DRAWN, entry("a.png", ("a\u2028red\x85cross", "<image>")))
-    assert [record.turns[0][0] for record in data.FileSource(file, "emu3").records["gen"]][1] == "a\u2028red\x85cross"
+    assert [record.turns[0][0] for record in FileSource(file, "emu3").records["gen"]][1] == "a\u2028red\x85cross"
 
 
 @both_kinds
@@ -764,7 +815,7 @@ def test_text_may_hold_any_line_separator_but_the_newline(album):
 def test_the_image_mark_is_optional(kind, images, marked, bare, album, preparers):
     """Without a mark the pictures come first, which is where the mark usually stands: both give the same batch."""
     file = album(*(entry(images, (asked, "yes"), ("and blue?", "no")) for asked in (marked, bare)))
-    one, other = (preparers[kind].batch([record]) for record in data.FileSource(file, kind).records["und"])
+    one, other = (preparers[kind].batch([record]) for record in FileSource(file, kind).records["und"])
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.condition, other.condition)
 
 
@@ -774,7 +825,7 @@ def test_several_pictures_stand_where_their_marks_are(kind, album, preparers):
     file = album(entry(["c.png", "a.png"], ("see <image>", "yes"), ("like <image> ?", "no")),
                  entry("c.png", ("?", "no")), entry("a.png", ("?", "no")))
     p = preparers[kind]
-    both, *single = (p.batch([record]) for record in data.FileSource(file, kind).records["und"])
+    both, *single = (p.batch([record]) for record in FileSource(file, kind).records["und"])
     keys = [batch.tokens[batch.condition].tolist() for batch in (both, *single)]
     assert keys[0] == keys[1] + keys[2]
     if kind == "janus":
@@ -785,20 +836,20 @@ def test_several_pictures_stand_where_their_marks_are(kind, album, preparers):
 def test_an_export_is_read_back_to_the_same_pictures(cell, tmp_path, capsys):
     """Pictures are stored without loss, so the built-in world and its export are the same training data."""
     data.main(["export", str(tmp_path / "world"), "--n", "10", "--seed", "3", *["--cell", "16"] * (cell == 16)])
-    source = data.FileSource(tmp_path / "world/train.jsonl", "emu3")
-    drawn = data.WorldSource(data.World(3, cell=cell), 10, 3)
+    source = FileSource(tmp_path / "world/train.jsonl", "emu3")
+    drawn = data.WorldSource(World(3, cell=cell), 10, 3)
     assert [source.count(task) for task in ("gen", "und")] == [5, 5] and "10 records" in capsys.readouterr().out
     for offset, task in enumerate(("gen", "und")):
         for i, record in enumerate(source.records[task]):
             scene = drawn.scenes[2 * i + offset]
-            assert np.array_equal(data.load_picture(record.pictures[0], "emu3"), drawn.pictures[2 * i + offset])
+            assert np.array_equal(load_picture(record.pictures[0], "emu3"), drawn.pictures[2 * i + offset])
             assert all(fits(asked, scene) if task == "gen" else answer_of(asked, scene) == answer
                        for asked, answer in record.turns)
 
 
 def use(file, p, on_bad_record):
     """Read a file and make a step of it, in which every record takes part: (bad records, places in the batches)."""
-    source = data.FileSource(file, p.config.kind, on_bad_record)
+    source = FileSource(file, p.config.kind, on_bad_record)
     schedule = data.Schedule(source, p, 0, 6, (1, 1), 2, drop=0.0, on_bad_record=on_bad_record)
     return [place for batch in schedule.step(0) for place in batch.places], source.bad + schedule.bad
 
@@ -849,11 +900,11 @@ def store(form, folder, entries):
 
 
 def records(source):
-    return [record for task in aia.TASKS for record in data.every(source, task)]
+    return [record for task in aia.TASKS for record in every(source, task)]
 
 
 def content(record):
-    return record.task, record.turns, [data.load_picture(p, "emu3").tobytes() for p in record.pictures]
+    return record.task, record.turns, [load_picture(p, "emu3").tobytes() for p in record.pictures]
 
 
 def index(*paths):
@@ -863,12 +914,12 @@ def index(*paths):
 @pytest.mark.parametrize("form", ["json", *SHARDED])
 def test_published_formats_hold_the_same_records(form, album, tmp_path, preparers):
     """Where a record is stored changes neither its words nor its pixels, nor the batch that it becomes."""
-    own, public = (data.FileSource(path, "emu3") for path in (album(*PUBLIC), store(form, tmp_path, PUBLIC)))
+    own, public = (FileSource(path, "emu3") for path in (album(*PUBLIC), store(form, tmp_path, PUBLIC)))
     assert [content(record) for record in records(public)] == [content(record) for record in records(own)]
     for task in aia.TASKS:
-        one, other = (preparers["emu3"].batch(list(data.every(source, task))) for source in (own, public))
+        one, other = (preparers["emu3"].batch(list(every(source, task))) for source in (own, public))
         assert torch.equal(one.tokens, other.tokens)
-    names = [data.picture_key(p) for source in (own, public) for record in records(source) for p in record.pictures]
+    names = [picture_key(p) for source in (own, public) for record in records(source) for p in record.pictures]
     assert len(set(names)) == 3 and names[:3] == names[3:]
 
 
@@ -882,7 +933,7 @@ def test_tables_may_hold_captions_plain_bytes_and_several_pictures(form, album, 
                           "z": {"image": [[a, b]], "conversations": [said]},
                           "w": {"image": [{"bytes": None, "path": "b.png"}], "text": ["by path"]}}.items():
         write_table(tmp_path / f"{name}.{form}", columns)
-    found = records(data.FileSource(tmp_path / f"[w-z].{form}", "emu3"))
+    found = records(FileSource(tmp_path / f"[w-z].{form}", "emu3"))
     assert [(record.task, record.turns[0][0]) for record in found] == [
         ("gen", "by path"), ("gen", "a cross"), ("gen", "a square"), ("und", "same?")]
     assert [record.pictures for record in found] == [(tmp_path / "b.png",), (a,), (b,), (a, b)]
@@ -893,9 +944,9 @@ def test_prompts_of_another_layout_are_drawn_and_edits_are_refused(album, tmp_pa
     album()
     drawn = {"input_prompt": "a cross", "output_image": "a.png", "output_image_resolution": [16, 16]}
     (tmp_path / "4o.json").write_text(json.dumps([drawn, drawn | {"input_image": ["b.png"]}]))
-    source = data.FileSource(tmp_path / "4o.json", "emu3", "skip")
-    assert records(source) == [data.Record(f"{tmp_path / '4o.json'}:1", "gen", (("a cross", "<image>"),),
-                                           (tmp_path / "a.png",))]
+    source = FileSource(tmp_path / "4o.json", "emu3", "skip")
+    assert records(source) == [Record(f"{tmp_path / '4o.json'}:1", "gen", (("a cross", "<image>"),),
+                                      (tmp_path / "a.png",))]
     assert len(source.bad) == 1 and re.search(r"4o.json:2: .*edits a picture.*leave it out", source.bad[0])
 
 
@@ -903,11 +954,11 @@ def test_prompts_of_another_layout_are_drawn_and_edits_are_refused(album, tmp_pa
 def test_an_index_finds_what_direct_reading_finds(form, album, tmp_path, capsys):
     """The index holds places alone, 16 bytes each: records, order and the places in messages stay."""
     path = album(*PUBLIC) if form == "jsonl" else store(form, tmp_path, PUBLIC)
-    direct = records(data.FileSource(path, "emu3"))
+    direct = records(FileSource(path, "emu3"))
     index(path)
     assert "2 records to draw, 1 to answer" in capsys.readouterr().out
-    assert np.load(data.index_file(path)).dtype.itemsize == 16
-    source = data.FileSource(path, "emu3")
+    assert np.load(index_file(path)).dtype.itemsize == 16
+    source = FileSource(path, "emu3")
     assert isinstance(source.records["gen"], np.memmap) and records(source) == direct and len(direct) == 3
 
 
@@ -916,7 +967,7 @@ def test_an_index_finds_what_direct_reading_finds(form, album, tmp_path, capsys)
     ("a/x-*.tar", "a/x-_.tar.index.npy"), ("a/*/b-?.tar", "a/_b-_.tar.index.npy"), ("*.tar", "_.tar.index.npy")])
 def test_an_index_has_the_documented_name(path, expected):
     """Beside the data, and for a pattern in the last folder that has a name."""
-    assert str(data.index_file(path)) == expected
+    assert str(index_file(path)) == expected
 
 
 @pytest.mark.parametrize("change", ["longer", "touched", "come", "gone"])
@@ -924,7 +975,7 @@ def test_an_index_of_files_that_have_changed_is_refused(change, album, tmp_path)
     """Offsets into other bytes would read nonsense; the message says which file and what to run."""
     path = store("tar", tmp_path, PUBLIC)
     index(path)
-    data.FileSource(path, "emu3")
+    FileSource(path, "emu3")
     if change == "longer":
         (path / "1.tar").write_bytes((path / "1.tar").read_bytes() + bytes(512))
     elif change == "touched":
@@ -932,9 +983,9 @@ def test_an_index_of_files_that_have_changed_is_refused(change, album, tmp_path)
     else:
         os.replace(path / "1.tar", path / ("2.tar" if change == "come" else "1.old"))
     with pytest.raises(InputError, match=r"[12]\.tar has changed, come or gone since .*run python data.py index .*tar"):
-        data.FileSource(path, "emu3")
+        FileSource(path, "emu3")
     index(path)
-    assert len(records(data.FileSource(path, "emu3"))) == (2 if change == "gone" else 3)
+    assert len(records(FileSource(path, "emu3"))) == (2 if change == "gone" else 3)
 
 
 def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
@@ -944,17 +995,17 @@ def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
     def half(out, array, **kwargs):
         out.write(bytes(40))
         raise KeyboardInterrupt
-    for stored in (None, data.index_file(path)):
+    for stored in (None, index_file(path)):
         before = stored and stored.read_bytes()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(np, "save", half)
             index(path)
-        assert (data.index_file(path).read_bytes() if stored else data.index_file(path).exists() or None) == before
-        assert len(records(data.FileSource(path, "emu3"))) == 3
+        assert (index_file(path).read_bytes() if stored else index_file(path).exists() or None) == before
+        assert len(records(FileSource(path, "emu3"))) == 3
         index(path)
-    data.index_file(path).write_bytes(bytes(40))
+    index_file(path).write_bytes(bytes(40))
     with pytest.raises(InputError, match="index.npy is broken.*run python data.py index"):
-        data.FileSource(path, "emu3")
+        FileSource(path, "emu3")
 
 
 def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_path, capsys):
@@ -975,11 +1026,11 @@ def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_p
                                strict=True):
         assert text.startswith(f"{tmp_path / 'all.tar'}:{name}: ") and why in text and text in out
     assert len(listed) == 24 and listed[-1] not in out and "cannot be read to its end" in listed[-1]
-    source = data.FileSource(tmp_path / "all.tar", "emu3")
+    source = FileSource(tmp_path / "all.tar", "emu3")
     assert [record.place[-2:] for record in records(source)] == [":0", ":1"] and source.bad == listed
-    data.index_file(tmp_path / "all.tar").unlink()
+    index_file(tmp_path / "all.tar").unlink()
     with pytest.raises(InputError, match="all.tar:no words: .*--on-bad-record skip"):
-        data.FileSource(tmp_path / "all.tar", "emu3")
+        FileSource(tmp_path / "all.tar", "emu3")
 
 
 @pytest.mark.parametrize("text", ['{"a": {"image": "a.png"}}', '[{"image": "a.png"}, {"image": ', "", "[]"])
@@ -987,14 +1038,14 @@ def test_a_file_that_is_no_array_is_named(text, tmp_path):
     """A download that was cut, an object, or nothing."""
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match="x.json.*(is it complete|holds no usable record)"):
-        data.FileSource(tmp_path / "x.json", "emu3", "skip" if text[:1] == "[" else "stop")
+        FileSource(tmp_path / "x.json", "emu3", "skip" if text[:1] == "[" else "stop")
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.tar", "none*.tar", "."])
 def test_a_source_without_files_is_named(name, tmp_path):
     """Also a folder or pattern that holds nothing of use."""
     with pytest.raises(InputError, match="data set .* cannot be read .*give .jsonl"):
-        data.FileSource(tmp_path / name, "emu3")
+        FileSource(tmp_path / name, "emu3")
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
@@ -1004,23 +1055,23 @@ def test_a_missing_pyarrow_is_named_with_its_command(form, album, tmp_path, monk
     path = store(form, tmp_path, PUBLIC)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=f"{form} is read through pyarrow.*pip install pyarrow$"):
-        data.FileSource(path, "emu3")
+        FileSource(path, "emu3")
 
 
 @pytest.mark.parametrize("texts", [["a=0"], ["a=1", "b"], ["a=1.2.3", "b=1"], ["a=1", "b=0.0"]])
 def test_weights_are_numbers_above_zero_for_all_or_none(texts):
     """A data set with no weight among others with one has no share that could be meant."""
     with pytest.raises(InputError, match="give each data set a weight above 0 .PATH=WEIGHT., or none"):
-        data.open_sources(texts, "emu3")
+        open_sources(texts, "emu3")
 
 
 def test_bad_records_are_counted_by_data_set(album, tmp_path):
     """Of several data sets one may be rotten, which a list of lines does not show."""
     store("tar", tmp_path, PUBLIC)
     (tmp_path / "tar/1.tar").write_bytes(b"rotten" * 200)
-    source = data.open_sources([f"{album(DRAWN, 'rotten', 'rotten')}=2", f"{tmp_path}/./tar/=.5"], "emu3", "skip")
+    source = open_sources([f"{album(DRAWN, 'rotten', 'rotten')}=2", f"{tmp_path}/./tar/=.5"], "emu3", "skip")
     assert source.weights == [2, 0.5] and [source.count(task) for task in aia.TASKS] == [2, 1]
-    report = data.bad_report(source.bad, source.paths).splitlines()
+    report = bad_report(source.bad, source.paths).splitlines()
     assert report[0].startswith("3 bad") and report[1:3] == [f"  {tmp_path}/train.jsonl: 2", f"  {tmp_path}/./tar/: 1"]
     assert len(report) == 6
 
@@ -1035,8 +1086,8 @@ def saved(tmp_path, texts):
         torch.manual_seed(seed)
         m, folder = model.build(f"tiny-{kind}", layers=1, width=32, **changes), tmp_path / f"{kind}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        train.save_checkpoint(train.tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
-                              folder / "checkpoints/0-0000000").result()
+        save_checkpoint(tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
+                        folder / "checkpoints/0-0000000").result()
         return m, str(folder)
     return make
 
@@ -1055,9 +1106,9 @@ def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, 
     encode(tmp_path / "codes", file, init, *["--features"] * (kind == "janus"))
     assert re.findall(r"(\w+): (\d) pictures encoded", capsys.readouterr().out) == \
         ([("codes", "3")] if kind == "emu3" else [("codes", "1"), ("features", "2")])
-    plain, stored = data.Preparer(m, texts[kind]), data.Preparer(m, texts[kind], encoded=data.Encoded(
+    plain, stored = data.Preparer(m, texts[kind]), data.Preparer(m, texts[kind], encoded=Encoded(
         tmp_path / "codes", m))
-    records = data.FileSource(file, kind).records
+    records = FileSource(file, kind).records
     expected = {task: plain.batch(records[task]) for task in records}
     losses = {task: m(batch) for task, batch in expected.items()}
     m.encode_images = None                                      # whoever calls a tower now fails
@@ -1073,15 +1124,15 @@ def test_encoding_goes_on_where_it_stopped(saved, album, tmp_path, monkeypatch, 
     """Files are written whole or not at all, and what they hold is not made again."""
     (_, init), file = saved("emu3"), album(*ALBUM)
     monkeypatch.setattr(data, "TOGETHER", 1)
-    monkeypatch.setattr(data, "PICTURES", 1)
-    save = data.save_file
+    monkeypatch.setattr(data, "PICTURES_A_FILE", 1)
+    save = save_file
 
     def killed(tensors, path, metadata):
         save(tensors, path, metadata)
         if "00001" in str(path):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "save_file", killed)
+        patch.setattr(formats.datasets, "save_file", killed)
         encode(tmp_path / "codes", file, init)
     assert [path.name for path in (tmp_path / "codes").glob("*.safetensors")] == ["000-00000.safetensors"]
     encode(tmp_path / "codes", file, init)
@@ -1098,39 +1149,39 @@ def test_several_processes_share_the_encoding(saved, album, tmp_path, monkeypatc
     for rank, held in (("0", 2), ("1", 3)):
         monkeypatch.setenv("RANK", rank)
         encode(tmp_path / "codes", file, init)
-        assert len(data.Encoded(tmp_path / "codes", m).parts) == held
+        assert len(Encoded(tmp_path / "codes", m).parts) == held
 
 
 def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tmp_path, monkeypatch):
     """They would train the model on noise without any error; so would those of the same weights used otherwise."""
     (m, init), file = saved("janus"), album(*ALBUM)
     encode(tmp_path / "codes", file, init, "--features")
-    data.Encoded(tmp_path / "codes", m)
+    Encoded(tmp_path / "codes", m)
     others = {"codes": [saved("janus", 1)[0], saved("janus", vq_mult=(1, 1))[0]], "features": [saved("janus")[0]]}
     with torch.no_grad():
         others["features"][0].vision.norm.bias += 1e-6
     for name, models in others.items():
         for other in models:
             with pytest.raises(InputError, match=rf"codes/000-0000\d.safetensors.*\({name} \w+, here \w+\).*again"):
-                data.Encoded(tmp_path / "codes", other)
+                Encoded(tmp_path / "codes", other)
     (emu, _), (larger, _) = saved("emu3"), saved("emu3", image_size=32, max_pixels=32 * 32)
     assert emu.vq.state_dict().keys() == larger.vq.state_dict().keys()
     larger.vq.load_state_dict(emu.vq.state_dict())
-    assert data.Encoded(tmp_path / "no", emu, new=True).fingerprints != \
-        data.Encoded(tmp_path / "no", larger, new=True).fingerprints
-    monkeypatch.setattr(data, "ENCODING", data.ENCODING + 1)
+    assert Encoded(tmp_path / "no", emu, new=True).fingerprints != \
+        Encoded(tmp_path / "no", larger, new=True).fingerprints
+    monkeypatch.setattr(formats.datasets, "ENCODING", ENCODING + 1)
     with pytest.raises(InputError, match="encode again"):
-        data.Encoded(tmp_path / "codes", m)
+        Encoded(tmp_path / "codes", m)
 
 
 def test_pictures_are_read_once_where_nothing_is_stored_of_them(saved, album, texts, tmp_path, monkeypatch):
     """A store of codes knows no features, so the pictures of questions are not read a second time to look for some."""
     (m, init), file = saved("janus"), album(*ALBUM)
     encode(tmp_path / "codes", file, init)
-    preparer = data.Preparer(m, texts["janus"], encoded=data.Encoded(tmp_path / "codes", m))
-    hashed, key = [], data.picture_key
-    monkeypatch.setattr(data, "picture_key", lambda picture: hashed.append(picture) or key(picture))
-    for records in data.FileSource(file, "janus").records.values():
+    preparer = data.Preparer(m, texts["janus"], encoded=Encoded(tmp_path / "codes", m))
+    hashed, key = [], picture_key
+    monkeypatch.setattr(formats.datasets, "picture_key", lambda picture: hashed.append(picture) or key(picture))
+    for records in FileSource(file, "janus").records.values():
         preparer.batch(records)
     assert hashed == [tmp_path / "a.png"]
 
@@ -1139,9 +1190,9 @@ def test_a_changed_picture_is_encoded_anew(saved, album, texts, tmp_path):
     """Pictures are known by their content: a new file under an old name is not taken for the old one."""
     (m, init), file = saved("emu3"), album(*ALBUM)
     encode(tmp_path / "codes", file, init)
-    store = data.Encoded(tmp_path / "codes", m)
+    store = Encoded(tmp_path / "codes", m)
     assert store.get("codes", tmp_path / "a.png") is not None
-    Image.fromarray(data.draw(training_scenes(5))[-1]).save(tmp_path / "a.png")
+    Image.fromarray(draw_scenes(training_scenes(5))[-1]).save(tmp_path / "a.png")
     assert store.get("codes", tmp_path / "a.png") is None
     fresh, stored = (data.Preparer(m, texts["emu3"], encoded=one).codes([tmp_path / "a.png"])[0]
                      for one in (None, store))
@@ -1164,11 +1215,11 @@ def test_a_broken_store_is_named(saved, tmp_path):
     """A truncated file of codes is one clear line; so is a folder that holds none."""
     m, _ = saved("emu3")
     with pytest.raises(InputError, match="codes holds no encoded pictures.*data.py encode"):
-        data.Encoded(tmp_path / "codes", m)
+        Encoded(tmp_path / "codes", m)
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes/000-00000.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="000-00000.safetensors is broken.*run data.py encode again"):
-        data.Encoded(tmp_path / "codes", m)
+        Encoded(tmp_path / "codes", m)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1222,7 +1273,7 @@ def test_a_file_without_records_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "train.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=f"data set {tmp_path / 'train.jsonl'} .*(give|see)"):
-        data.FileSource(tmp_path / "train.jsonl", "emu3")
+        FileSource(tmp_path / "train.jsonl", "emu3")
 
 
 def test_one_bad_byte_costs_one_record(album):
@@ -1230,7 +1281,7 @@ def test_one_bad_byte_costs_one_record(album):
     file = album(DRAWN, ASKED)
     lines = file.read_bytes().splitlines()
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join([lines[0], lines[1].replace(b"yes", b"\xff"), lines[1]]))
-    source = data.FileSource(file, "emu3", "skip")
+    source = FileSource(file, "emu3", "skip")
     assert [source.count(task) for task in aia.TASKS] == [1, 1]
     assert len(source.bad) == 1 and ":2: not JSON" in source.bad[0]
 
@@ -1241,7 +1292,7 @@ def test_pictures_of_many_bits_are_refused(mode, album, tmp_path):
     ramp = Image.fromarray(np.linspace(0, 65535, 4096).reshape(64, 64).astype(np.uint16))
     ramp.convert(mode).save(tmp_path / "a.tiff")
     with pytest.raises(InputError, match="a.tiff has more than 8 bits a channel"):
-        data.load_picture(tmp_path / "a.tiff", "emu3")
+        load_picture(tmp_path / "a.tiff", "emu3")
 
 
 def test_half_a_character_is_a_bad_record(album, preparers):
@@ -1261,17 +1312,17 @@ def test_a_broken_archive_is_no_shorter_one(harm, tmp_path):
             at = tar.offset
             add(tar, f"{i}.png", b"x")
             add(tar, f"{i}.txt", b"a cat")
-    assert len([*data.tar_samples(file)]) == 3
+    assert len([*tar_samples(file)]) == 3
     file.write_bytes(harm(file.read_bytes(), at))
     with pytest.raises((tarfile.TarError, OSError)):
-        [*data.tar_samples(file)]
+        [*tar_samples(file)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedule
 # ---------------------------------------------------------------------------------------------------------------------
 def schedule(p, n=10, batch_size=6, ratio=(1, 1), micro_batch=64, drop=0.3):
-    return data.Schedule(data.WorldSource(data.World(0), n, 0), p, 0, batch_size, ratio, micro_batch, drop)
+    return data.Schedule(data.WorldSource(World(0), n, 0), p, 0, batch_size, ratio, micro_batch, drop)
 
 
 @pytest.mark.parametrize("ratio", [(1, 1), (2, 1), (4, 1), (1, 2), (1, 0)])
@@ -1357,7 +1408,7 @@ class Numbered:
         return self.n
 
     def record(self, task, index, rng=None):
-        return data.Record(f"{self.name}{index}", task, (("?", "!"),), ()) if index < self.n else None
+        return Record(f"{self.name}{index}", task, (("?", "!"),), ()) if index < self.n else None
 
 
 def places(source, p, positions, task="und"):
@@ -1368,7 +1419,7 @@ def places(source, p, positions, task="und"):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_record_comes_once_per_epoch_over_any_number_of_ranks(ranks, preparers):
     """A record follows from its position alone, so processes that share positions share records."""
-    source = data.Mixture([Numbered("a", 5), Numbered("b", 11)])
+    source = Mixture([Numbered("a", 5), Numbered("b", 11)])
     for epoch in (0, 1):
         met = [place for rank in range(ranks)
                for place in places(source, preparers["emu3"], range(16 * epoch + rank, 16 * epoch + 16, ranks))]
@@ -1380,7 +1431,7 @@ def test_weights_hold_over_any_window_and_each_source_keeps_its_epochs(weights, 
     """Shares come from running totals; a small source with a large weight just goes through more epochs."""
     names, total = "abcd"[:len(weights)], sum(weights)
     texts = [f"{weight}" for weight in weights]
-    source = data.Mixture([Numbered(name, 3 + 2 * i) for i, name in enumerate(names)], [*map(data.Fraction, texts)])
+    source = Mixture([Numbered(name, 3 + 2 * i) for i, name in enumerate(names)], [*map(Fraction, texts)])
     met = places(source, preparers["emu3"], range(120))
     for i, name in enumerate(names):
         served = np.cumsum([0, *(place[0] == name for place in met)])
@@ -1396,14 +1447,14 @@ def test_weights_hold_over_any_window_and_each_source_keeps_its_epochs(weights, 
 
 def test_a_source_without_a_task_leaves_its_share_to_the_others(album, preparers):
     """Weights count among the sources that have the task at all."""
-    source = data.Mixture([data.FileSource(album(DRAWN), "emu3"), Numbered("b", 3)], [5, 1])
+    source = Mixture([FileSource(album(DRAWN), "emu3"), Numbered("b", 3)], [5, 1])
     assert {*places(source, preparers["emu3"], range(6))} == {"b0", "b1", "b2"}
     assert sum(place[0] == "b" for place in places(source, preparers["emu3"], range(60), "gen")) == 10
 
 
 def test_a_missing_task_is_named_with_its_ratio(album, preparers):
     """Data of one task alone are usable with a ratio that asks for no other."""
-    source = data.FileSource(album(DRAWN), "emu3")
+    source = FileSource(album(DRAWN), "emu3")
     with pytest.raises(InputError, match="no record for task 'und'.*--ratio 1:0"):
         data.Schedule(source, preparers["emu3"], 0, 4, (1, 1), 4)
     assert {b.task for b in data.Schedule(source, preparers["emu3"], 0, 4, (1, 0), 4).step(0)} == {"gen"}
@@ -1422,14 +1473,14 @@ def test_a_turned_photo_is_read_as_a_viewer_shows_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                            # the top of the scene is on the right of the file
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    assert data.load_picture(tmp_path / "turned.png", "emu3").size == (20, 30)
+    assert load_picture(tmp_path / "turned.png", "emu3").size == (20, 30)
 
 
 def test_emu3_refuses_a_side_below_one_code():
     """Its own resize refuses sides under 8 pixels; Janus-Pro takes them."""
     with pytest.raises(InputError, match="20 x 7.*below 8 pixels"):
-        data.check_size(20, 7, "emu3")
-    data.check_size(20, 7, "janus")
+        check_size(20, 7, "emu3")
+    check_size(20, 7, "janus")
 
 
 def test_a_flag_given_twice_adds():
@@ -1437,7 +1488,7 @@ def test_a_flag_given_twice_adds():
     @dataclass(frozen=True)
     class Settings:
         """Some."""
-        seeds: tuple = data.opt(("0", "1"), "seeds")
-    assert data.parse(Settings, []).seeds == ("0", "1")
+        seeds: tuple = opt(("0", "1"), "seeds")
+    assert parse(Settings, []).seeds == ("0", "1")
     for words in (["--seeds", "2", "3"], ["--seeds", "2", "--seeds", "3"]):
-        assert data.parse(Settings, words).seeds == ("2", "3")
+        assert parse(Settings, words).seeds == ("2", "3")

@@ -1,5 +1,6 @@
 """Claims about judging: scores, curves, figures, and the commands that draw and answer (eval.py)."""
 
+import importlib
 import json
 import re
 import shutil
@@ -14,12 +15,22 @@ from test_data import answer_of
 
 import aia
 import data
-import eval as judge
+import eval as evaluation
+import formats.weights
+import lab.figures
 import model
 import train
+from formats.checkpoints import save_checkpoint, tensors_of
+from lab.alignment import Alignment, different_pairs, mutual_neighbours, pair_batch, pooled
+from lab.figures import save_figure
+from lab.speed import STEP_VARIANTS, Step, bench_fits, step_flops
+from parts.pictures import to_tensor
+from parts.settings import run_command, write_json
+from parts.text import Text
+from parts.world import CELL, CELLS, GRID, QUESTIONS, Thing, World, draw_scenes, read_scenes
 
 NAMES = ("tiny-emu3", "tiny-janus")
-RED, BLUE = data.Thing(shape="circle", colour="red", place=0), data.Thing(shape="cross", colour="blue", place=3)
+RED, BLUE = Thing(shape="circle", colour="red", place=0), Thing(shape="cross", colour="blue", place=3)
 both_models = pytest.mark.parametrize("name", NAMES)
 
 
@@ -30,23 +41,27 @@ def runs(tmp_path_factory):
     for name in NAMES:
         folders[name] = folder = tmp_path_factory.mktemp(name)
         config = replace(model.PRESETS[name], layers=2, width=64, ffn=64)
-        train.train_tokenizer(folder / "tokenizer.json", config)
+        data.train_tokenizer(folder / "tokenizer.json", config)
         torch.manual_seed(0)
         manifest = {"config": asdict(config), "dtype": "float32"}
-        train.save_checkpoint(train.tensors_of(model.from_config(config)), manifest,
-                              folder / "checkpoints/0-0000000").result()
-        judge.write_json(asdict(train.TrainConfig(preset=name)), folder / "settings.json")
-        Image.fromarray(data.draw([(RED,)])[0]).save(folder / "red.png")
+        save_checkpoint(tensors_of(model.from_config(config)), manifest,
+                        folder / "checkpoints/0-0000000").result()
+        write_json(asdict(train.TrainConfig(preset=name)), folder / "settings.json")
+        Image.fromarray(draw_scenes([(RED,)])[0]).save(folder / "red.png")
     return folders
 
 
 def opened(folder):
-    m = model.load(folder)
-    return m, data.Text(m.tokenizer_file, m.config.kind)
+    m = formats.weights.load(folder)
+    return m, Text(m.tokenizer_file, m.config.kind)
 
 
 def command(*argv):
-    data.run(lambda: judge.main([str(word) for word in argv]))
+    name, *words = map(str, argv)
+    if name in ("figures", "alignment", "report"):
+        run_command(lambda: importlib.import_module(f"lab.{name}").main(words))
+    else:
+        run_command(lambda: evaluation.main([name, *words]))
 
 
 def result_of(capsys):
@@ -61,29 +76,29 @@ def result_of(capsys):
 @pytest.mark.parametrize("size", [(4, 4, 2), (8, 8, 4)])
 def test_right_answers_score_one(size, monkeypatch):
     """Someone who reads the pictures and answers by the words of the question is right in every measure."""
-    world = data.World(0, *size)
+    world = World(0, *size)
 
     def look(m, text, asked, **_):
-        scenes, _ = data.read(np.stack([picture for picture, _ in asked]), world)
+        scenes, _ = read_scenes(np.stack([picture for picture, _ in asked]), world)
         return [answer_of(question, scene) for (_, question), scene in zip(asked, scenes, strict=True)]
-    monkeypatch.setattr(judge, "answer", look)
-    scores = judge.score_understanding(None, None, world, 8)
-    assert scores.pop("und_by_kind") == dict.fromkeys(data.QUESTIONS, 1.0) and set(scores.values()) == {1.0}
+    monkeypatch.setattr(evaluation, "answer", look)
+    scores = evaluation.score_understanding(None, None, world, 8)
+    assert scores.pop("und_by_kind") == dict.fromkeys(QUESTIONS, 1.0) and set(scores.values()) == {1.0}
 
 
 def test_always_yes_scores_chance(monkeypatch):
     """Half of the yes/no questions are true: accuracy 1/2, F1 2/3, and no pair of a true and a false one right."""
-    monkeypatch.setattr(judge, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
-    scores = judge.score_understanding(None, None, data.World(0), 8)
-    assert scores["und_by_kind"] == dict.fromkeys(data.QUESTIONS, 0.5) | {"choice": 0.0}
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
+    scores = evaluation.score_understanding(None, None, World(0), 8)
+    assert scores["und_by_kind"] == dict.fromkeys(QUESTIONS, 0.5) | {"choice": 0.0}
     assert (scores["f1"], scores["acc_plus"], scores["circular"]) == (pytest.approx(2 / 3), 0.0, 0.0)
     assert scores["und"] == pytest.approx(np.mean(list(scores["und_by_kind"].values())))
 
 
 def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     """All four rotations of a question must be answered rightly, which guessing a letter never does."""
-    monkeypatch.setattr(judge, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
-    scores = judge.score_understanding(None, None, data.World(0), 40)
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
+    scores = evaluation.score_understanding(None, None, World(0), 40)
     assert 0 < scores["und_by_kind"]["choice"] < 1 and scores["circular"] == 0
 
 
@@ -91,10 +106,10 @@ def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
 def test_whether_something_is_there_does_not_follow_from_the_kind_of_scene(objects, monkeypatch):
     """Else "yes, there are three things" would score without a look at the shapes."""
     asked = []
-    monkeypatch.setattr(judge, "answer", lambda m, text, questions, **_: [
-        asked.append((data.read(picture[None], world)[0][0], words)) or "yes" for picture, words in questions])
-    world = data.World(0, 8, 8, objects)
-    judge.score_understanding(None, None, world, 40)
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, questions, **_: [
+        asked.append((read_scenes(picture[None], world)[0][0], words)) or "yes" for picture, words in questions])
+    world = World(0, 8, 8, objects)
+    evaluation.score_understanding(None, None, world, 40)
     met = {(len(scene), answer_of(words, scene)) for scene, words in asked if re.fullmatch(r"is there a \w+\?", words)}
     assert met == {(n, said) for n in range(1, objects + 1) for said in ("yes", "no")}
 
@@ -103,8 +118,8 @@ def test_whether_something_is_there_does_not_follow_from_the_kind_of_scene(objec
 @pytest.mark.parametrize("drawn, expected", [("right scene", 1.0), ("another shape", 0.0), ("noise in a cell", 0.0)])
 def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatch):
     """The picture of each prompt must show its combination and nothing else, readable in every cell."""
-    scenes, choose, world = [], data.World.held_out_scene, data.World(0, *size)
-    monkeypatch.setattr(data.World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
+    scenes, choose, world = [], World.held_out_scene, World(0, *size)
+    monkeypatch.setattr(World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
 
     def paint(m, text, prompts, temperature):
         assert len(prompts) == len(scenes)
@@ -112,15 +127,15 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
         if drawn == "another shape":
             following = dict(zip(world.shapes, (*world.shapes[1:], world.shapes[0]), strict=True))
             shown = [(replace(one, shape=following[one.shape]), *rest) for one, *rest in shown]
-        pictures = data.draw(shown)
+        pictures = draw_scenes(shown)
         for picture, scene in zip(pictures, shown, strict=True) if drawn == "noise in a cell" else ():
-            free = next(place for place in range(data.CELLS) if place not in {t.place for t in scene})
-            row, column = (data.CELL * x for x in divmod(free, data.GRID))
-            noise = np.random.default_rng(0).integers(256, size=(data.CELL, data.CELL, 3))
-            picture[row:row + data.CELL, column:column + data.CELL] = noise
-        return torch.stack([data.to_tensor(picture) for picture in pictures])
-    monkeypatch.setattr(judge, "draw", paint)
-    scores, (prompts, pictures, right) = judge.score_generation(None, None, world, 5)
+            free = next(place for place in range(CELLS) if place not in {t.place for t in scene})
+            row, column = (CELL * x for x in divmod(free, GRID))
+            noise = np.random.default_rng(0).integers(256, size=(CELL, CELL, 3))
+            picture[row:row + CELL, column:column + CELL] = noise
+        return torch.stack([to_tensor(picture) for picture in pictures])
+    monkeypatch.setattr(evaluation, "draw", paint)
+    scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
     assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
     assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
 
@@ -131,7 +146,7 @@ def test_the_tokenizer_score_is_that_of_its_pictures(offset, psnr, reader):
     class Darker(torch.nn.Linear):
         encode_images = staticmethod(lambda pixels: pixels)
         decode_images = staticmethod(lambda pixels: pixels - 2 * offset / 255 + 1e-4)
-    scores = judge.score_tokenizer(Darker(1, 1), data.World(0), 6)
+    scores = evaluation.score_tokenizer(Darker(1, 1), World(0), 6)
     assert scores["reader"] == reader and scores["psnr"] >= psnr - 0.1 and (offset == 0 or scores["psnr"] < psnr + 0.1)
 
 
@@ -145,10 +160,10 @@ def test_the_uniform_share_is_the_intensity_of_even_attention(name, task, runs):
     m, text = opened(runs[name])
     for layer in m.lm.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
-    batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 5)
+    batch, = evaluation.HeldOut(World(0), 0).batches(data.Preparer(m, text), task, 5)
     with torch.inference_mode():
         found = m(batch).intensity
-    even = judge.uniform_share(batch.condition, batch.queries)[:, None].expand(-1, 2)
+    even = evaluation.uniform_share(batch.condition, batch.queries)[:, None].expand(-1, 2)
     torch.testing.assert_close(found, even, rtol=0, atol=1e-6)
 
 
@@ -163,7 +178,7 @@ def test_curves_are_stored_for_every_layer(name, runs, tmp_path, capsys):
         target, delta = aia.targets(2, task)
         rows = stored[task]
         assert rows["target"] == target.tolist() and rows["delta"] == delta.tolist()
-        batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 3)
+        batch, = evaluation.HeldOut(World(0), 0).batches(data.Preparer(m, text), task, 3)
         with torch.inference_mode():
             out = m(batch)
         assert rows["after"]["intensity"] == pytest.approx(out.intensity.mean(0).tolist(), abs=1e-6)
@@ -177,7 +192,7 @@ def test_curves_without_huber_are_json_for_every_reader(runs, tmp_path):
     """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity."""
     shutil.copy(runs["tiny-emu3"] / "tokenizer.json", tmp_path)
     shutil.copytree(runs["tiny-emu3"] / "checkpoints", tmp_path / "checkpoints")
-    judge.write_json(asdict(train.TrainConfig(aia_variant="no-huber")), tmp_path / "settings.json")
+    write_json(asdict(train.TrainConfig(aia_variant="no-huber")), tmp_path / "settings.json")
     command("curves", "--checkpoint", tmp_path, "--n", 1)
     json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
@@ -186,9 +201,9 @@ def test_curves_without_huber_are_json_for_every_reader(runs, tmp_path):
 def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
     """Attention on a set of keys is a sum, so the gap is the attention on the first token, which is text."""
     m, text = opened(runs["tiny-emu3"])
-    preparer, samples = data.Preparer(m, text), judge.HeldOut(data.World(0), 0)
+    preparer, samples = data.Preparer(m, text), evaluation.HeldOut(World(0), 0)
     batch, = samples.batches(preparer, task, 3)
-    rows = judge.measure(m, [batch], *aia.targets(2, task))
+    rows = evaluation.measure(m, [batch], *aia.targets(2, task))
     first = torch.zeros_like(batch.condition)
     first[:, 0] = task == "gen"
     with torch.inference_mode():
@@ -219,7 +234,7 @@ def test_chat_prints_the_models_answer(name, runs, capsys):
     picture, question = runs[name] / "red.png", "is there a red circle?"
     command("chat", "--checkpoint", runs[name], "--image", picture, "--question", question, "--max-new-tokens", 5)
     printed, result = result_of(capsys)
-    expected, = judge.answer(*opened(runs[name]), [(picture, question)], max_new_tokens=5)
+    expected, = evaluation.answer(*opened(runs[name]), [(picture, question)], max_new_tokens=5)
     assert printed == result["answer"] == expected != ""
 
 
@@ -240,19 +255,19 @@ def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypat
     """Each answer is that of all turns and pictures shown so far; a mistake costs one line, not the talk."""
     picture, seen = str(runs[name] / "red.png"), []
     m, text = opened(runs[name])
-    inner = judge.conversation
-    monkeypatch.setattr(judge, "conversation", lambda *key: seen.append(key) or inner(*key))
+    inner = evaluation.conversation
+    monkeypatch.setattr(evaluation, "conversation", lambda *key: seen.append(key) or inner(*key))
     talk(monkeypatch, "hello", f"/image {picture}", "is it <image>?", "/image none.png", "<image>?", "/new", "", "and?",
          "/help")
     command("chat", "--checkpoint", runs[name], "--max-new-tokens", 4)
     printed, result = result_of(capsys)
-    assert result == {"turns": 3} and printed.count("error: ") == 2 and printed.count(judge.HELP) == 2
+    assert result == {"turns": 3} and printed.count("error: ") == 2 and printed.count(evaluation.HELP) == 2
     assert "picture none.png is missing" in printed and "1 <image> marks for 0 new pictures" in printed
     said = []
     for turns, pictures in ([("hello", None)], []), ([("is it <image>?", None)], [picture]), ([("and?", None)], []):
         turns = [*said, *turns] if turns[0][0] != "and?" else turns
         assert seen.pop(0) == (turns, pictures)
-        ids, mask, pixels = judge.ask(data.Preparer(m, text, training=False), [inner(turns, pictures)])[1:]
+        ids, mask, pixels = evaluation.ask(data.Preparer(m, text, training=False), [inner(turns, pictures)])[1:]
         answer = text.decode(m.generate_text(ids, pixels, mask, 4)[0]).strip()
         assert answer in printed
         said.append((turns[-1][0], answer))
@@ -261,7 +276,7 @@ def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypat
 def test_words_appear_as_they_come(runs, capsys):
     """Never half a character; together they are the answer."""
     _, text = opened(runs["tiny-emu3"])
-    typist, shown = judge.Typist(text), []
+    typist, shown = evaluation.Typist(text), []
     for token in text.encode(" a 漢 dog"):
         typist(torch.tensor([token]))
         shown.append(capsys.readouterr().out)
@@ -275,8 +290,8 @@ def test_several_pictures_may_be_asked_about(name, runs, capsys):
     files = [runs[name] / "red.png", runs[name] / "red.png"]
     command("chat", "--checkpoint", runs[name], "--image", *files, "--question", "what?", "--max-new-tokens", 3)
     m, text = opened(runs[name])
-    samples, ids, mask, pixels = judge.ask(data.Preparer(m, text, training=False),
-                                           [judge.conversation([("what?", None)], files)])
+    samples, ids, mask, pixels = evaluation.ask(data.Preparer(m, text, training=False),
+                                                [evaluation.conversation([("what?", None)], files)])
     assert sum(role == data.IMAGE for _, role in samples[0]) == 2 * (4 if name == "tiny-emu3" else 1)
     assert result_of(capsys)[1]["answer"] == text.decode(m.generate_text(ids, pixels, mask, 3)[0]).strip()
 
@@ -287,7 +302,7 @@ def test_free_decoding_is_measured_on_the_models_own_tokens(name, task, runs):
     """The intensity of a pass over what was drawn or said is the mean of the cached steps that drew or said it."""
     m, text = opened(runs[name])
     m.requires_grad_(False)
-    batch, = judge.HeldOut(data.World(0), 0).batches(judge.FreeDecoding(m, text, max_new_tokens=6), task, 2)
+    batch, = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text, max_new_tokens=6), task, 2)
     x, found = m.embed(batch), m(batch).intensity                               # (B, T, C), (B, L)
     one = torch.ones(1, 1).bool()
     for b in range(2):
@@ -299,9 +314,9 @@ def test_free_decoding_is_measured_on_the_models_own_tokens(name, task, runs):
     own = batch.labels[0][batch.labels[0] != -100]
     if task == "gen":
         codes = own - (m.ids["visual"] if name == "tiny-emu3" else 0)
-        records, = judge.HeldOut(data.World(0), 0).batches(SimpleNamespace(batch=list), task, 2)
-        prompts, generator = [record.turns[0][0] for record in records], judge.FreeDecoding(m, text).generator
-        assert torch.equal(codes, judge.draw_codes(m, text, prompts, generator)[0].flatten())
+        records, = evaluation.HeldOut(World(0), 0).batches(SimpleNamespace(batch=list), task, 2)
+        prompts, generator = [record.turns[0][0] for record in records], evaluation.FreeDecoding(m, text).generator
+        assert torch.equal(codes, evaluation.draw_codes(m, text, prompts, generator)[0].flatten())
     else:                                            # greedy: each is the likeliest after all before it
         at = (batch.labels[0] != -100).nonzero()[:, 0]
         assert torch.equal(m.lm_head(m.lm(x[:1])[0])[0, at - 1].argmax(-1), own)
@@ -311,7 +326,7 @@ def test_free_decoding_is_measured_on_the_models_own_tokens(name, task, runs):
 def test_public_weights_are_inspected_in_half_precision(name, runs, tmp_path, capsys):
     """A folder as transformers writes it, own samples, bfloat16: the curves of the run up to rounding."""
     m, text = opened(runs[name])
-    model.save(m, tmp_path / "public")
+    formats.weights.save(m, tmp_path / "public")
     data.export(data.Export(folder=str(tmp_path / "data"), n=4))
     found = {}
     for folder, flags in (runs[name], []), (tmp_path / "public", ["--dtype", "bfloat16"]):
@@ -342,9 +357,9 @@ def test_curves_of_free_decoding_are_another_measurement(name, runs, tmp_path, c
 def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     """Prompts of different lengths are padded in front, which changes no answer."""
     m, text = opened(runs[name])
-    pictures = data.draw([(RED,), (BLUE,)])
+    pictures = draw_scenes([(RED,), (BLUE,)])
     asked = [(pictures[0], "what?"), (pictures[1], "is there a red circle at the top left of it?"), (pictures[1], "?")]
-    assert judge.answer(m, text, asked) == [judge.answer(m, text, [one])[0] for one in asked]
+    assert evaluation.answer(m, text, asked) == [evaluation.answer(m, text, [one])[0] for one in asked]
 
 
 @pytest.mark.parametrize("words, message", [
@@ -356,7 +371,6 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     (["chat", "--checkpoint", "RUN", "--image", "none.png", "--question", "?"], "picture none.png is missing"),
     (["chat", "--checkpoint", "RUN", "--image", "RUN/settings.json", "--question", "?"], "settings.json cannot be"),
     (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "data set none.jsonl cannot be read"),
-    (["collect", "--runs", "nowhere/*"], "no finished run of the world matches nowhere"),
     (["chat", "--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_input_is_refused_with_one_line(words, message, runs, capsys):
     """The line names cause and remedy, the exit status is 2."""
@@ -377,12 +391,12 @@ def test_an_incomplete_run_folder_is_named(missing, runs, tmp_path, capsys):
     assert stop.value.code == 2 and missing in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variant", judge.VARIANTS)
+@pytest.mark.parametrize("variant", STEP_VARIANTS)
 def test_benchmarked_steps_do_the_same_work(variant):
     """All manners of one training step have the next-token loss and the AIA of the explicit one, so that seconds and
     bytes compare; only plain next-token prediction measures no attention."""
     config = replace(model.TINY_EMU3, layers=2, vocab=60, width=32, ffn=32, heads=2, kv_heads=2, head_dim=16)
-    step, right = (judge.Step(name, 40, config) for name in (variant, "explicit"))
+    step, right = (Step(name, 40, config) for name in (variant, "explicit"))
     for layer in right.m.lm.layers:
         layer.self_attn.attend = model.attend_explicit
     step.m.load_state_dict(right.m.state_dict())
@@ -403,41 +417,16 @@ def test_flops_of_a_step_are_those_of_its_matrices():
     multiplied."""
     config = replace(model.TINY_EMU3, layers=3, width=64, heads=4, kv_heads=4, head_dim=16, ffn=128, vocab=100)
     weights = 3 * (4 * 64 * 64 + 3 * 64 * 128) + 64 * 100
-    assert judge.step_flops(config, 10) == 6 * weights * 10 + 12 * 3 * 64 * 100 / 2
+    assert step_flops(config, 10) == 6 * weights * 10 + 12 * 3 * 64 * 100 / 2
     m = model.from_config(config)
     assert weights == sum(p.numel() for name, p in m.named_parameters() if name.startswith(("lm.layers", "lm_head"))
                           and p.ndim == 2)
 
 
-def test_results_of_several_runs_are_collected(tmp_path, capsys):
-    """Means over seeds from what each run wrote, wherever the runs lie; a run on own pictures has no scores to add."""
-    curve = {"target": [0.2, 0.4], "before": {"intensity": [0.0, 0.0]}, "after": {"intensity": [0.2, 0.3]}}
-    for seed, und in ((0, 0.5), (1, 0.7)):
-        folder = tmp_path / f"run{seed}"
-        folder.mkdir()
-        numbers = {"preset": "tiny-emu3", "seed": seed, "und": und, "gen": 0.1, "reader": 1.0, "psnr": 30.0,
-                   "seconds": 9.0, "rss_gb": 0.5, "aia_gen": 0.1, "aia_und": 0.1}
-        scores = {"und_by_kind": {"count": und}, "gen_by_skill": {"counting": 0.1}, "f1": 1, "acc_plus": 1,
-                  "circular": 1, "open": 1, "before": {"und": 0.4, "gen": 0.1}}
-        for name, content in (("result", numbers), ("scores", scores), ("curves", dict.fromkeys(aia.TASKS, curve)),
-                              ("settings", {"seed": seed})):
-            judge.write_json(content, folder / f"{name}.json")
-    (tmp_path / "run2").mkdir()
-    judge.write_json({"und": None}, tmp_path / "run2/result.json")
-    command("collect", "--runs", tmp_path / "run*", "--out", tmp_path / "all.json")
-    summary = json.loads((tmp_path / "all.json").read_text())["summary"]["tiny-emu3"]
-    assert summary["und"] == pytest.approx({"mean": 0.6, "min": 0.5, "max": 0.7})
-    assert summary["distance"] == pytest.approx({"gen before": 0.3, "gen after": 0.05, "und before": 0.3,
-                                                 "und after": 0.05})
-    with pytest.raises(SystemExit) as stop:
-        command("collect", "--runs", tmp_path / "run*", "--out", tmp_path / "missing/all.json")
-    assert stop.value.code == 2 and "folder that exists" in capsys.readouterr().err
-
-
 def test_what_fits_is_counted_from_the_models(capsys):
     """16 (in + out) parameters of 7 projections move in each of Emu3's 32 layers, 16 bytes each; all others have 2, or
     4 in the picture tokenizer."""
-    _, rows = judge.bench_fits(None)
+    _, rows = bench_fits(None)
     row, = (row for row in rows if (row["preset"], row["manner"]) == ("emu3-8b", "--lora-rank 16"))
     assert row["moving"] == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     with torch.device("meta"):
@@ -452,8 +441,8 @@ def test_what_fits_is_counted_from_the_models(capsys):
 def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
     """It is the first column of the attention map, written out here, averaged as Eq. 1 averages."""
     m, text = opened(runs[name])
-    batch, = judge.HeldOut(data.World(0), 0).batches(data.Preparer(m, text), task, 3)
-    found, masses = judge.measure(m, [batch], *aia.targets(2, task))["sink"], []
+    batch, = evaluation.HeldOut(World(0), 0).batches(data.Preparer(m, text), task, 3)
+    found, masses = evaluation.measure(m, [batch], *aia.targets(2, task))["sink"], []
 
     def look(q, k, v, visible=None, condition=None, rectangle=None):
         scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
@@ -473,13 +462,13 @@ def test_alike_spaces_have_all_neighbours_in_common():
     """Turning or scaling a space moves no neighbour; independent spaces share k of n - 1 by chance; a loop agrees."""
     a, b = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for k in (5, 20):
-        assert judge.mutual_neighbours(a, 3 * a @ torch.linalg.qr(b[:16])[0], k).min() == 1
-        assert judge.mutual_neighbours(a, b, k).mean().item() == pytest.approx(k / 299, rel=0.25)
+        assert mutual_neighbours(a, 3 * a @ torch.linalg.qr(b[:16])[0], k).min() == 1
+        assert mutual_neighbours(a, b, k).mean().item() == pytest.approx(k / 299, rel=0.25)
     a, b = a[:12], a[:12] + b[:12]
     near = [[set(sorted((j for j in range(12) if j != i), key=lambda j: -torch.cosine_similarity(x[i], x[j], 0))[:4])
              for i in range(12)] for x in (a, b)]
     expected = [len(one & other) / 4 for one, other in zip(*near, strict=True)]
-    assert judge.mutual_neighbours(a, b, 4).tolist() == pytest.approx(expected) and 0 < np.mean(expected) < 1
+    assert mutual_neighbours(a, b, 4).tolist() == pytest.approx(expected) and 0 < np.mean(expected) < 1
 
 
 @both_models
@@ -489,8 +478,8 @@ def test_only_the_captions_words_and_the_picture_are_pooled(name, task, runs):
     states are averaged over those tokens, and the modality that comes first knows nothing of the other."""
     m, text = opened(runs[name])
     captions, preparer = ["a red", "0", "0 is not x", "x", "00", "red.", "a\n\nb:", "漢 dog"], data.Preparer(m, text)
-    pairs = [*zip(data.draw([(replace(RED, place=i % 4),) for i in range(8)]), captions, strict=True)]
-    batch, *masks = judge.pair_batch(preparer, pairs, task)
+    pairs = [*zip(draw_scenes([(replace(RED, place=i % 4),) for i in range(8)]), captions, strict=True)]
+    batch, *masks = pair_batch(preparer, pairs, task)
     for b, (words, image) in enumerate(zip(*masks, strict=True)):
         said = text.core.decode(batch.tokens[b, words].tolist(), skip_special_tokens=False)
         assert said.strip() == captions[b] and len(said) - len(captions[b]) <= (name == "tiny-janus")
@@ -500,9 +489,9 @@ def test_only_the_captions_words_and_the_picture_are_pooled(name, task, runs):
         assert (words.nonzero().min() > image.nonzero().max()) == (task == "und")
     with torch.inference_mode():
         states = m(batch, intensity=False, hidden=True).hidden
-    sides = judge.pooled(m, preparer, pairs, task)
-    other = judge.pooled(m, preparer, list(zip([pairs[1][0]] * 8, captions, strict=True)) if task == "gen" else
-                         [(picture, "a dog") for picture, _ in pairs], task)
+    sides = pooled(m, preparer, pairs, task)
+    other = pooled(m, preparer, list(zip([pairs[1][0]] * 8, captions, strict=True)) if task == "gen" else
+                   [(picture, "a dog") for picture, _ in pairs], task)
     for side, mask in zip(sides, masks, strict=True):
         torch.testing.assert_close(side[:, 3], torch.stack([x[3, mask[3]].mean(0) for x in states]))
     first = int(task == "und")
@@ -517,13 +506,13 @@ def test_alignment_is_written_with_its_controls(runs, tmp_path):
     first, again = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert first == again and Image.open(tmp_path / "one.png").size[0] > 1000
     m, text = opened(runs["tiny-emu3"])
-    pairs = judge.different_pairs(judge.Alignment(n=40), "emu3", {"seed": 0})
+    pairs = different_pairs(Alignment(n=40), "emu3", {"seed": 0})
     assert len({picture.tobytes() for picture, _ in pairs}) == len({caption for _, caption in pairs}) == 40
     for task in aia.TASKS:
-        words, image = judge.pooled(m, data.Preparer(m, text), pairs, task)
+        words, image = pooled(m, data.Preparer(m, text), pairs, task)
         for k in (5, 10, 20):
             rows = {name: row[str(k)] for name, row in first[task].items()}
-            each = torch.stack([judge.mutual_neighbours(a, b, k) for a, b in zip(words, image, strict=True)])
+            each = torch.stack([mutual_neighbours(a, b, k) for a, b in zip(words, image, strict=True)])
             assert rows["score"] == pytest.approx(each.mean(1).tolist()) and len(each) == 3
             assert rows["shuffled"] == pytest.approx([k / 39] * 3, abs=0.12) and first["chance"][str(k)] == k / 39
             assert np.mean(rows["shuffled"]) < np.mean(rows["score"])
@@ -541,7 +530,7 @@ def made_up(folder, preset="tiny-emu3", **arms):
     lines = [{"name": "tune", "step": step, "gen": {"ntp": 1 / step, "aia": 0.1}} for step in (1, 2, 4)]
     for name, content in (("curves", curves), ("settings", {"preset": preset, "out": "<b>&amp;"}),
                           ("scores", {"und_by_kind": {"count": 0.75, "<i>": 1.0}}), ("result", {"und": 0.875})):
-        judge.write_json(content, folder / f"{name}.json")
+        write_json(content, folder / f"{name}.json")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "tu')
     return folder
 
@@ -551,18 +540,18 @@ def test_figures_hold_the_numbers_of_the_runs_and_of_the_paper(tmp_path, monkeyp
     name get the folder above, and what is not known (a task's samples, the kind of the model) is left out."""
     paper = json.loads(aia.CURVES.read_text())
     paper["fig1"]["janus_pro"]["I2T"] = mark = [0.123, 0.456, 0.789]
-    judge.write_json(paper, tmp_path / "paper.json")
+    write_json(paper, tmp_path / "paper.json")
     monkeypatch.setattr(aia, "CURVES", tmp_path / "paper.json")
-    judge.write_json({"gen": {"intensity": [0.1, 0.1, 0.1]}, "stages": {}}, tmp_path / "flux.json")
+    write_json({"gen": {"intensity": [0.1, 0.1, 0.1]}, "stages": {}}, tmp_path / "flux.json")
     own = {"target": [0, 0], "public": {"intensity": [0.2, 0.3], "std": [0.1, 0.1], "sink": [0.4, 0.5]}}
-    judge.write_json({"gen": own | {"public": None}, "und": own}, tmp_path / "own.json")
-    drawn, inner = {}, judge.finish
+    write_json({"gen": own | {"public": None}, "und": own}, tmp_path / "own.json")
+    drawn, inner = {}, save_figure
 
     def look(figure, panels, file, *how, **more):
         drawn[file.stem] = {(i, line.get_label()): list(line.get_ydata()) for i, panel in enumerate(panels)
                             for line in panel.get_lines()}
         inner(figure, panels, file, *how, **more)
-    monkeypatch.setattr(judge, "finish", look)
+    monkeypatch.setattr(lab.figures, "save_figure", look)
     command("figures", made_up(tmp_path / "a/run"), made_up(tmp_path / "b/run", "tiny-janus") / "curves.json",
             tmp_path / "own.json", "--references", tmp_path / "flux.json", "--out", tmp_path / "new")
     found = json.loads((tmp_path / "new/figures.json").read_text())
@@ -597,7 +586,7 @@ def test_figures_and_pages_name_what_they_miss(words, message, runs, tmp_path, c
     monkeypatch.chdir(tmp_path)
     made_up(tmp_path / "EMPTY/RUN").replace("RUN")
     made_up(tmp_path / "BAD", after={"intensity": [0.1]})
-    judge.write_json({"gen": {"intensity": [0.1, 0.2, 0.3]}}, "HF.json")
+    write_json({"gen": {"intensity": [0.1, 0.2, 0.3]}}, "HF.json")
     with pytest.raises(SystemExit) as stop:
         command(*(str(runs["tiny-emu3"]) if word == "TINY" else word for word in words.split()))
     line, = capsys.readouterr().err.strip().splitlines()
@@ -607,7 +596,7 @@ def test_figures_and_pages_name_what_they_miss(words, message, runs, tmp_path, c
 def test_the_page_needs_nothing_else_and_shows_the_run(tmp_path):
     """Pictures are inside it, no address is, text of the run is no markup; a run without results is a page too."""
     for place in ("a/run", "b/run"):
-        Image.fromarray(data.draw([(RED,)])[0]).save(made_up(tmp_path / place) / "samples.png")
+        Image.fromarray(draw_scenes([(RED,)])[0]).save(made_up(tmp_path / place) / "samples.png")
     for name in ("curves.json", "scores.json", "result.json", "metrics.jsonl"):
         (tmp_path / "b/run" / name).unlink()
     command("report", tmp_path / "a/run", tmp_path / "b/run", "--out", tmp_path / "page.html")
@@ -625,11 +614,11 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
     rows = {**{name: {"seeds": [0], "baseline": ""} for name in ("unified", "expert-gen")},
             **{name: {"seeds": [0, 1], "baseline": "unified", "paired": [0],
                       "difference": {"und": part, "gen": part | {"interval": 0.05}}} for name in ("aia", "experts")}}
-    judge.write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
+    write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
     command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
     assert Image.open(tmp_path / "drawn/study.png").size == (1350, 300)         # 0.3 inches more for each of two rows
     assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["study.png"]
-    judge.write_json({}, tmp_path / "other.json")
+    write_json({}, tmp_path / "other.json")
     with pytest.raises(SystemExit, match="2"):
         command("figures", "--study", tmp_path / "other.json", "--out", tmp_path / "drawn")
-    assert "give a file that train.py study wrote" in capsys.readouterr().err
+    assert "give a file that lab.study wrote" in capsys.readouterr().err

@@ -5,19 +5,18 @@ import json
 import pytest
 import torch
 
-import eval as judge
-import lab.gpu as gpu
 import model
-from aia import InputError
+from lab.gpu import NO_TIME, PARTS, Gpu, Meter, filled, measure_parts, tried
+from parts.settings import InputError
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Everything, on tiny models."""
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    result = gpu.measure(gpu.Gpu(out=str(out), tiny=True))
+    result = measure_parts(Gpu(out=str(out), tiny=True))
     content = json.loads(out.read_text())
-    assert result["complete"] == list(gpu.PARTS) and result["rows"] == len(content["rows"])
+    assert result["complete"] == list(PARTS) and result["rows"] == len(content["rows"])
     return out, content
 
 
@@ -28,7 +27,7 @@ def of(content, part, **wanted):
 def test_every_part_runs_to_its_end(rows):
     """Each row says on what it was measured; none failed; times are above zero."""
     _, content = rows
-    assert {row["part"] for row in content["rows"]} == {*gpu.PARTS}
+    assert {row["part"] for row in content["rows"]} == {*PARTS}
     assert all({"date", "gpu", "torch"} <= row.keys() and "failed" not in row for row in content["rows"])
     assert content["machine"]["torch"] == torch.__version__ and content["tiny"]
     for part, times in {"attention": ("forward_ms", "both_ms"), "small": ("seconds",), "large": ("seconds",)}.items():
@@ -76,7 +75,7 @@ def test_complete_parts_are_left_out_and_a_part_cut_short_is_begun_anew(rows, tm
     """An error in the middle keeps the rows so far; the next run does that part from its start, and only that."""
     source, content = rows
     out, calls = tmp_path / "gpu.json", []
-    content = content | {"complete": [part for part in gpu.PARTS if part != "parity"]}
+    content = content | {"complete": [part for part in PARTS if part != "parity"]}
     out.write_text(json.dumps(content))
 
     def parity(bench):
@@ -85,18 +84,18 @@ def test_complete_parts_are_left_out_and_a_part_cut_short_is_begun_anew(rows, tm
         if len(calls) == 1:
             raise KeyboardInterrupt
         yield {"number": 2}
-    monkeypatch.setitem(gpu.PARTS, "parity", parity)
+    monkeypatch.setitem(PARTS, "parity", parity)
     with pytest.raises(KeyboardInterrupt):
-        gpu.measure(gpu.Gpu(out=str(out), tiny=True))
+        measure_parts(Gpu(out=str(out), tiny=True))
     now = json.loads(out.read_text())
     assert [row["number"] for row in of(now, "parity")] == [1] and "parity" not in now["complete"]
-    gpu.measure(gpu.Gpu(out=str(out), tiny=True))
+    measure_parts(Gpu(out=str(out), tiny=True))
     now = json.loads(out.read_text())
-    assert [row["number"] for row in of(now, "parity")] == [1, 2] and set(now["complete"]) == {*gpu.PARTS}
+    assert [row["number"] for row in of(now, "parity")] == [1, 2] and set(now["complete"]) == {*PARTS}
     assert of(now, "small") == of(content, "small") and len(calls) == 2
-    gpu.measure(gpu.Gpu(out=str(out), tiny=True))
+    measure_parts(Gpu(out=str(out), tiny=True))
     assert len(calls) == 2
-    gpu.measure(gpu.Gpu(("parity",), out=str(out), tiny=True))
+    measure_parts(Gpu(("parity",), out=str(out), tiny=True))
     assert len(calls) == 3
 
 
@@ -104,16 +103,16 @@ def test_what_cannot_be_measured_is_a_row_that_says_so():
     """Out of memory in one case is no end of a part."""
     def too_large(bench):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore lines")
-    bench = gpu.Bench(gpu.Gpu(tiny=True, device="cpu"))
-    assert gpu.tried(bench, too_large) == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
+    bench = Meter(Gpu(tiny=True, device="cpu"))
+    assert tried(bench, too_large) == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
 
 
 def test_a_part_that_ran_out_of_time_is_not_complete(tmp_path):
     """Its rows say so, and the next run does it again."""
     out = tmp_path / "gpu.json"
-    gpu.measure(gpu.Gpu(("large",), out=str(out), tiny=True, seconds=0.0))
+    measure_parts(Gpu(("large",), out=str(out), tiny=True, seconds=0.0))
     content = json.loads(out.read_text())
-    assert content["complete"] == [] and {row["failed"] for row in content["rows"]} == {gpu.NO_TIME}
+    assert content["complete"] == [] and {row["failed"] for row in content["rows"]} == {NO_TIME}
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -125,21 +124,13 @@ def test_what_does_not_fit_is_refused(rows, settings, message):
     out, _ = rows
     before = out.read_bytes()
     with pytest.raises(InputError, match=message):
-        gpu.measure(gpu.Gpu(**{"out": str(out), "tiny": True, "parts": ("machine",)} | settings))
+        measure_parts(Gpu(**{"out": str(out), "tiny": True, "parts": ("machine",)} | settings))
     assert out.read_bytes() == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured for ten minutes")
-def test_the_table_of_the_gpu_is_this_command(tmp_path):
-    """`eval.py bench gpu` hands over to it: without a GPU the same refusal, and nothing is written."""
-    with pytest.raises(InputError, match="no GPU here"):
-        judge.main(["bench", "gpu", "--out", str(tmp_path / "gpu.json")])
-    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_models_to_measure_have_the_types_of_training():
     """With LoRA a base in bfloat16, additions and picture tokenizer in float32; nothing is left empty."""
-    m = gpu.filled("tiny-emu3", "cpu", torch.bfloat16, lora_rank=2)
+    m = filled("tiny-emu3", "cpu", torch.bfloat16, lora_rank=2)
     kinds = {name: p.dtype for name, p in m.named_parameters()}
     assert all(kinds[name] == model.held_type(name, torch.bfloat16) for name in kinds)
     assert all(p.isfinite().all() for p in m.parameters()) and m.lm.norm.weight.eq(1).all()

@@ -11,7 +11,16 @@ import aia
 import data
 import model
 import train
-from parts import kernels
+from parts.kernels import (
+    CHUNK,
+    ChunkedCrossEntropy,
+    Recorded,
+    attention_and_mass,
+    chunked_cross_entropy,
+    indices,
+    kernel_for,
+    try_lse,
+)
 
 TARGETS = {task: aia.targets(2, task) for task in aia.TASKS}
 
@@ -27,11 +36,11 @@ def head(n, words, width, dtype, device="cpu", bias=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_loss_in_chunks_is_the_cross_entropy_in_float64(bias, monkeypatch, device):
     """Three chunks, the last one short: value and every gradient to the last digits."""
-    monkeypatch.setitem(kernels.CHUNK, device.type, 8)
+    monkeypatch.setitem(CHUNK, device.type, 8)
     x, weight, b, target = head(20, 30, 5, torch.float64, device, bias)
     inputs = [part for part in (x, weight, b) if part is not None]
     expected = F.cross_entropy(F.linear(x, weight, b), target, reduction="sum")
-    got = kernels.chunked_cross_entropy(x, weight, b, target)
+    got = chunked_cross_entropy(x, weight, b, target)
     torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
     for mine, theirs in zip(torch.autograd.grad(0.3 * got, inputs), torch.autograd.grad(0.3 * expected, inputs),
                             strict=True):
@@ -41,25 +50,25 @@ def test_the_loss_in_chunks_is_the_cross_entropy_in_float64(bias, monkeypatch, d
 def test_the_loss_makes_only_gradients_that_are_asked_for():
     """A frozen head gets none, its sum is not even held; under no_grad nothing is made although weights could learn."""
     x, weight, b, target = head(20, 30, 5, torch.float32)
-    frozen = kernels.chunked_cross_entropy(x, weight.detach(), b.detach(), target)
+    frozen = chunked_cross_entropy(x, weight.detach(), b.detach(), target)
     assert [grad is None for grad in frozen.grad_fn.grads] == [False, True, True]
-    inputs_frozen = kernels.chunked_cross_entropy(x.detach(), weight, None, target)
+    inputs_frozen = chunked_cross_entropy(x.detach(), weight, None, target)
     assert [grad is None for grad in inputs_frozen.grad_fn.grads] == [True, False, True]
-    made, forward = [], kernels.ChunkedCrossEntropy.forward
+    made, forward = [], ChunkedCrossEntropy.forward
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels.ChunkedCrossEntropy, "forward",
+        patch.setattr(ChunkedCrossEntropy, "forward",
                       staticmethod(lambda ctx, *args: (forward(ctx, *args), made.extend(ctx.grads))[0]))
-        loss = kernels.chunked_cross_entropy(x, weight, b, target)
+        loss = chunked_cross_entropy(x, weight, b, target)
     assert made == [None] * 3 and not loss.requires_grad
     torch.testing.assert_close(loss, frozen.detach())
 
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(monkeypatch):
     """1,000 chunks of one token that all pull the same word: a sum in bfloat16 would stop growing at 256."""
-    monkeypatch.setitem(kernels.CHUNK, "cpu", 1)
+    monkeypatch.setitem(CHUNK, "cpu", 1)
     x = torch.ones(1000, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    kernels.chunked_cross_entropy(x, weight, None, torch.zeros(1000, dtype=torch.long)).backward()
+    chunked_cross_entropy(x, weight, None, torch.zeros(1000, dtype=torch.long)).backward()
     assert weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(weight.grad[:, 0].float(), torch.tensor([-500.0, 500.0]), rtol=4e-3, atol=0)
 
@@ -67,7 +76,7 @@ def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(monkeypatch):
 def test_the_scale_of_a_bfloat16_loss_is_not_rounded():
     """One over the label tokens is no power of two: rounded to bfloat16, every gradient below would be off alike."""
     x, weight, b, target = head(40, 30, 5, torch.bfloat16)
-    one, third = (torch.autograd.grad(scale * kernels.chunked_cross_entropy(x, weight, b, target), x)[0].float()
+    one, third = (torch.autograd.grad(scale * chunked_cross_entropy(x, weight, b, target), x)[0].float()
                   for scale in (1.0, 1 / 3))
     assert float((one * third).sum() / (one * one).sum()) == pytest.approx(1 / 3, rel=1e-3)
 
@@ -75,7 +84,7 @@ def test_the_scale_of_a_bfloat16_loss_is_not_rounded():
 def test_the_loss_in_chunks_cannot_be_differentiated_twice():
     """Its gradients are scaled in place, so a second backward pass would be wrong: it is refused."""
     x, weight, b, target = head(4, 6, 3, torch.float32)
-    loss = kernels.chunked_cross_entropy(x, weight, b, target)
+    loss = chunked_cross_entropy(x, weight, b, target)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
@@ -94,7 +103,7 @@ ROLES = {"gen": [[C] * 6 + [data.IMAGE] * 18, [C] * 3 + [data.IMAGE] * 15 + [P] 
 
 def heads(groups, dtype, device, tokens=T, samples=3):
     """q of 4 heads, k and v of some groups, two random directions, all drawn in float32."""
-    if not kernels.try_lse(device, dtype, 4, groups, 8, T)[0]:
+    if not try_lse(device, dtype, 4, groups, 8, T)[0]:
         pytest.skip(f"{device} has no kernel with a log-sum-exp for {dtype}")
     g = torch.Generator().manual_seed(0)
     *inputs, w = (torch.randn(samples, n, tokens, 8, generator=g).to(device, dtype) for n in (4, groups, groups, 4))
@@ -121,7 +130,7 @@ def test_mass_from_log_sum_exp_is_that_of_the_written_out_softmax(dtype, close, 
     """Out, mass and gradients in each precision, with shared heads, several turns, padding, and samples without a key;
     in bfloat16 no further off than the flag channel by half."""
     condition, queries = data.spans(torch.tensor(ROLES[task], device=device), task)
-    rectangle = kernels.indices(queries), kernels.indices(condition)
+    rectangle = indices(queries), indices(condition)
     assert not condition[2].any() and queries[2].any()
     inputs, w, u = heads(groups, dtype, device)
     exact = result_of(model.attend_explicit, [x.detach().double().requires_grad_() for x in inputs], w.double(),
@@ -137,7 +146,7 @@ def test_rows_that_do_not_count_and_rows_without_a_key_have_no_mass(device):
     inputs, _, _ = heads(2, torch.float32, device, samples=1)
     place = torch.arange(T, device=device)[None]
     condition, queries = (place >= 10) & (place < 14), torch.tensor([[5, 9, 12, 20]], device=device)
-    out, mass = kernels.attention_and_mass(*inputs, queries, kernels.indices(condition))
+    out, mass = attention_and_mass(*inputs, queries, indices(condition))
     expected = model.attend_explicit(*inputs, None, condition)[1]
     torch.testing.assert_close(mass[:, :, [12, 20]], expected[:, :, [12, 20]])
     assert mass[:, :, 12:].count_nonzero() == 2 * 4 == mass.count_nonzero()
@@ -149,13 +158,13 @@ def test_rows_that_do_not_count_and_rows_without_a_key_have_no_mass(device):
 def test_the_gradient_of_mass_alone_is_exact(dtype, close, device):
     """Nobody uses the rows' outputs, or hardly: a faint dO to shift O along is made, and leaves no trace."""
     condition, queries = data.spans(torch.tensor(ROLES["gen"], device=device), "gen")
-    rectangle = kernels.indices(queries), kernels.indices(condition)
+    rectangle = indices(queries), indices(condition)
     inputs, w, u = heads(2, dtype, device)
     u = u * queries[:, None]
     mass = model.attend_explicit(*inputs, None, condition)[1]
     right = torch.autograd.grad((mass * u).sum(), inputs, allow_unused=True)
     for share in (0.0, 1e-25):
-        out, mass = kernels.attention_and_mass(*inputs, *rectangle)
+        out, mass = attention_and_mass(*inputs, *rectangle)
         got = torch.autograd.grad((mass * u).sum() + share * (out * w).sum(), inputs)
         assert off(got[0], right[0]) < close and off(got[1], right[1]) < close
         assert right[2] is None and got[2].abs().max() < 1e-15
@@ -165,7 +174,7 @@ def test_the_derivative_of_attention_with_mass_passes_gradcheck():
     """Against differences of the function itself, in float64."""
     inputs, _, _ = heads(2, torch.float64, "cpu", tokens=7, samples=2)
     rows, keys = torch.tensor([[3, 4, 6], [2, 5, -1]]), torch.tensor([[0, 1], [1, -1]])
-    assert torch.autograd.gradcheck(lambda *x: kernels.attention_and_mass(*x, rows, keys), inputs)
+    assert torch.autograd.gradcheck(lambda *x: attention_and_mass(*x, rows, keys), inputs)
 
 
 @pytest.mark.parametrize("rows, keys", [(0, 3), (3, 0), (0, 0)])
@@ -173,7 +182,7 @@ def test_an_empty_rectangle_has_no_mass(rows, keys, device):
     """A micro-batch of nothing but text has no key, one of one-word drawings no query: attention goes on as it is."""
     inputs, w, _ = heads(2, torch.float32, device)
     index = torch.arange(3, device=device).expand(3, -1)
-    out, mass = kernels.attention_and_mass(*inputs, index[:, :rows], index[:, :keys])
+    out, mass = attention_and_mass(*inputs, index[:, :rows], index[:, :keys])
     expected = model.attend_fused(*inputs)[0]
     assert not mass.any()
     for got, right in zip(torch.autograd.grad((out * w).sum() + mass.sum(), inputs),
@@ -184,8 +193,8 @@ def test_an_empty_rectangle_has_no_mass(rows, keys, device):
 def test_indices_list_what_a_mask_marks():
     """In order, as many as the fullest row has, -1 behind; a mask of nothing has none."""
     mask = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
-    assert kernels.indices(mask).tolist() == [[1, 3, 4], [4, -1, -1], [-1, -1, -1]]
-    assert kernels.indices(mask[2:]).shape == (1, 0)
+    assert indices(mask).tolist() == [[1, 3, 4], [4, -1, -1], [-1, -1, -1]]
+    assert indices(mask[2:]).shape == (1, 0)
 
 
 def batch_of(m, task, tokens=40):
@@ -222,8 +231,8 @@ def test_a_model_learns_the_same_by_log_sum_exp(name, task, recompute, lora, dev
     results = []
     for attention in ("explicit", "lse"):
         m = tiny(name, attention=attention, lora_rank=lora).to(device)
-        train.settle_attention(m, device, torch.float32)
-        if attention == "lse" and not kernels.kernel_for(m.lm.norm.weight):
+        model.settle_attention(m, device, torch.float32)
+        if attention == "lse" and not kernel_for(m.lm.norm.weight):
             pytest.skip(f"{device} has no kernel with a log-sum-exp")
         train.freeze(m, train.TUNE)
         m.lm.checkpoint_activations = recompute
@@ -270,7 +279,7 @@ def test_a_micro_batch_never_waits_for_the_device(attention, name, task, monkeyp
     batches = [batch_of(m, task)] * 2
     total = train.counts(batches)
     monkeypatch.setattr(train, "counts", lambda batches: total)                 # from batches that are on the CPU
-    assert kernels.try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
+    assert try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
     for weights in ({task: 5.0}, None):
         with Operations() as seen:
             sums = train.accumulate(m, batches, targets, weights)
@@ -293,7 +302,7 @@ def test_compiled_layers_are_one_graph_at_any_length(attention):
     anew."""
     torch.compiler.reset()
     m, plain = (tiny("tiny-emu3", layers=1, attention=attention) for _ in range(2))
-    assert kernels.try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
+    assert try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
     made = []
     for layer in m.lm.layers:
         layer.compile(backend=lambda graph, inputs: made.append(len(made)) or graph, fullgraph=True)
@@ -324,7 +333,7 @@ def test_under_autocast_attention_gets_activations_of_one_type(name, task):
     m, seen = tiny(name), []
     inner = m.lm.layers[0].self_attn.attend
     m.lm.layers[0].self_attn.attend = lambda q, k, v, *more: (seen.extend([q.dtype, k.dtype, v.dtype]),
-                                                             inner(q, k, v, *more))[1]
+                                                              inner(q, k, v, *more))[1]
     with torch.autocast("cpu", torch.bfloat16):
         m(batch_of(m, task))
     assert seen == [torch.bfloat16] * 3
@@ -398,7 +407,7 @@ def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
         return (m.generate_images(ids, negative=away, guidance=2.0, top_k=0, generator=g),
                 m.generate_text(ids, max_new_tokens=20))
     before = work()
-    record = kernels.Recorded.record
+    record = Recorded.record
 
     def recorded(self, x):
         graph, given, out = record(self, x)
@@ -410,7 +419,7 @@ def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
                              "stream": lambda aside: contextlib.nullcontext(),
                              "graph": lambda graph: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, attribute, value)
-    monkeypatch.setattr(kernels.Recorded, "record", recorded)
+    monkeypatch.setattr(Recorded, "record", recorded)
     monkeypatch.setattr(model, "REPLAYED", ("cpu",))
     monkeypatch.setattr(model, "REPLAY_FROM", 1)
     assert all(torch.equal(a, b) for a, b in zip(work(), before, strict=True)) and not capsys.readouterr().err

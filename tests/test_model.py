@@ -16,9 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia
 import data
+import formats.weights
 import model
-from aia import InputError
-from parts import kernels
+import parts.kernels
+from formats.weights import (
+    EMU3_FROM_DISK,
+    EMU3_TO_DISK,
+    ID_FIELDS,
+    TEXT_FIELDS,
+    VQ_ORIGINAL,
+    public_files,
+    public_names,
+    renamed,
+    to_transformers,
+)
+from parts.kernels import CHUNK, try_lse
+from parts.settings import InputError
+from parts.text import SPECIAL
+from parts.vision import flatten
 
 TINY = ["tiny-emu3", "tiny-janus"]
 SMALL = {"layers": 2, "heads": 4, "kv_heads": 2}        # shared key/value heads, which the tiny presets do not have
@@ -63,15 +78,15 @@ def m(request, device):
 @pytest.fixture
 def lse(device, monkeypatch):
     """Of the kernels with a log-sum-exp the one that works on the device, found as training finds it."""
-    monkeypatch.setattr(kernels, "PASSED", {})
-    found, faults = kernels.try_lse(device, torch.float32, 4, 2, 32)
+    monkeypatch.setattr(parts.kernels, "PASSED", {})
+    found, faults = try_lse(device, torch.float32, 4, 2, 32)
     assert found, faults
 
 
 @pytest.fixture
 def chunks_of_256(device, monkeypatch):
     """The loss takes as many tokens at once as on a CPU."""
-    monkeypatch.setitem(kernels.CHUNK, device.type, 256)
+    monkeypatch.setitem(CHUNK, device.type, 256)
 
 
 def close(got, expected, tolerance=1e-5):
@@ -358,13 +373,13 @@ def test_a_fork_adds_the_layers_above_it(fork_layer):
 def test_a_fork_begins_from_public_weights(name, tmp_path):
     """Both branches read the same tensors; a forked model has no place in transformers' layout."""
     m = tiny(name, **SMALL)
-    model.save(m, tmp_path / "public")
-    f = model.load(tmp_path / "public", fork_layer=1)
+    formats.weights.save(m, tmp_path / "public")
+    f = formats.weights.load(tmp_path / "public", fork_layer=1)
     theirs, mine = m.lm.layers[1].state_dict(), f.lm.gen_layers[0].state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     assert torch.equal(f.lm.gen_norm.weight, m.lm.norm.weight)
     with pytest.raises(InputError, match="run folder"):
-        model.save(f, tmp_path / "forked")
+        formats.weights.save(f, tmp_path / "forked")
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
@@ -550,7 +565,7 @@ def copy_weights(theirs, ours, device):
     """Fill our model from theirs by renaming, then move both; every weight of theirs must be used."""
     source, state, used = theirs.state_dict(), {}, set()
     for key, value in ours.state_dict().items():
-        parts = model.public_names(key, ours.config, "hf")
+        parts = public_names(key, ours.config, "hf")
         whole = torch.cat([source[part] for part in parts]) if len(parts) > 1 else source[parts[0]]
         state[key] = whole.reshape(value.shape)
         used.update(parts)
@@ -564,7 +579,7 @@ def emu3(device):
     hf = pytest.importorskip("transformers")
     ids = dict(zip(("pad", "bos", "eos", "placeholder", "eol", "eof", "img", "boi", "eoi"), range(9), strict=True),
                visual=40)
-    names = {f"w{i}": i for i in range(9, 40)} | {model.SPECIAL["emu3"][role]: i for role, i in ids.items()}
+    names = {f"w{i}": i for i in range(9, 40)} | {SPECIAL["emu3"][role]: i for role, i in ids.items()}
     names |= {"<image>": ids["placeholder"]} | {f"<|visual token {c:06d}|>": 40 + c for c in range(64)}
     text = hf.Emu3TextConfig(
         vocab_size=112, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -650,7 +665,7 @@ def test_emu3_tokenizer_shortcuts_equal_the_slow_way(emu3, device):
         x = F.silu(conv(x))
     for block in vq.encoder_time_blocks:
         x = block(x)
-    assert torch.equal(vq.nearest(model.flatten(vq.quant_conv(x)[:, :, 0])).view(1, 3, 2), vq.encode(pixels))
+    assert torch.equal(vq.nearest(flatten(vq.quant_conv(x)[:, :, 0])).view(1, 3, 2), vq.encode(pixels))
     z = vq.vectors(codes)[:, :, None]
     both = [vq.post_quant_conv(z), z]
     for i, x in enumerate(both):
@@ -771,23 +786,23 @@ def test_names_are_an_exact_round_trip_over_all_keys_of_full_size_models(preset,
     hf = pytest.importorskip("transformers")
     with torch.device("meta"):
         ours = model.build(preset)
-        content = model.public_files(ours)["config"]
+        content = public_files(ours)["config"]
         theirs = getattr(hf, architecture)(getattr(hf, architecture.replace("ForConditionalGeneration", "Config"))(
             **{key: value for key, value in content.items() if key not in ("architectures", "model_type")}))
     state, public = ours.state_dict(), {}
     for name, value in state.items():
-        public |= model.to_transformers(name, value, ours.config)
+        public |= to_transformers(name, value, ours.config)
     assert {name: x.shape for name, x in public.items()} == {name: x.shape for name, x in theirs.state_dict().items()}
     assert len(public) == transformers
-    on_disk = {model.renamed(name, model.EMU3_TO_DISK): x for name, x in public.items()}
-    for layout, stored in [("hf", {model.renamed(name, model.EMU3_FROM_DISK): x for name, x in on_disk.items()}),
-                           ("original", {model.public_names(name, ours.config, "original")[0]: value
+    on_disk = {renamed(name, EMU3_TO_DISK): x for name, x in public.items()}
+    for layout, stored in [("hf", {renamed(name, EMU3_FROM_DISK): x for name, x in on_disk.items()}),
+                           ("original", {public_names(name, ours.config, "original")[0]: value
                                          for name, value in state.items()})]:
         for name, value in state.items():
-            parts = [stored.pop(part) for part in model.public_names(name, ours.config, layout)]
+            parts = [stored.pop(part) for part in public_names(name, ours.config, layout)]
             assert (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(value.shape).shape == value.shape
         assert not stored
-    names = [part for name in state for part in model.public_names(name, ours.config, "original")]
+    names = [part for name in state for part in public_names(name, ours.config, "original")]
     assert len(set(names)) == len(names) == original
 
 
@@ -826,14 +841,14 @@ ORIGINAL_NAMES = {
 def test_original_names_are_those_of_the_released_files(ours):
     """One of each kind, written down by hand from the published lists of keys."""
     for config, expected in zip((model.EMU3_8B, model.JANUS_PRO_7B), ORIGINAL_NAMES[ours], strict=True):
-        assert expected is None or model.public_names(ours, config, "original") == [expected]
+        assert expected is None or public_names(ours, config, "original") == [expected]
 
 
 def test_transformers_folders_load_with_equal_weights(pair, tmp_path, device):
     """What transformers saves, read by name from config.json and the file; no number of it is that of the recipe."""
     theirs, ours = pair
     theirs.save_pretrained(tmp_path)
-    m = model.load(tmp_path, device=device)
+    m = formats.weights.load(tmp_path, device=device)
     expected = ours.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in m.state_dict().items())
     same = {f.name for f in fields(model.Config)} - {"ids", "context", "image_size", "init_std", "embed_std"}
@@ -844,13 +859,13 @@ def test_transformers_folders_load_with_equal_weights(pair, tmp_path, device):
 def original_folder(m, folder, suffix):
     """The model in original names and files: one folder for Janus-Pro, two side by side for Emu3."""
     c, folder = m.config, folder / "language"
-    state = {model.public_names(name, c, "original")[0]: value for name, value in m.state_dict().items()}
-    text = {theirs: getattr(c, ours) for ours, theirs in model.TEXT.items()}
+    state = {public_names(name, c, "original")[0]: value for name, value in m.state_dict().items()}
+    text = {theirs: getattr(c, ours) for ours, theirs in TEXT_FIELDS.items()}
     if c.kind == "emu3":
         parts = {folder: {name: value for name, value in state.items() if name.startswith(("model.", "lm_head."))}}
         parts[folder.parent / "vision"] = {name: value for name, value in state.items() if name not in parts[folder]}
-        ids = {theirs: m.ids[role] for role, theirs in model.ID_FIELDS.items()}
-        vq = {theirs: getattr(c, ours) for ours, theirs in model.VQ_ORIGINAL.items()}
+        ids = {theirs: m.ids[role] for role, theirs in ID_FIELDS.items()}
+        vq = {theirs: getattr(c, ours) for ours, theirs in VQ_ORIGINAL.items()}
         configs = {folder: text | ids | {"model_type": "Emu3"},
                    folder.parent / "vision": vq | {"model_type": "Emu3VisionVQ"}}
     else:
@@ -896,7 +911,7 @@ def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path):
     torch.manual_seed(0)
     ours = model.from_config(config)
     folder = original_folder(ours, tmp_path, suffix)
-    m = model.load(folder / "iter_7.pth" if suffix == "pth" and kind == "janus" else folder)
+    m = formats.weights.load(folder / "iter_7.pth" if suffix == "pth" and kind == "janus" else folder)
     assert all(torch.equal(value, m.state_dict()[name]) for name, value in ours.state_dict().items())
     assert replace(m.config, ids=config.ids) == config
 
@@ -917,7 +932,7 @@ def test_settings_that_say_nothing_new_are_read(changes, emu3, tmp_path):
     """Older converters write defaults and nulls where newer ones write nothing."""
     emu3[0].save_pretrained(tmp_path)
     edited(tmp_path, **changes)
-    assert model.load(tmp_path).config.theta == emu3[1].config.theta
+    assert formats.weights.load(tmp_path).config.theta == emu3[1].config.theta
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -931,17 +946,17 @@ def test_settings_that_cannot_be_honoured_are_one_clear_line(changes, message, e
     emu3[0].save_pretrained(tmp_path)
     edited(tmp_path, **changes)
     with pytest.raises(InputError, match=message):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
 
 
 def test_picture_settings_of_a_newer_transformers_are_read(emu3, tmp_path):
     """Its processors write them into another file."""
     emu3[0].save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"min_pixels": 64}}))
-    assert model.load(tmp_path).config.min_pixels == 64
+    assert formats.weights.load(tmp_path).config.min_pixels == 64
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_std": [0.2, 0.2, 0.2]}}))
     with pytest.raises(InputError, match="processor_config.json: image_std"):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
 
 
 def test_neighbours_of_emu3_do_not_disturb(tmp_path):
@@ -951,10 +966,10 @@ def test_neighbours_of_emu3_do_not_disturb(tmp_path):
     folder = original_folder(model.from_config(config), tmp_path, "safetensors")
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.json").write_text("not json")
-    assert model.load(folder).config.codebook == 48
+    assert formats.weights.load(folder).config.codebook == 48
     (tmp_path / "vision/config.json").unlink()
     with pytest.raises(InputError, match="holds the language model alone: give --vision-tokenizer"):
-        model.load(folder)
+        formats.weights.load(folder)
 
 
 def test_a_fine_tuned_file_alone_says_what_belongs_beside_it(tmp_path):
@@ -962,10 +977,10 @@ def test_a_fine_tuned_file_alone_says_what_belongs_beside_it(tmp_path):
     for name in ("iter_1.pth", "iter_2.pth"):
         torch.save({"lm_head.weight": torch.ones(1)}, tmp_path / name)
     with pytest.raises(InputError, match="holds no config.json: copy the json files of the model that iter_1.pth"):
-        model.load(tmp_path / "iter_1.pth")
+        formats.weights.load(tmp_path / "iter_1.pth")
     (tmp_path / "config.json").write_text('{"model_type": "multi_modality"}')
     with pytest.raises(InputError, match="holds 2 checkpoints: give one of them"):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
 
 
 def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(janus, tmp_path):
@@ -979,23 +994,23 @@ def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(janus, tmp
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lm_head.weight is missing; model.aligner.fc1.bias is \(7,\), not \(64,\); "
                                          "model.extra is not known"):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content["text_config"]["hidden_act"] = "relu"
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="config.json: hidden_act 'relu'"):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
     content["text_config"]["hidden_act"] = "silu"
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="model.safetensors cannot be read"):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
 
 
 def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path, device):
     """Every tensor and every size, whatever the configuration; the codes and sizes of pictures too."""
     theirs, ours = pair
-    model.save(ours, tmp_path / "out")
+    formats.weights.save(ours, tmp_path / "out")
     import transformers
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").to(device)
     expected = theirs.state_dict()
@@ -1004,7 +1019,7 @@ def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path, device):
     assert again.config.text_config.num_key_value_heads == ours.config.kv_heads
     processor = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.5] * 3
-    assert replace(model.load(tmp_path / "out").config, ids=ours.config.ids) == ours.config
+    assert replace(formats.weights.load(tmp_path / "out").config, ids=ours.config.ids) == ours.config
 
 
 def test_a_hub_id_is_resolved_or_the_download_is_named(janus, tmp_path, monkeypatch):
@@ -1012,13 +1027,13 @@ def test_a_hub_id_is_resolved_or_the_download_is_named(janus, tmp_path, monkeypa
     import huggingface_hub
     janus[0].save_pretrained(tmp_path / "copy")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / "copy"))
-    assert model.load("someone/some-model").config.layers == 3
+    assert formats.weights.load("someone/some-model").config.layers == 3
 
     def offline(name):
         raise ConnectionError("no network\nat all")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match=r"^someone/some-model is no folder .*\(no network\): run `hf download"):
-        model.load("someone/some-model")
+        formats.weights.load("someone/some-model")
 
 
 def test_tied_embeddings_are_honoured(janus, tmp_path):
@@ -1032,11 +1047,11 @@ def test_tied_embeddings_are_honoured(janus, tmp_path):
         told = silent if tied is None else silent | {"tie_word_embeddings": tied}
         (tmp_path / "config.json").write_text(json.dumps(told))
         if tied is not False:
-            m = model.load(tmp_path)
+            m = formats.weights.load(tmp_path)
             assert torch.equal(m.lm_head.weight, m.lm.embed_tokens.weight)
         else:
             with pytest.raises(InputError, match="lm_head.weight is missing"):
-                model.load(tmp_path)
+                formats.weights.load(tmp_path)
 
 
 def test_the_preprocessor_file_is_read_and_what_it_asks_is_done_or_refused(emu3, tmp_path):
@@ -1044,11 +1059,11 @@ def test_the_preprocessor_file_is_read_and_what_it_asks_is_done_or_refused(emu3,
     emu3[0].save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({"min_pixels": 4096, "max_pixels": 8192, "image_mean": [0.5, 0.5, 0.5]}))
-    m = model.load(tmp_path)
+    m = formats.weights.load(tmp_path)
     assert (m.config.min_pixels, m.config.max_pixels) == (4096, 8192)
     file.write_text(json.dumps({"image_mean": [0.48, 0.46, 0.41]}))
     with pytest.raises(InputError, match=r"preprocessor_config.json: image_mean \[0.48"):
-        model.load(tmp_path)
+        formats.weights.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
@@ -1057,22 +1072,22 @@ def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, mon
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     m = model.build(name).to(device)
-    monkeypatch.setattr(model, "SHARD_BYTES", 1e6)
-    model.save(m, tmp_path / "out")
+    monkeypatch.setattr(formats.weights, "SHARD_BYTES", 1e6)
+    formats.weights.save(m, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and not (tmp_path / "out.part").exists()
     theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").to(device)
     ids = torch.randint(5, 400, (2, 12)).to(device)
     with torch.no_grad():
         close(m.logits(ids), theirs(input_ids=ids).logits)
-    again = model.load(tmp_path / "out", device=device)
+    again = formats.weights.load(tmp_path / "out", device=device)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in m.state_dict().items())
     fresh = {"init_std": m.config.init_std, "embed_std": m.config.embed_std, "ids": m.config.ids}
     assert replace(again.config, **fresh) == m.config
-    half = model.load(tmp_path / "out", dtype=torch.bfloat16, device=device)
+    half = formats.weights.load(tmp_path / "out", dtype=torch.bfloat16, device=device)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert all(torch.equal(value, half.vq.state_dict()[key]) for key, value in m.vq.state_dict().items())
     with pytest.raises(InputError, match="not empty"):
-        model.save(m, tmp_path / "out")
+        formats.weights.save(m, tmp_path / "out")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -1080,28 +1095,28 @@ def test_loading_holds_the_model_once(suffix, tmp_path):
     """Peak anonymous memory stays below 1.1 times the model in the target type plus the largest stored tensor."""
     torch.manual_seed(0)
     m = model.build("tiny-janus", width=768, ffn=3072, layers=8, heads=12, kv_heads=12, head_dim=64)
-    model.save(m, tmp_path / "big")
+    formats.weights.save(m, tmp_path / "big")
     if suffix == "bin":
         file = tmp_path / "big/model.safetensors"
         torch.save(load_file(file), file.with_name("pytorch_model.bin"))
         file.unlink()
     script = """
-import threading, torch, model
+import threading, torch, formats.weights
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-model.load(%r)
+formats.weights.load(%r)
 before, peak, done = anonymous(), 0, threading.Event()
 def watch():
     global peak
     while not done.wait(0.0005):
         peak = max(peak, anonymous())
 thread = threading.Thread(target=watch); thread.start()
-m = model.load(%r, dtype=torch.bfloat16)
+m = formats.weights.load(%r, dtype=torch.bfloat16)
 done.set(); thread.join()
 print(peak - before, sum(x.nbytes for x in m.state_dict().values()))
 """
     small = tmp_path / "small"
-    model.save(model.build("tiny-janus"), small)                    # imports and allocators warm up before it counts
+    formats.weights.save(model.build("tiny-janus"), small)     # imports and allocators warm up before it counts
     done = subprocess.run([sys.executable, "-c", script % (str(small), str(tmp_path / "big"))], capture_output=True,
                           text=True, cwd=Path(model.__file__).parent, check=True)
     peak, size = map(int, done.stdout.split())

@@ -13,7 +13,9 @@ from PIL import Image
 
 import aia
 import data
-import eval as judge
+from formats.datasets import FileSource
+from lab.references import hf_curves, hf_ids, hf_intensity, hf_measure, hf_question
+from parts.settings import InputError
 
 hf = pytest.importorskip("transformers")
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -54,8 +56,8 @@ def tiny(kind, attention="eager"):
 
 def run(folder, file, image_ids="", out="c.json", device="cpu"):
     """The command -> its curves, and their file, which aia.targets reads too."""
-    done = judge.hf_curves(SimpleNamespace(hf=str(folder), data=str(folder / file) if file else "", image_ids=image_ids,
-                                           n=9, out=str(folder / out), dtype="float32", device=str(device)))
+    done = hf_curves(SimpleNamespace(hf=str(folder), data=str(folder / file) if file else "", image_ids=image_ids,
+                                     n=9, out=str(folder / out), dtype="float32", device=str(device)))
     return json.loads(Path(done["out"]).read_text()), done["out"]
 
 
@@ -71,7 +73,7 @@ def test_intensities_are_those_of_the_maps_that_transformers_returns(kind, devic
     attention = [layer.self_attn for layer in m.get_decoder().layers]
     for part in attention:
         part.register_forward_hook(look)
-    got = judge.hf_intensity(m.to(device), inputs, condition, queries)
+    got = hf_intensity(m.to(device), inputs, condition, queries)
     assert alive == [0, 0, 0] and [len(part._forward_hooks) for part in attention] == [1, 1, 1]
     with torch.no_grad():
         inputs = {key: x.to(device) for key, x in inputs.items()}
@@ -105,8 +107,8 @@ def test_a_question_is_the_models_own_prompt_then_answer_and_end_of_text(tmp_pat
     assert all(map(torch.equal, aia.targets(32, "gen", table), aia.targets(32, "gen")))
     stub = SimpleNamespace(tokenizer=processor.tokenizer, apply_chat_template=lambda *args, **how: {
         **(x := processor.apply_chat_template(*args, **how)), "kinds": torch.ones_like(x["input_ids"])})
-    record = data.FileSource(tmp_path / "train.jsonl", "janus").record("und", 0)
-    inputs, roles = judge.hf_question(SimpleNamespace(image_token_id=6), stub, record)
+    record = FileSource(tmp_path / "train.jsonl", "janus").record("und", 0)
+    inputs, roles = hf_question(SimpleNamespace(image_token_id=6), stub, record)
     assert inputs["input_ids"].tolist() == [[9, 10, 4, 6, 6, 6, 6, 5, 11, 8, 12, 13, 14, 2]]
     assert inputs["attention_mask"].all() and inputs["kinds"].tolist() == [[1] * 10 + [0] * 4]
     where = [part[0].nonzero()[:, 0].tolist() for part in data.spans(roles, "und")]
@@ -130,7 +132,7 @@ def test_token_ids_are_measured_by_the_rule_of_both_tasks(tmp_path, device):
         assert found[task]["uniform"] == pytest.approx(np.mean(share)) and found[task]["samples"] == len(share)
         assert aia.targets(3, task, table)[0].tolist() == pytest.approx([round(np.mean(share) * 20) / 20] * 3)
     assert found["gen"]["sink"] == pytest.approx([(1 / 4 + 1 / 7) / 2] * 3)
-    assert judge.hf_measure(m, judge.hf_ids(tmp_path / "ids.jsonl", range(40, 48), 64), 1)["und"]["samples"] == 1
+    assert hf_measure(m, hf_ids(tmp_path / "ids.jsonl", range(40, 48), 64), 1)["und"]["samples"] == 1
 
 
 @pytest.mark.parametrize("ids, rest, why", [
@@ -141,8 +143,8 @@ def test_a_bad_line_is_named(ids, rest, why, tmp_path):
     """File and line stand in front, and the remedy behind."""
     good = {"ids": [1, 40, 41], "task": "gen"}
     (tmp_path / "ids.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {"ids": ids} | rest))
-    with pytest.raises(aia.InputError, match=f"ids.jsonl line 2: .*{why}"):
-        judge.hf_measure(tiny("Llama")[0], judge.hf_ids(tmp_path / "ids.jsonl", range(40, 48), 64), 9)
+    with pytest.raises(InputError, match=f"ids.jsonl line 2: .*{why}"):
+        hf_measure(tiny("Llama")[0], hf_ids(tmp_path / "ids.jsonl", range(40, 48), 64), 9)
 
 
 def test_models_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
@@ -150,11 +152,11 @@ def test_models_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
     hybrid = hf.Lfm2Config(**TEXT, layer_types=["full_attention", "full_attention", "conv"])
     hybrid, spans = hf.Lfm2ForCausalLM._from_config(hybrid, attn_implementation="eager"), data.spans(ROLES, "und")
     tiny("Llama")[0].save_pretrained(tmp_path)
-    for call, why in ((lambda: judge.hf_intensity(*tiny("Llama", "sdpa"), *spans), r"3 of 3 .* choose"),
-                      (lambda: judge.hf_intensity(hybrid, {"input_ids": IDS}, *spans), "1 of 3 .*first: 2"),
+    for call, why in ((lambda: hf_intensity(*tiny("Llama", "sdpa"), *spans), r"3 of 3 .* choose"),
+                      (lambda: hf_intensity(hybrid, {"input_ids": IDS}, *spans), "1 of 3 .*first: 2"),
                       *((lambda args=args: run(*args), "give") for args in (
                           (tmp_path / "none", "a"), (tmp_path, "a"), (tmp_path, ""), (tmp_path, "a", "9:8"),
                           (tmp_path, "a", "9"), (tmp_path, "a", "40:47")))):
-        with pytest.raises(aia.InputError, match=why) as error:
+        with pytest.raises(InputError, match=why) as error:
             call()
         assert "\n" not in str(error.value)

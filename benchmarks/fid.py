@@ -1,0 +1,146 @@
+"""Frechet Inception Distance of two sets of pictures (arXiv 1706.08500)."""
+
+import functools
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import eval as evaluation
+from parts.pictures import to_tensor
+from parts.processes import my_share
+from parts.settings import InputError, device_of, first_line
+from parts.world import draw_scenes, prompt_text, world_of
+
+
+def fid_stats(features):
+    """Features (n, d), n > 1 -> mean (d,) and covariance (d, d) with n - 1, in float64 (pytorch-fid, clean-fid)."""
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise InputError(f"FID: features have the shape {features.shape}; give a row for each of two or more pictures")
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def fid_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two normal distributions, mu (d,) and sigma (d, d) each (pytorch-fid, clean-fid).
+
+    May be slightly negative. InputError when the two differ in shape.
+    """
+    mu1, mu2 = (np.atleast_1d(np.asarray(mu, np.float64)) for mu in (mu1, mu2))
+    sigma1, sigma2 = (np.atleast_2d(np.asarray(sigma, np.float64)) for sigma in (sigma1, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
+        raise InputError(f"FID: {mu1.shape}, {sigma1.shape} against {mu2.shape}, {sigma2.shape}; use one network")
+    # |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). The root's trace is the sum of the roots of the eigenvalues;
+    # scipy's matrix root is not needed, and the real part clips eigenvalues just below 0.
+    roots = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(complex)).real
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
+
+
+FID_FILES = {"pytorch": ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")}
+FID_FILES["clean"] = (*FID_FILES["pytorch"], "npy", "JPEG", "JPG", "PNG")
+FID_PACKAGE = {"pytorch": ("pytorch-fid", "pt_inception-2015-12-05-6726825d.pth"),
+               "clean": ("clean-fid", "inception-2015-12-05.pt")}
+
+
+def fid_network(mode, device):
+    """Inception-v3 of the installed package: pixels as fid_pixels gives them -> features (B, 2048)."""
+    package, weights = FID_PACKAGE[mode]
+    try:
+        if mode == "pytorch":
+            from pytorch_fid.inception import InceptionV3
+            network = InceptionV3(resize_input=False, normalize_input=False).to(device).eval()
+            return lambda pixels: network(pixels.to(device))[0].flatten(1)
+        from cleanfid.features import build_feature_extractor
+        network = build_feature_extractor("clean", torch.device(device), use_dataparallel=False)
+        return lambda pixels: network(pixels.to(device))                        # takes 0..255, subtracts 128 itself
+    except ImportError as error:
+        raise InputError(f"FID in mode {mode} needs the network of {package}: pip install {package}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{package} cannot load its weights {weights} ({first_line(error)}): download them "
+                         "first") from error
+
+
+def fid_pixels(file, mode):
+    """A picture as its mode resizes it: (3, 299, 299); "pytorch" in -1..1, "clean" in 0..255."""
+    try:
+        array = np.load(file, allow_pickle=False) if file.suffix == ".npy" else Image.open(file).convert("RGB")
+        array = np.array(array)
+        if array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(f"its shape is {array.shape}, not (height, width, 3)")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"picture {file} cannot be read ({first_line(error)}): replace it") from error
+    if mode == "pytorch":
+        pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+        return 2 * torch.nn.functional.interpolate(pixels, (299, 299), mode="bilinear", align_corners=False)[0] - 1
+    planes = [Image.fromarray(array[..., i].astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+              for i in range(3)]
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp(0, 255)
+
+
+@torch.inference_mode()
+def fid_side(place, mode, network, batch=32):
+    """(mu, sigma) of a folder of pictures, or of an .npz with mu and sigma, or features (n, d)."""
+    if Path(place).suffix == ".npz":
+        return fid_stored(place)
+    pattern = Path(place).rglob("*") if mode == "clean" else Path(place).glob("*")
+    files = sorted(file for file in pattern if file.suffix[1:] in FID_FILES[mode])
+    if len(files) < 2:
+        raise InputError(f"{place} holds {len(files)} pictures: FID needs a folder of them, or an .npz")
+    if len(files) < 2048:
+        print(f"warning: {place} holds {len(files)} pictures, fewer than features: the covariance is singular")
+    network, features = network(), []
+    for first in tqdm(range(0, len(files), batch), desc=str(place), unit="batch", disable=None):
+        pixels = torch.stack([fid_pixels(file, mode) for file in files[first:first + batch]])
+        features.append(network(pixels).double().cpu().numpy())
+    return fid_stats(np.concatenate(features))
+
+
+def fid_stored(place):
+    """(mu, sigma) of an .npz."""
+    try:
+        with np.load(place, allow_pickle=False) as content:
+            stored = {name: content[name] for name in content.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{place} cannot be read ({first_line(error)}): give an .npz without objects") from error
+    if {"mu", "sigma"} <= set(stored):
+        mu, sigma = np.atleast_1d(stored["mu"]), np.atleast_2d(stored["sigma"])
+    elif "features" in stored:
+        mu, sigma = fid_stats(stored["features"])
+    else:
+        raise InputError(f"{place} holds {', '.join(stored)}: it needs mu and sigma, or features (n, d)")
+    if sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"{place}: mu {mu.shape} and sigma {sigma.shape} do not fit, or are not finite: make it anew")
+    return mu, sigma
+
+
+@torch.inference_mode()
+def tokenizer_features(m, pixels):
+    """Mean over positions of what the picture tokenizer encodes, before it chooses codes: (n, d)."""
+    device = next(m.parameters()).device
+    return torch.cat([m.vq.latents(part.to(device)).flatten(2).mean(2).cpu() for part in pixels.split(64)]).numpy()
+
+
+def run_fid(settings, judge):
+    """Frechet distance of two sets. "world": of held-out scenes and drawings of their prompts, in the features of the
+    model's own picture tokenizer, which no other FID can be compared with."""
+    if my_share()[0]:
+        return None
+    if settings.variant != "world":
+        network = functools.cache(lambda: fid_network(settings.variant, device_of(settings.device)))
+        a, b = (fid_side(place, settings.variant, network)
+                for place in (settings.data, settings.features or settings.preds))
+        return {"score": fid_distance(*a, *b)}
+    m, text, run = evaluation.load_run(settings)
+    if run is None:
+        raise InputError("--variant world compares drawings of the built-in world: give the run folder of one")
+    world, rng = world_of(run), np.random.default_rng([settings.seed, 7])
+    pairs = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
+    prompts = [prompt_text(goal, rng) for _, goal in pairs]
+    shown = draw_scenes([scene for scene, _ in pairs], world.cell)
+    real = torch.stack([to_tensor(picture) for picture in shown])
+    drawn = evaluation.draw(m, text, prompts, settings.seed, settings.guidance or None)
+    a, b = (fid_stats(tokenizer_features(m, pixels)) for pixels in (real, drawn))
+    return {"score": fid_distance(*a, *b), "features": "of the picture tokenizer", "pictures": len(pairs)}

@@ -1,0 +1,173 @@
+"""A run's own checkpoints: shards as safetensors, a manifest with checksums, written aside and renamed."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor
+
+import model
+from parts.processes import first_decides, rank
+from parts.settings import InputError, read_json, write_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint of train.py is a folder: shards that torch.distributed.checkpoint wrote as safetensors (nothing is ever
+# unpickled), and a manifest.json with what is no tensor and the checksum of every file. It is complete or not there.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")              # one process is no mistake
+
+
+new_checksum = functools.partial(hashlib.blake2b, digest_size=16)
+
+
+def checksum(file):
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, new_checksum).hexdigest()
+
+
+def read_manifest(place):
+    """The manifest of a checkpoint folder, after a look at every file."""
+    if not (place / "manifest.json").exists():
+        raise InputError(f"checkpoint {place} is missing")
+    manifest = read_json(place / "manifest.json")
+    for name, expected in manifest.get("files", {}).items():
+        if not (place / name).exists() or checksum(place / name) != expected:
+            raise InputError(f"checkpoint {place} is damaged ({name} is missing or not what was written)")
+    return manifest
+
+
+def checkpoint_places(folder):
+    """Finished checkpoints of a run folder, STAGE-STEP, oldest first."""
+    return sorted(folder.glob("checkpoints/[0-9]*-" + "[0-9]" * 7))
+
+
+def newest_checkpoint(folder):
+    """(place, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
+    places = checkpoint_places(folder)
+    for place in reversed(places):
+        try:
+            return place, read_manifest(place)
+        except InputError as error:
+            print(f"{error}: looking for an earlier one", file=sys.stderr)
+    whole = "whole " if places else ""
+    raise InputError(f"{folder} holds no {whole}checkpoint: give the folder of a run that has saved one")
+
+
+def tensor_names(place):
+    return set(dcp.HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata)
+
+
+def read_tensors(tensors, place):
+    """Fill tensors {name: tensor} from a checkpoint folder; each process reads what its shards need."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(place)),
+             no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
+
+
+def from_manifest(manifest, place, device="cpu", attention="auto", shard=None, dtype=None, lora_rank=None,
+                  fork_layer=0):
+    """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
+    dtype None: as stored. lora_rank, fork_layer: fresh LoRA or fork, of which the checkpoint knows nothing."""
+    changed = {"attention": attention} | ({"lora_rank": lora_rank} if lora_rank else {}) | (
+        {"fork_layer": fork_layer} if fork_layer else {})
+    with torch.device("meta"):
+        m = model.MODELS[manifest["config"]["kind"]](configured(manifest["config"] | changed))
+    for name, parameter in m.named_parameters():
+        parameter.data = parameter.data.to(model.held_type(name, dtype or getattr(torch, manifest["dtype"])))
+    if shard:
+        shard(m)
+    m.to_empty(device=device)
+    fresh = model.fresh_lora(m, device) if lora_rank else {}
+    read_tensors({f"model.{name}": value for name, value in m.state_dict().items()
+                  if name not in fresh and not (fork_layer and model.unforked(name, m.config) != name)}, place)
+    if fork_layer:
+        model.fork(m)
+    m.load_state_dict(fresh, strict=False)
+    return m
+
+
+def configured(values):
+    """A Config from plain values, lists where it has tuples."""
+    return model.Config(**values | {key: tuple(values[key]) for key in ("vq_mult", "vq_attention")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+def tensors_of(m, optimizer=None, known=None):
+    """{name: tensor} of a model and its optimizer, for saving and for loading in place. known: the names of a
+    checkpoint, whose moments the optimizer then gets; a parameter that never had a gradient has none."""
+    tensors = {f"model.{name}": value for name, value in m.state_dict().items()}
+    for name, parameter in m.named_parameters() if optimizer else ():
+        moments = optimizer.state.get(parameter, {})
+        if f"optimizer.exp_avg.{name}" in (known or ()):
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.zeros((), device=parameter.device)
+            optimizer.state[parameter] = moments
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+    return tensors
+
+
+class Summed(io.BufferedWriter):
+    """A file whose checksum is taken while it is written."""
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "w"))
+        self.sum = new_checksum()
+
+    def write(self, part):
+        self.sum.update(part)
+        return super().write(part)
+
+
+class Summing(FileSystem):
+    """Leaves the checksum of each file NAME beside it, under NAME.sum."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        with Summed(path) as file:
+            yield file
+        Path(f"{path}.sum").write_text(file.sum.hexdigest(), encoding="ascii")
+
+
+class Writer(dcp.HuggingFaceStorageWriter):
+    """Writes a checkpoint under a second name; once every process has, adds the manifest and renames. Whoever is killed
+    before that leaves the previous checkpoint as the newest."""
+
+    def __init__(self, place, manifest, keep):
+        super().__init__(f"{place}.part", save_distributed=True)
+        self.place, self.manifest, self.keep, self.fs = place, manifest, keep, Summing()
+
+    def finish(self, metadata, results):
+        """Runs on the first process only, after all shards are on disk."""
+        part, files = Path(self.path), {}
+        for file in sorted(part.glob("*.sum")):
+            files[file.stem] = file.read_text(encoding="ascii")
+            file.unlink()
+        write_json(self.manifest | {"files": files}, part / "manifest.json")
+        os.replace(part, self.place)
+        for old in checkpoint_places(self.place.parent.parent)[:-self.keep] if self.keep else ():
+            shutil.rmtree(old)
+
+
+def save_checkpoint(tensors, manifest, place, keep=0, group=None, stager=None):
+    """Write a checkpoint folder in the background, each process its shards; where weights are not shared out, the first
+    process alone -> future, None where there is nothing to do. keep: how many of the numbered checkpoints beside it
+    stay. group: processes, on a channel of their own. stager: copies tensors off a GPU; None: into pageable memory."""
+    if first_decides(place.exists):
+        return None
+    first_decides(lambda: shutil.rmtree(f"{place}.part", ignore_errors=True))
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    if alone and rank():
+        return None
+    return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
+                          async_stager=stager, no_dist=alone)

@@ -1,0 +1,177 @@
+"""How far text and picture agree in each layer (UniFork, arXiv 2506.17202, Sec. 3.1).
+
+    python -m lab.alignment --checkpoint runs/tiny-emu3-seed0
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import aia
+import data
+import eval as evaluation
+from formats.datasets import FileSource, every
+from formats.records import Record
+from lab.figures import TASK_COLOUR, TASK_NAME, canvas, save_figure
+from parts.settings import InputError, opt, parse, run_command, tell, write_json
+from parts.world import DESCRIBE, describe, draw_scenes, world_of
+
+NEIGHBOURS = (10, 5, 20)                             # the first is the measure, the others show what k does
+RESAMPLES = 1000
+ORDER = {"gen": "generation: caption, then picture", "und": "understanding: picture, then caption"}
+
+
+@dataclass(frozen=True)
+class Alignment(evaluation.Loaded):
+    """UniFork's measure: do pictures and captions have the same neighbours, layer by layer? Attention is causal: what
+    comes later in a task has seen what came before, and not the other way round."""
+
+    data: str = opt("", "data set of drawing records (picture and caption); empty: held-out scenes of the world")
+    n: int = opt(1024, "pairs of picture and caption, all different; the easiest world has about 450")
+    seed: int = opt(0, "draws the pairs and the bootstrap")
+    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: alignment.png in the run folder, or here")
+
+
+def different_pairs(settings, kind, run):
+    """Up to n pairs (picture, caption), none twice: equal pairs would be neighbours by nature, in both spaces."""
+    if settings.data:
+        records = every(FileSource(settings.data, kind), "gen")
+        found = ((record.turns[0][0], record.pictures[0]) for record in records)
+    elif run is None or run.get("data"):
+        raise InputError(f"{settings.checkpoint} never saw the built-in world: alignment needs --data FILE.jsonl with "
+                         "drawing records")
+    else:
+        rng, world = np.random.default_rng([settings.seed, 11]), world_of(run)
+        scenes = (world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(20 * settings.n))
+        found = ((describe(scene), scene) for scene in scenes)
+    pairs, seen = [], set()
+    for caption, picture in found:
+        if len(pairs) >= settings.n:
+            break
+        if caption.strip() and not {caption, picture} & seen:
+            seen |= {caption, picture}
+            pairs.append((draw_scenes([picture], world.cell)[0] if isinstance(picture, tuple) else picture, caption))
+    if len(pairs) <= max(NEIGHBOURS) + 1:
+        raise InputError(f"{len(pairs)} different pairs of picture and caption are too few for {max(NEIGHBOURS)} "
+                         "neighbours: give more drawing records, or a larger --n")
+    return pairs
+
+
+def caption_tokens(preparer, caption):
+    """First and end of a drawing prompt's words in its first piece: as few tokens as say all of them."""
+    own, text = preparer.template.prompt(caption, (1, 1))[0][0], preparer.text
+    words, start, end = text.decode(text.encode(caption.strip())).strip(), 0, len(own)
+    if not words or words not in text.decode(own):
+        raise InputError(f"the caption {caption[:60]!r} is not found in its prompt: leave its record out")
+    while words in text.decode(own[start + 1:]):
+        start += 1
+    while words in text.decode(own[start:end - 1]):
+        end -= 1
+    return start, end
+
+
+def pair_batch(preparer, pairs, task):
+    """Pairs (picture, caption) -> Batch, and where the words of the captions and the pictures lie, (B, T) bool each.
+    Template, tags, row ends and EOS belong to neither."""
+    records = [Record("a pair", task, ((caption, "<image>") if task == "gen" else (DESCRIBE, caption),),
+                      (picture,)) for picture, caption in pairs]
+    samples, valid, pictures = preparer.pieces(records)
+    batch = data.collate(task, samples, torch.tensor(valid), preparer.text.ids["pad"], **pictures)
+    words, image = torch.zeros(2, *batch.tokens.shape, dtype=torch.bool)        # (B, T) each
+    for i, pieces in enumerate(samples):
+        roles = torch.tensor([role for ids, role in pieces for _ in ids])
+        image[i, :len(roles)] = roles == data.IMAGE
+        if task == "gen":
+            start, end = caption_tokens(preparer, pairs[i][1])
+            words[i, start:end] = True
+        else:
+            words[i, :len(roles) - 1] = roles[:-1] == data.ANSWER               # without EOS
+    return batch, words, image
+
+
+@torch.inference_mode()
+def pooled(m, preparer, pairs, task):
+    """Mean hidden state of caption and of picture tokens after each layer (the embedding is layer 0), (L + 1, n, C)
+    each. In generation the caption stands first, in understanding the picture: what comes later has seen it."""
+    device, sides = next(m.parameters()).device, ([], [])
+    for first in range(0, len(pairs), 16):
+        batch, *masks = pair_batch(preparer, pairs[first:first + 16], task)
+        states = m(batch.to(device), intensity=False, hidden=True).hidden       # L + 1 of (B, T, C)
+        for side, mask in zip(sides, masks, strict=True):
+            mask = mask.to(device).float()
+            mean = [(mask[:, None] @ x.float())[:, 0] / mask.sum(1, keepdim=True) for x in states]
+            side.append(torch.stack(mean).cpu())                                # (L + 1, B, C)
+    return [torch.cat(side, 1) for side in sides]
+
+
+def mutual_neighbours(a, b, k):
+    """Share of the k nearest others (by cosine) that a point has in common in both spaces: a, b (n, C) -> (n,)."""
+    near = []
+    for x in (a, b):
+        x = torch.nn.functional.normalize(x, dim=1)
+        near.append((x @ x.T).fill_diagonal_(-2).topk(k, dim=1).indices)        # (n, k)
+    return (near[0][:, :, None] == near[1][:, None]).any(2).float().mean(1)
+
+
+def alignment(settings):
+    """Write alignment.png and alignment.json: score per layer, with 95 % bootstrap bars over pairs, beside chance and
+    shuffled pairs (UniFork, Sec. 3.1; definition after Huh et al. 2024)."""
+    m, text, run = evaluation.load_run(settings)
+    out = Path(settings.out or (Path(settings.checkpoint) / "alignment.png" if run else "alignment.png"))
+    if not out.parent.is_dir() or out.suffix != ".png":
+        raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
+    pairs = different_pairs(settings, m.config.kind, run)
+    n, rng = len(pairs), np.random.default_rng(settings.seed)
+    result = {"n": n, "chance": {k: k / (n - 1) for k in NEIGHBOURS}}
+    weights = torch.from_numpy(rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)).float() / n       # (R, n)
+    order = torch.from_numpy(rng.permutation(n))
+    mixed = order.roll(1)[order.argsort()]           # one long cycle: no pair stays together
+    preparer = data.Preparer(m, text)
+    for task in aia.TASKS:
+        words, image = pooled(m, preparer, pairs, task)
+        rows = result[task] = {"score": {}, "low": {}, "high": {}, "shuffled": {}}
+        for k in NEIGHBOURS:
+            each, apart = (torch.stack([mutual_neighbours(a, b[index], k) for a, b in zip(words, image, strict=True)])
+                           for index in (slice(None), mixed))                   # (L + 1, n) each
+            ends = (each @ weights.T).quantile(torch.tensor([0.025, 0.975]), dim=1)                     # (2, L + 1)
+            for name, values in zip(rows, (each.mean(1), *ends, apart.mean(1)), strict=True):
+                rows[name][k] = values.tolist()
+        k = NEIGHBOURS[0]
+        print(f"{ORDER[task]}; alignment of {n} pairs, k = {k}, by layer "
+              + " ".join(f"{value:.3f}" for value in rows["score"][k])
+              + f"; shuffled {np.mean(rows['shuffled'][k]):.3f}, chance {result['chance'][k]:.3f}")
+    plot_alignment(result, out)
+    write_json(result, out.with_suffix(".json"))
+    print(f"{out} and {out.with_suffix('.json')}")
+    return {task: result[task]["score"][NEIGHBOURS[0]] for task in aia.TASKS}
+
+
+def plot_alignment(result, file):
+    """Alignment of both tasks over layers; beside it with fewer and with more neighbours."""
+    first, *others = NEIGHBOURS
+    figure, panels = canvas([f"{result['n']} pairs, {first} neighbours",
+                             f"{' (dashed) and '.join(map(str, others))} (dash-dotted) neighbours"],
+                            "alignment of text and picture", "layer (0: embedding)", None)
+    for task in aia.TASKS:
+        for k, line in zip(NEIGHBOURS, ("-", "--", "-."), strict=True):
+            panel = panels[int(k != first)]
+            mean, low, high = (np.array(result[task][name][k]) for name in ("score", "low", "high"))
+            panel.errorbar(range(len(mean)), mean, np.array([mean - low, high - mean]).clip(0), fmt=line, marker="o",
+                           color=TASK_COLOUR[task], markersize=4, capsize=2, label=ORDER[task] if k == first else None)
+        panels[0].plot(result[task]["shuffled"][first], color=TASK_COLOUR[task], linewidth=0.8, linestyle="--",
+                       label=f"{TASK_NAME[task]}, pairs shuffled")
+    panels[0].axhline(result["chance"][first], color="black", linewidth=0.8, linestyle=":", label="chance")
+    for panel in panels:
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle("Attention is causal: what comes later in a task has seen what came before.", fontsize=9)
+    save_figure(figure, panels, file)
+
+
+def main(argv=None):
+    tell(alignment(parse(Alignment, argv, "python -m lab.alignment")))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,150 @@
+"""Runs on one page that opens from disk.
+
+    python -m lab.report runs/tiny-emu3-seed0
+"""
+
+import base64
+import html
+import io
+import time
+from dataclasses import dataclass
+
+import aia
+from eval import LABEL, WITHOUT, distance, has_aia, label_of
+from lab.figures import TASK_NAME, canvas, load_result, named, save_figure, training_log
+from parts.settings import InputError, aside, opt, parse, read_json, run_command, tell
+
+
+@dataclass(frozen=True)
+class Report:
+    """Put runs on one page that opens from disk: samples, curves, losses, scores, settings."""
+
+    POSITIONAL = ("runs",)
+    runs: tuple = opt((), "run folders")
+    out: str = opt("report.html", "HTML file to write")
+
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
+border-bottom: 1px solid #ddd; vertical-align: top } img { max-width: 100%; height: auto } details { margin: 1rem 0 }
+h2 { margin-top: 3rem; border-top: 2px solid #222; padding-top: 1rem } td { font-variant-numeric: tabular-nums }
+summary { cursor: pointer }"""
+REPORT_PICTURES = {"samples": "Drawings of held-out prompts", "curves": "Attention on the other modality, by layer",
+                   "alignment": "Alignment of text and picture, by layer"}
+SCORED = {"und": "questions about held-out pictures, share right", "gen": "drawings of held-out prompts, share right",
+          "reader": "pictures that the tokenizer gives back readable, share", "psnr": "picture tokenizer, PSNR in dB",
+          "val_ntp_gen": "next-token loss on held-out pictures", "val_ntp_und": "next-token loss on held-out answers",
+          "aia_gen": "L_AIA of generation", "aia_und": "L_AIA of understanding", "seconds": "training, seconds",
+          "rss_gb": "memory, GB"}
+
+
+def report(settings):
+    """Write one self-contained HTML file."""
+    if not settings.runs:
+        raise InputError("report needs run folders: python -m lab.report runs/tiny-emu3-seed0")
+    runs = named(settings.runs)
+    parts = [section(name, path) for name, path in runs.items()]
+    title = html.escape(", ".join(runs))
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+            f"<h1>Attention Interaction Alignment</h1><p>{title}; {time.strftime('%Y-%m-%d')}</p>"
+            f"{''.join(parts)}</html>")
+    with aside(settings.out) as part:
+        part.write_text(page, encoding="utf-8")
+    print(f"{settings.out}: {len(page) / 1e6:.1f} MB")
+    return {"out": settings.out, "runs": len(parts)}
+
+
+def section(name, folder):
+    """What one run left, as HTML: pictures first."""
+    if not (folder / "settings.json").exists():
+        raise InputError(f"{folder} holds no settings.json: give the folder of a run")
+    read = {part: read_json(folder / f"{part}.json") if (folder / f"{part}.json").exists() else {}
+            for part in ("result", "scores", "settings")}
+    result, scores, log = read["result"], read["scores"], training_log(folder / "metrics.jsonl")
+    text = [f"<h2>{html.escape(name)}</h2>"]
+    if not result:
+        text.append("<p>This run has no result yet.</p>")
+    text.append(html_table({SCORED[key]: result[key] for key in SCORED if result.get(key) is not None}))
+    for part, title in REPORT_PICTURES.items():
+        if (folder / f"{part}.png").exists():
+            text.append(html_picture(title, (folder / f"{part}.png").read_bytes()))
+        if part == "curves" and (folder / "curves.json").exists():
+            rows = load_result(folder)["curves"]
+            distances = {f"{TASK_NAME[task]}, {label_of(arm, row['arms'][arm])}": distance(row | row["arms"], arm)
+                         for task, row in rows.items() for arm in row["arms"]}
+            text += ["<p>Mean distance to the target:</p>", html_table(distances)]
+    if any(task in row for row in log for task in aia.TASKS):
+        drawn = io.BytesIO()
+        plot_losses(log, drawn)
+        text.append(html_picture("Losses of all stages", drawn.getvalue()))
+    arms = [arm for arm in ("before", "control") if arm in scores]
+    for key, title in (("und_by_kind", "Questions, share right"), ("gen_by_skill", "Drawings, share right")):
+        if key in scores:
+            columns = [scores[arm].get(key, {}) for arm in arms] + [scores[key]]
+            rows = {kind: [column.get(kind) for column in columns] for kind in scores[key]}
+            text += [f"<h3>{title}</h3>", html_table(
+                rows, "", *(LABEL[arm] for arm in arms), LABEL["after"] if has_aia(read["settings"]) else WITHOUT)]
+    for file in sorted(folder.glob("*/scores.json")):                           # benchmarks scored into the run folder
+        text += [f"<h3>{html.escape(file.parent.name)}</h3>", html_table(read_json(file))]
+    for title, rows in (("Machine", result.get("machine")), ("Settings", read["settings"])):
+        if rows:
+            text.append(f"<details><summary>{title}</summary>{html_table(rows)}</details>")
+    return "".join(text)
+
+
+def plot_losses(log, file):
+    """Next-token loss and L_AIA of each report, the stages of a run one after the other."""
+    figure, panels = canvas([*TASK_NAME.values()], "loss", "step, all stages", None)
+    start, ends = {}, {}
+    for row in log:                                  # in the order of training; the picture tokenizer has other losses
+        if not set(aia.TASKS) & set(row):
+            continue
+        start.setdefault(row["name"], max(ends.values(), default=0))
+        ends[row["name"]] = start[row["name"]] + row["step"]
+    for panel, task in zip(panels, aia.TASKS, strict=True):
+        for key, colour, label in (("ntp", "#0072B2", "next-token loss"), ("aia", "#D55E00", "L_AIA")):
+            for number, (name, first) in enumerate(start.items()):
+                rows = [row for row in log if row["name"] == name and task in row and key in row[task]]
+                panel.plot([first + row["step"] for row in rows], [row[task][key] for row in rows], color=colour,
+                           label=label if number == 0 else None)
+        panel.set_yscale("log")
+        panel.margins(y=0.15)                        # room for the names
+        for name, first in start.items():
+            panel.axvline(first, color="#bbbbbb", linewidth=0.8)
+            panel.annotate(f" {name}", (first, 0.99), xycoords=panel.get_xaxis_transform(), va="top", fontsize=8)
+    save_figure(figure, panels, file, None)
+
+
+def html_picture(title, png):
+    """A picture that is part of the page."""
+    code = base64.b64encode(png).decode()
+    return f'<h3>{html.escape(title)}</h3><img alt="{html.escape(title)}" src="data:image/png;base64,{code}">'
+
+
+def html_table(rows, *heads):
+    """{first cell: other cell, or list of them} as a table, with heads if there are several columns."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"] if heads else []
+    for key, value in rows.items():
+        cells = "".join(f"<td>{cell_text(cell)}</td>" for cell in (value if heads else [value]))
+        lines.append(f"<tr><td>{html.escape(str(key))}</td>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>" if lines else ""
+
+
+def cell_text(value):
+    """A value as HTML: numbers with four digits, what is nested in one line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{html.escape(str(key))} {cell_text(x)}" for key, x in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell_text, value)) or "none"
+    return "none" if value is None else html.escape(str(value))
+
+
+def main(argv=None):
+    tell(report(parse(Report, argv, "python -m lab.report")))
+
+
+if __name__ == "__main__":
+    run_command(main)

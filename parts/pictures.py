@@ -1,0 +1,118 @@
+"""Pictures from files to tensors: what is refused, and how each model resizes what it sees and what it draws."""
+
+import io
+import re
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from parts.settings import InputError
+
+MAX_RATIO = {"emu3": 5, "janus": 27}             # Emu3's own limit; Janus-Pro shrinks the short side to 14 of 384
+MIN_SIDE = {"emu3": 8, "janus": 1}               # Emu3's own limit
+
+
+def check_size(width, height, kind):
+    """Refuse pictures that no transform handles sensibly."""
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(f"the picture has {width} x {height} pixels (limit {Image.MAX_IMAGE_PIXELS}): shrink it first")
+    if max(width, height) > MAX_RATIO[kind] * min(width, height):
+        raise InputError(f"the picture is {width} x {height}, one side over {MAX_RATIO[kind]} times the other: crop it")
+    if min(width, height) < MIN_SIDE[kind]:
+        raise InputError(f"the picture is {width} x {height}, a side below {MIN_SIDE[kind]} pixels: enlarge it")
+
+
+def open_picture(source, kind):
+    """Path or bytes of a picture file -> Pillow picture: header read, size checked, pixels yet to come."""
+    name = "the picture" if isinstance(source, bytes) else f"picture {source}"
+    try:
+        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except FileNotFoundError as error:
+        raise InputError(f"{name} is missing: paths are relative to the JSON file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large to open safely ({error}): shrink it first") from error
+    except Exception as error:                       # of one file; readers raise whatever a broken one leads them to
+        why = re.sub(" <.*>", "", str(error))        # the address of a buffer
+        raise InputError(f"{name} cannot be opened ({why}): is it a picture, and complete?") from error
+    if picture.mode[0] in "IF":
+        raise InputError(f"{name} has more than 8 bits a channel ({picture.mode}), which would be cut off: save it "
+                         "with 8")
+    check_size(*picture.size, kind)
+    return picture
+
+
+def load_picture(source, kind):
+    """Path, bytes or uint8 array -> RGB picture, turned as a viewer shows it."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    picture = open_picture(source, kind)
+    try:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:
+        name = "the picture" if isinstance(source, bytes) else f"picture {source}"
+        raise InputError(f"{name} is broken ({error}): replace it") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resizing
+# ---------------------------------------------------------------------------------------------------------------------
+def smart_resize(height, width, config):
+    """Emu3's target sides: multiples of the code size, area within min_pixels..max_pixels."""
+    f, area = config.factor, height * width
+    new = [f * round(side / f) for side in (height, width)]                     # Python rounds half to even
+    if new[0] * new[1] > config.max_pixels:
+        shrink = (area / config.max_pixels) ** 0.5
+        new = [f * int(side / shrink / f) for side in (height, width)]
+    elif new[0] * new[1] < config.min_pixels:
+        grow = (config.min_pixels / area) ** 0.5
+        new = [f * -int(-side * grow // f) for side in (height, width)]
+    return tuple(new)
+
+
+def to_tensor(picture):
+    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1) * 2 - 1
+
+
+def to_picture(pixels):
+    """(3, H, W) in [-1, 1] -> uint8 array (H, W, 3), truncated as both models do."""
+    return ((pixels.float() + 1) / 2 * 255).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def emu3_picture(picture, config, area=None):
+    """Resize for Emu3, keeping the ratio: to `area` pixels first where given (training), then to its code grid."""
+    width, height = picture.size
+    if area:
+        scale = (area / (width * height)) ** 0.5
+        width, height = max(round(width * scale), 1), max(round(height * scale), 1)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    height, width = smart_resize(height, width, config)
+    return to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def janus_reading(picture, config):
+    """Resize for SigLIP: the longer side to S with *truncated* sides, centred on grey 127."""
+    size, longest = config.image_size, max(picture.size)
+    width, height = (max(int(side / longest * size), config.min_side) for side in picture.size)
+    square = Image.new("RGB", (size, size), (127, 127, 127))
+    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return to_tensor(square)
+
+
+def janus_drawing(picture, config):
+    """Resize for the codes of Janus-Pro: halve with a box filter while large, short side to S, centre crop."""
+    size = config.image_size
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize(tuple(round(side * scale) for side in picture.size), Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in picture.size)
+    return to_tensor(picture.crop((left, top, left + size, top + size)))
+
+
+def written(picture, config, training=True):
+    """Resize for the picture tokenizer of either model. Emu3 in training: to the area of a drawn picture."""
+    if config.kind == "janus":
+        return janus_drawing(picture, config)
+    return emu3_picture(picture, config, config.image_size**2 if training else None)

@@ -1,0 +1,218 @@
+"""What every command shares: flags from dataclasses, bad input as one line, devices, JSON, files written whole."""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line with place and remedy; commands exit with 2."""
+
+
+def first_line(error):
+    """The beginning of what a library says, for messages of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: a dataclass is defaults, flags, help and log
+# ---------------------------------------------------------------------------------------------------------------------
+def opt(default, help, choices=None):
+    """A field of a settings dataclass, with the help text of its flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def at_least(settings, least):
+    """Refuse numbers of a settings dataclass that are below {field: least}, too large for 64 bits, or not numbers."""
+    for name, low in least.items():
+        if not low <= getattr(settings, name) < 2**63:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least {low}, below 2^63")
+
+
+class Extend(argparse.Action):
+    """A flag that is given twice adds to what was given before, and takes the place of the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
+
+
+def parse(cls, argv=None, prog=None, defaults=()):
+    """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2.
+    defaults {field: value} stand in for those of the class."""
+    positional = getattr(cls, "POSITIONAL", ())
+    cli = argparse.ArgumentParser(prog=prog, description=cls.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    for f in fields(cls):
+        kind = {"default": f.default, "help": f.metadata["help"]}
+        if isinstance(f.default, bool):
+            kind["action"] = argparse.BooleanOptionalAction
+        elif isinstance(f.default, tuple):
+            kind |= {"nargs": "*" if f.name in positional else "+", "metavar": f.name.upper(), "action": Extend}
+        else:
+            kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
+            kind |= {} if f.name in positional or kind["choices"] else {"metavar": type(f.default).__name__.upper()}
+        name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
+        cli.add_argument(name, **kind | ({"nargs": "?"} if f.name in positional and f.default else {}))
+    cli.set_defaults(**dict(defaults))
+    return cls(**vars(cli.parse_args(argv)))
+
+
+def chosen(commands, prog, doc, argv=None):
+    """The first word of a command line names one of commands {name: (settings class, function)} -> function, settings.
+    Without it, or with --help, the doc is printed: (None, None)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(doc)
+        return None, None
+    if argv[0] not in commands:
+        raise InputError(f"{prog} knows no command {argv[0]!r}: use one of {', '.join(commands)}")
+    cls, command = commands[argv[0]]
+    return command, parse(cls, argv[1:], f"{prog} {argv[0]}")
+
+
+def tell(result):
+    """The last line of a command that measures: its figures as JSON."""
+    if result:                                       # other processes of torchrun have none
+        print("result " + json.dumps(result))
+
+
+def moved(argv, prog, places):
+    """Refuse an old spelling of a command, {word: what it is called now}."""
+    for word in (argv or [])[:1]:
+        if word in places:
+            raise InputError(f"{prog} {word} is now {places[word]}")
+
+
+def run_command(command):
+    """Run a command line: bad input is one clear line on stderr and exit status 2, never a traceback."""
+    try:
+        command()
+    except (InputError, OSError, SafetensorError) as error:                     # the latter two: a full disk, no rights
+        if os.environ.get("RANK", "0") != "0":      # what all processes meet, the first one says, and torchrun ends all
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def read_json(file):
+    """The object in a json file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object: is it the right folder, and complete?")
+    return content
+
+
+def text_lines(file):
+    """[(place, line)] of the lines of a file that hold anything."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({first_line(error)}): give the right file, complete"
+                         ) from error
+    return [(f"{file} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def json_lines(file, *needed):
+    """[(place, object)] of a JSON-lines file, each object with the needed fields."""
+    rows = []
+    for place, line in text_lines(file):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place}: not JSON ({error}): write one object a line") from error
+        if absent := [name for name in needed if not isinstance(row, dict) or name not in row]:
+            raise InputError(f"{place}: there is no {absent[0]!r}: each line is an object with {', '.join(needed)}")
+        rows.append((place, row))
+    return rows
+
+
+def whole(line):
+    """The object of a line of the log; None of one that a kill cut short."""
+    try:
+        return found if isinstance(found := json.loads(line), dict) else None
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def aside(file):
+    """A second name to write a file under; it is renamed at the end, so that no one ever sees half of it."""
+    part = Path(f"{file}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"{file} cannot be written ({error.strerror or error}): give a file in a folder that exists, "
+                         "with room") from error
+
+
+def write_json(content, file):
+    with aside(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def lines_to(file, lines):
+    """Write text lines, making the folder where it is missing."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with aside(file) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------------
+def device_of(name):
+    """--device: "auto" takes CUDA where there is one; a process of torchrun has the GPU of its number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+    try:
+        torch.empty(0, device=name).numpy(force=True)                           # meta tensors hold no numbers
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} is not available here: use cpu, or auto, and no more processes than "
+                         "GPUs") from error
+    return name
+
+
+def machine():
+    """What a number was measured on, to be stored beside it."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":")[1].strip()
+                break
+    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def memory_gb():
+    """Largest memory of this process so far, in 1e9 bytes: GPU memory where one is used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:                             # Windows does not tell
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

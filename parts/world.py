@@ -1,0 +1,371 @@
+"""The world: scenes of coloured shapes, drawn, read back, described and asked about, some of them held out."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from parts.settings import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes, drawing, reading
+# ---------------------------------------------------------------------------------------------------------------------
+# A world has the first few of these words: see World.
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "wedge", "bar", "corner")
+COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
+           "black": (25, 25, 25), "pink": (225, 55, 175), "brown": (120, 70, 30), "cyan": (30, 200, 215)}
+BACKGROUND = (245, 245, 245)
+GRID = 2                                        # cells per side of a picture
+CELLS = GRID * GRID
+CELL, CELL_SIDES = 8, range(8, 33, 8)           # pixels per side of a cell: the usual one, and all that codes of 8 fill
+EXTENT = 0.45                                   # half the extent of a shape, as a share of its cell
+PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NUMBERS = ("zero", "one", "two", "three")
+UNREADABLE = 0.13                               # root mean square distance (of 1) beyond which a cell is like no shape
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    """One object of a scene. place counts the cells row by row."""
+
+    shape: str
+    colour: str
+    place: int
+
+
+SPRITE_OF = {name: i for i, name in enumerate([None, *itertools.product(SHAPES, COLOURS)])}         # None: empty
+
+
+@functools.cache
+def sprites(cell):
+    """The smooth-edged pictures (n, cell, cell, 3) in 0..255 of all that SPRITE_OF names."""
+    fine, r = 8, EXTENT * cell
+    at = (np.arange(cell * fine) + 0.5) / fine - cell / 2
+    y, x = np.meshgrid(at, at, indexing="ij")
+    inside = {
+        "circle": x * x + y * y < r * r,
+        "square": (abs(x) < 0.95 * r) & (abs(y) < 0.95 * r),
+        "triangle": (y < 0.9 * r) & (y > -r) & (abs(x) < 0.62 * (y + r)),
+        "cross": ((abs(x) < 0.34 * r) | (abs(y) < 0.34 * r)) & (abs(x) < r) & (abs(y) < r),
+        "ring": (x * x + y * y < r * r) & (x * x + y * y > (0.55 * r) ** 2),
+        "wedge": (y > -0.9 * r) & (y < r) & (abs(x) < 0.62 * (r - y)),
+        "bar": (abs(x) < 0.4 * r) & (abs(y) < r),
+        "corner": (abs(x) < r) & (abs(y) < r) & ((x < -0.3 * r) | (y > 0.3 * r)),
+    }
+    pictures = [np.broadcast_to(np.float32(BACKGROUND), (cell, cell, 3))]
+    for shape in SHAPES:
+        cover = inside[shape].reshape(cell, fine, cell, fine).mean((1, 3))[..., None]
+        pictures += [cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND) for rgb in COLOURS.values()]
+    return np.stack(pictures).astype(np.float32)
+
+
+def draw_scenes(scenes, cell=CELL):
+    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = GRID * cell."""
+    cells = np.zeros((len(scenes), CELLS), int)
+    for row, scene in zip(cells, scenes, strict=True):
+        for thing in scene:
+            row[thing.place] = SPRITE_OF[thing.shape, thing.colour]
+    tiles = sprites(cell)[cells].reshape(-1, GRID, GRID, cell, cell, 3)
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, GRID * cell, GRID * cell, 3).round().astype(np.uint8)
+
+
+def read_scenes(pictures, world):
+    """Find the things in pictures (n, S, S, 3) uint8: list of scenes, and clear (n,) bool.
+
+    Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its picture
+    unclear.
+    """
+    n, cell, names = len(pictures), world.cell, [None, *itertools.product(world.shapes, world.colours)]
+    tiles = pictures.reshape(n, GRID, cell, GRID, cell, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
+    tiles = tiles.reshape(n * CELLS, -1)
+    known = sprites(cell)[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
+    square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (n CELLS, sprites)
+    best = square.argmin(1)
+    good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
+    best = np.where(good, best, 0).reshape(n, CELLS)
+    scenes = [tuple(Thing(*names[i], place) for place, i in enumerate(row) if i) for row in best]
+    return scenes, good.reshape(n, CELLS).all(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Combinations, wordings, held-out split
+# ---------------------------------------------------------------------------------------------------------------------
+# A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
+# skill is held out: no training picture shows one of them and nothing else. Worlds of larger scenes have a skill more
+# for each size; there a held-out pair may be met beside other things.
+SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
+SEVERAL = {3: "three objects", 4: "four objects"}
+QUESTIONS = ("existence", "count", "position", "colour", "choice")
+HELD_OUT = 1 / 8
+SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
+SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in SEVERAL.items()}}       # things of a scene; "group": 2 or 3
+QUESTIONS_ASKED = 4                             # questions of a training conversation; half end in a description
+DESCRIBE = "what is there?"
+PREFIXES = ("", "a picture of ", "draw ", "there is ")
+
+
+def relations(a, b):
+    """Which relations hold between things a and b, by their cells."""
+    step = [divmod(a.place, GRID)[i] - divmod(b.place, GRID)[i] for i in (0, 1)]
+    return [name for name, (row, column) in RELATIONS.items() if row * step[0] > 0 or column * step[1] > 0]
+
+
+def combinations(scene):
+    """All combinations that a scene shows, and nothing besides: {(skill, words...)}, each in one canonical order.
+
+    A scene fulfils a prompt if the prompt's combination is among them: one thing more, and it is not.
+    """
+    objects = [(thing.colour, thing.shape) for thing in scene]
+    if len(scene) == 1:
+        return {("one object", objects[0][1], scene[0].place), ("colours", *objects[0], scene[0].place)}
+    if len(set(objects)) == 1:
+        return {("counting", len(scene), *objects[0])}
+    if not scene or len({thing.shape for thing in scene}) < len(scene):
+        return set()                                # nothing, or some alike and some not
+    ordered = sorted(scene)                         # by shape
+    placed = sum(((thing.shape, thing.place) for thing in ordered), ())
+    if len(scene) > 2:
+        return {(SEVERAL[len(scene)], *placed)}
+    a, b = ordered
+    x, y = (a.colour, a.shape), (b.colour, b.shape)
+    return {("two objects", *placed), ("colour attribution", x, y),
+            *(("position", x, name, y) for name in relations(a, b))}
+
+
+def all_combinations(world):
+    """{skill: every combination of it}, in a fixed order."""
+    objects, places = [(colour, shape) for colour in world.colours for shape in world.shapes], range(CELLS)
+    pairs = [(x, y) for x in objects for y in objects if x[1] < y[1]]
+
+    def placed(n):
+        """Every n different shapes, in order, each with a cell of its own."""
+        shapes = (row for row in itertools.product(world.shapes, repeat=n) if sorted({*row}) == [*row])
+        return [sum(zip(row, at, strict=True), ()) for row in shapes for at in itertools.permutations(places, n)]
+    return {
+        "one object": [("one object", *words) for words in placed(1)],
+        "two objects": [("two objects", *words) for words in placed(2)],
+        "counting": [("counting", n, *x) for n in (2, 3) for x in objects],
+        "colours": [("colours", *x, p) for x in objects for p in places],
+        "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
+        "colour attribution": [("colour attribution", x, y) for x, y in pairs],
+        **{skill: [(skill, *words) for words in placed(n)] for n, skill in SEVERAL.items() if n <= world.objects},
+    }
+
+
+def prompt_text(combination, rng):
+    """A caption that mentions exactly this combination."""
+    skill, *words = combination
+    swap = rng.random() < 0.5
+    if skill == "one object":
+        text = f"a {words[0]} {PLACES[words[1]]}"
+    elif skill == "colours":
+        text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
+    elif skill == "counting":
+        text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
+    elif skill in ("two objects", *SEVERAL.values()):
+        said = [f"a {shape} {PLACES[place]}" for shape, place in zip(words[::2], words[1::2], strict=True)]
+        text = " and ".join(said[::-1] if swap else said)
+    else:
+        first, name, second = words[0], words[1] if skill == "position" else "and", words[-1]
+        if swap:
+            first, name, second = second, OPPOSITE.get(name, name), first
+        text = f"a {' '.join(first)} {name} a {' '.join(second)}"
+    return PREFIXES[rng.integers(len(PREFIXES))] + text
+
+
+def plural(word):
+    return word + ("es" if word.endswith("s") else "s")
+
+
+class World:
+    """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them.
+
+    shapes, colours: how many words of each kind it has; objects: how many different things a scene holds at most; cell:
+    side of a cell in pixels. The defaults are the easiest world.
+    """
+
+    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL):
+        for name, value, least, most in (("shapes", shapes, 4, len(SHAPES)), ("colours", colours, 4, len(COLOURS)),
+                                         ("objects", objects, 2, min(CELLS, shapes - 2, colours - 2))):
+            if not least <= value <= most:          # a choice needs two words that are absent
+                raise InputError(f"--{name} {value}: give {least} to {most}" + (
+                    f" with --shapes {shapes} --colours {colours}" if name == "objects" else ""))
+        if cell not in CELL_SIDES:
+            raise InputError(f"--cell {cell}: give {', '.join(map(str, CELL_SIDES[:-1]))} or {CELL_SIDES[-1]}")
+        self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
+        self.cell, self.side = cell, GRID * cell    # of a cell and of a picture, in pixels
+        self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
+        self.skills = SKILLS + self.several
+        self.kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))          # of training scenes
+        rng = np.random.default_rng([seed, 1])
+        self.combinations = all_combinations(self)
+        self.held = {skill: [every[i] for i in sorted(rng.permutation(len(every))[:round(len(every) * HELD_OUT)])]
+                     for skill, every in self.combinations.items()}
+        self.held_out = frozenset(itertools.chain(*self.held.values()))
+
+    def scene(self, rng):
+        """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
+        while True:
+            scene = random_scene(self, rng, self.kinds[rng.integers(len(self.kinds))])
+            if not combinations(scene) & self.held_out:
+                return scene
+
+    def crowd(self, rng):
+        """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
+        while True:
+            places = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
+            scene = tuple(Thing(self.shapes[rng.integers(len(self.shapes))],
+                                self.colours[rng.integers(len(self.colours))], place) for place in sorted(places))
+            if not combinations(scene) & self.held_out:
+                return scene
+
+    def held_out_scene(self, skill, rng):
+        """A scene and the held-out combination of this skill that it shows."""
+        wanted = self.held[skill][rng.integers(len(self.held[skill]))]
+        kinds = {"one object": "one", "colours": "one", "counting": "group"} | {name: name for name in self.several}
+        while True:
+            scene = random_scene(self, rng, kinds.get(skill, "two"), wanted)
+            if wanted in combinations(scene):
+                return scene, wanted
+
+
+WORLD = ("seed", "shapes", "colours", "objects", "cell")       # settings of a run that say which world it has
+
+
+def world_of(run):
+    """The world of a run, by its settings; runs of before worlds could be harder have the easiest."""
+    return World(**{name: run[name] for name in WORLD if name in run})
+
+
+def random_scene(world, rng, kind, wanted=None):
+    """One, a group or several different things at random cells; `wanted` fixes the words of a combination, to be found
+    sooner."""
+    places, alike = rng.permutation(CELLS).tolist(), kind in ("one", "group")
+    colours = [world.colours[i] for i in rng.integers(len(world.colours), size=world.objects)]
+    shapes = [world.shapes[i] for i in rng.permutation(len(world.shapes))]
+    number = SIZES.get(kind) or int(rng.integers(2, 4))
+    skill, *words = wanted or (None,)
+    if skill == "one object":
+        shapes[0], places[0] = words
+    elif skill == "colours":
+        colours[0], shapes[0], places[0] = words
+    elif skill == "counting":
+        number, colours[0], shapes[0] = words
+    elif skill in ("two objects", *SEVERAL.values()):
+        shapes, places = words[::2], words[1::2]
+    elif skill:
+        colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
+    return tuple(sorted((Thing(shapes[0 if alike else i], colours[0 if alike else i], places[i])
+                         for i in range(number)), key=lambda thing: thing.place))
+
+
+def describe(scene):
+    """Everything in a scene: "a red circle at the top left and a blue square ..."."""
+    return " and ".join(f"a {thing.colour} {thing.shape} {PLACES[thing.place]}" for thing in scene)
+
+
+def caption(scene, rng):
+    """A caption that fits the scene: all of it (one in three), or what one random skill mentions."""
+    if rng.random() < 1 / 3:
+        return describe(scene)
+    shown = sorted(combinations(scene), key=repr)
+    skills = sorted({c[0] for c in shown})
+    skill = skills[rng.integers(len(skills))]
+    mine = [c for c in shown if c[0] == skill]
+    return prompt_text(mine[rng.integers(len(mine))], rng)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Question:
+    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty."""
+
+    kind: str
+    text: str
+    answer: str
+    options: tuple = ()
+
+
+def yes_no(kind, text, truth):
+    return Question(kind, text, "yes" if truth else "no")
+
+
+def make_question(world, scene, kind, rng, truth=None, closed=None):
+    """Ask about a scene of a world. truth True or False asks for a yes/no question with that answer (not for "choice");
+    closed False for an open one where there is one (not for the position of a group): those teach what the others need.
+    """
+    closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
+    truth = bool(rng.random() < 0.5) if truth is None else truth
+    thing = scene[rng.integers(len(scene))]
+    return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
+            "choice": ask_choice}[kind](world, scene, thing, rng, closed, truth)
+
+
+def other(rng, known, *present):
+    """A random member of `known` that is not present."""
+    absent = [word for word in known if word not in present]
+    return absent[rng.integers(len(absent))]
+
+
+def ask_existence(world, scene, thing, rng, closed, truth):
+    absent = other(rng, world.shapes, *(t.shape for t in scene))
+    if not closed:
+        first, second = (thing.shape, absent) if truth else (absent, thing.shape)
+        return Question("existence", f"is there a {first} or a {second}?", thing.shape)
+    return yes_no("existence", f"is there a {thing.shape if truth else absent}?", truth)
+
+
+def ask_count(world, scene, thing, rng, closed, truth):
+    number = sum(t.shape == thing.shape for t in scene)
+    if not closed:
+        return Question("count", f"how many {plural(thing.shape)} are there?", NUMBERS[number])
+    said = number if truth else other(rng, (1, 2, 3), number)
+    shapes = plural(thing.shape) if said > 1 else thing.shape
+    return yes_no("count", f"{'are' if said > 1 else 'is'} there {NUMBERS[said]} {shapes}?", truth)
+
+
+def ask_position(world, scene, thing, rng, closed, truth):
+    others = [t for t in scene if t.shape != thing.shape]
+    if not closed and (len(scene) == 1 or others and rng.random() < 0.5):
+        return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
+    if others:
+        holds = relations(thing, others[0])
+        name = holds[rng.integers(len(holds))]
+        if not closed:
+            which = "left or right of" if "of" in name else "above or below"
+            return Question("position", f"is the {thing.shape} {which} the {others[0].shape}?", name.split()[0])
+        name = name if truth else OPPOSITE[name]
+        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
+    place = thing.place if truth else other(rng, range(CELLS), *(t.place for t in scene))
+    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
+
+
+def ask_colour(world, scene, thing, rng, closed, truth):
+    several = sum(t.shape == thing.shape for t in scene) > 1
+    verb, noun = ("are", plural(thing.shape)) if several else ("is", thing.shape)
+    if not closed:
+        return Question("colour", f"what colour {verb} the {noun}?", thing.colour)
+    colour = thing.colour if truth else other(rng, world.colours, thing.colour)
+    return yes_no("colour", f"{verb} the {noun} {colour}?", truth)
+
+
+def ask_choice(world, scene, thing, rng, closed, truth):
+    name = "colour" if rng.random() < 0.5 else "shape"
+    right = getattr(thing, name)
+    shown = {getattr(t, name) for t in scene}
+    absent = [word for word in getattr(world, name + "s") if word not in shown]
+    wrong = [absent[i] for i in rng.permutation(len(absent))[:3]]
+    options = wrong + [right] if len(wrong) == 3 else wrong + ["nothing"] + [right]
+    options = [options[i] for i in rng.permutation(4)]
+    return choice_question(f"which {name} is there?", options, right)
+
+
+def choice_question(stem, options, right):
+    """Four lettered options, answered by the letter (in the manner of MMBench)."""
+    text = stem + "".join(f" {letter} {option}" for letter, option in zip("ABCD", options, strict=True))
+    return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
