@@ -167,9 +167,9 @@ def stages_from_curve(curve, task="gen"):
     return rows
 
 
-def reference_curve(place, curves=CURVES):
-    """One digitised curve as a list with a value for each of its own layers. place: (figure, model, direction)."""
-    figure, model, direction = place
+def reference_curve(key, curves=CURVES):
+    """One digitised curve as a list with a value for each of its own layers. key: (figure, model, direction)."""
+    figure, model, direction = key
     content = _read_json(curves, "reference curves")
     try:
         curve = [float(value) for value in content[figure][model][direction]]

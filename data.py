@@ -47,9 +47,9 @@ from parts.text import SPECIAL, Text
 from parts.world import (
     DESCRIBE,
     NUMBERS,
-    QUESTIONS,
     QUESTIONS_ASKED,
     RELATIONS,
+    TOPICS,
     World,
     caption,
     describe,
@@ -190,7 +190,7 @@ class Batch:
     pixels: torch.Tensor | None = None       # Janus-Pro understanding: (n, 3, S, S)
     features: torch.Tensor | None = None     # the same, already read by SigLIP: (n, N, vit_width)
     codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
-    places: tuple = ()                       # where each sample comes from, for messages
+    origins: tuple = ()                      # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
     # What follows from the above, made while the batch is still on the CPU, so that a GPU is never asked how many there
     # are. Whoever replaces a mask must make its indices anew: see `measuring`.
@@ -273,14 +273,14 @@ class Preparer:
         """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
         samples, valid, pictures = self.pieces(records, rngs, drop)
         return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"],
-                       places=tuple(record.place for record in records), **pictures)
+                       origins=tuple(record.origin for record in records), **pictures)
 
     def nothing(self, task):
         """A Batch of one sample without labels: all modules take part, and no gradient comes of it."""
         side = self.config.image_size
         said = (("nothing", "<image>" if task == "gen" else "nothing"),)
         batch = self.batch([Record("nothing", task, said, (np.zeros((side, side, 3), np.uint8),))])
-        return replace(batch, labels=torch.full_like(batch.labels, -100), targets=None, places=(), lengths=(0,),
+        return replace(batch, labels=torch.full_like(batch.labels, -100), targets=None, origins=(), lengths=(0,),
                        aia_valid=torch.zeros_like(batch.aia_valid))
 
     def pieces(self, records, rngs=None, drop=0.0):
@@ -301,14 +301,14 @@ class Preparer:
                 pieces = self.template.understanding(question_parts(record.turns, len(record.pictures)), mine)
             length = sum(len(ids) for ids, _ in pieces)
             if self.training and length > self.config.context:
-                raise InputError(f"{record.place}: {length} tokens, but the model takes {self.config.context}: "
+                raise InputError(f"{record.origin}: {length} tokens, but the model takes {self.config.context}: "
                                  "shorten the text or split the conversation")
             samples.append(pieces)
             kept.append(not dropped)
         return samples, kept, pictures
 
 
-def collate(task, samples, valid, pad, pixels=None, codes=None, places=(), features=None):
+def collate(task, samples, valid, pad, pixels=None, codes=None, origins=(), features=None):
     """Pieces [(ids, role), ...] of each sample -> Batch; labels and masks follow from the roles."""
     lengths = tuple(sum(len(ids) for ids, _ in pieces) for pieces in samples)
     tokens = torch.full((len(samples), max(lengths)), pad)                      # (B, T)
@@ -323,7 +323,7 @@ def collate(task, samples, valid, pad, pixels=None, codes=None, places=(), featu
     if codes is not None:                                                       # Janus-Pro: gen_head predicts codes
         labels = labels.masked_scatter(answer, codes)
     valid = valid & condition.any(1) & queries.any(1)
-    return Batch(task, tokens, labels, condition, queries, valid, pixels, features, codes, places, lengths)
+    return Batch(task, tokens, labels, condition, queries, valid, pixels, features, codes, origins, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,8 +354,8 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
             if len(good) == len(positions):
                 raise
             return usable_batch(preparer, get, good, drop, bad)
-        place = pairs[0][0].place if pairs else ""  # reading names its place itself
-        text = str(error) if place in str(error) else f"{place}: {error}"
+        origin = pairs[0][0].origin if pairs else ""  # reading names it itself
+        text = str(error) if origin in str(error) else f"{origin}: {error}"
         if bad is None:
             raise InputError(f"{text} ({SKIP_HINT})") from error
         bad += [text] if text not in bad else []
@@ -424,10 +424,10 @@ class Schedule:
     def record(self, task, position):
         """The record at a position of the task's endless stream, and its random numbers."""
         sources, weights = zip(*self.parts[task], strict=True)
-        number, place = deal(position, weights)
+        number, own = deal(position, weights)
         n = sources[number].count(task)
-        epoch, place = divmod(place, n)
-        index = shuffled(place, n, (self.seed, aia.TASKS.index(task), epoch, number))
+        epoch, own = divmod(own, n)
+        index = shuffled(own, n, (self.seed, aia.TASKS.index(task), epoch, number))
         rng = np.random.default_rng([self.seed, 4, aia.TASKS.index(task), position])
         return sources[number].record(task, index, rng), rng
 
@@ -467,7 +467,7 @@ class Schedule:
             except InputError:
                 raise
             except Exception as error:              # out of memory, a fault in a library: say with which records
-                error.add_note(f"while preparing {', '.join(self.record(task, i)[0].place for i in positions)}")
+                error.add_note(f"while preparing {', '.join(self.record(task, i)[0].origin for i in positions)}")
                 raise
             if batch or self.world > 1:
                 batch = batch or self.preparer.nothing(task)
@@ -495,12 +495,12 @@ class WorldSource:
         rng = np.random.default_rng([seed, 2])
         self.world, self.bad, self.paths = world, [], []
         self.scenes = [world.scene(rng) for _ in range(n)]
-        self.pictures, self.rng = draw_scenes(self.scenes, world.cell), rng
+        self.pictures, self.rng = draw_scenes(self.scenes, world.cell_side), rng
 
     @functools.cached_property
     def crowded(self):
         """Pictures for the picture tokenizer, half as many; drawn when they are needed."""
-        return draw_scenes([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)], self.world.cell)
+        return draw_scenes([self.world.crowd(self.rng) for _ in range(len(self.scenes) // 2)], self.world.cell_side)
 
     def count(self, task):
         return len(self.scenes)
@@ -510,8 +510,8 @@ class WorldSource:
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
-            kinds = rng.permutation(QUESTIONS)[:QUESTIONS_ASKED]
-            asked = [make_question(self.world, scene, kind, rng) for kind in kinds]
+            topics = rng.permutation(TOPICS)[:QUESTIONS_ASKED]
+            asked = [make_question(self.world, scene, topic, rng) for topic in topics]
             described = [(DESCRIBE, describe(scene))] * int(rng.integers(2))
             turns = (*((q.text, q.answer) for q in asked), *described)
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
@@ -537,7 +537,7 @@ def train_tokenizer(file, config, world=None):
     rng, lines = np.random.default_rng(0), []
     for _ in range(2000):
         scene = world.scene(rng)
-        asked = make_question(world, scene, QUESTIONS[rng.integers(len(QUESTIONS))], rng)
+        asked = make_question(world, scene, TOPICS[rng.integers(len(TOPICS))], rng)
         lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT]
         lines += [JANUS_USER, JANUS_ASSISTANT]
         lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer, DESCRIBE]
@@ -676,19 +676,19 @@ def encode(settings):
         mine = {f"{name}/{picture_key(path)}": (task, i, j) for task in tasks
                 for i in range(rank, source.count(task), world)
                 for j, path in enumerate(source.record(task, i).pictures)}           # where it is: bytes would not fit
-        todo, made, missing = [(key, place) for key, place in mine.items() if key not in store.parts], {}, 0
+        todo, made, missing = [(key, at) for key, at in mine.items() if key not in store.parts], {}, 0
         for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
-            keys, places = zip(*todo[first:first + TOGETHER], strict=True)
-            pictures = [source.record(task, i).pictures[j] for task, i, j in places]
+            keys, ats = zip(*todo[first:first + TOGETHER], strict=True)
+            pictures = [source.record(task, i).pictures[j] for task, i, j in ats]
             try:
                 made |= zip(keys, make(pictures), strict=True)
             except InputError:
-                for key, (task, i, _), picture in zip(keys, places, pictures, strict=True):             # find it
+                for key, (task, i, _), picture in zip(keys, ats, pictures, strict=True):             # find it
                     try:
                         made[key], = make([picture])
                     except InputError as error:
                         missing += 1
-                        note_bad(f"{source.record(task, i).place}: {error}", source.bad,
+                        note_bad(f"{source.record(task, i).origin}: {error}", source.bad,
                                  settings.on_bad_record == "stop")
             full = len(made) >= PICTURES_A_FILE or sum(one.nbytes for one in made.values()) >= BYTES_A_FILE
             if full or first + TOGETHER >= len(todo):

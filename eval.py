@@ -41,7 +41,7 @@ from parts.settings import (
 )
 from parts.text import TOKENIZERS, Text
 from parts.world import (
-    QUESTIONS,
+    TOPICS,
     choice_question,
     combinations,
     draw_scenes,
@@ -121,14 +121,14 @@ def ask(preparer, records):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-# Which held-out combinations the pictures of a question kind show; larger scenes are shown for every kind but count.
+# Which held-out combinations the pictures of a topic show; larger scenes are shown for every topic but count.
 SHOWN = {"existence": ("two objects", "colour attribution", "colours"), "count": ("counting", "two objects"),
          "position": ("position", "one object"), "colour": ("colours", "colour attribution"),
          "choice": ("colours", "two objects")}
 
 
 def score_understanding(m, text, world, n, seed=0):
-    """Plain accuracy per question kind on n held-out pictures each, and the stricter measures of the three benchmarks.
+    """Plain accuracy per question topic on n held-out pictures each, and the stricter measures of the three benchmarks.
 
     existence  yes/no, balanced; f1 with "yes" as positive (POPE)
     count, position, colour  a true and a false yes/no question about each picture; acc+ wants both right (MME); open is
@@ -137,33 +137,35 @@ def score_understanding(m, text, world, n, seed=0):
     """
     rng = np.random.default_rng([seed, 6])
     asked = []                                                                  # (measure, number, picture, q)
-    for kind in QUESTIONS:
-        shown = SHOWN[kind] + (world.several if kind != "count" else ())
+    for topic in TOPICS:
+        shown = SHOWN[topic] + (world.several if topic != "count" else ())
         for i in range(n):
             scene, _ = world.held_out_scene(shown[i % len(shown)], rng)
-            picture = draw_scenes([scene], world.cell)[0]
-            if kind == "existence":
-                # half of them true, of each kind of scene: with four kinds, turns of four would go with the kinds
-                questions = [(kind, make_question(world, scene, kind, rng, i % 4 < 2 if len(shown) % 4 else i % 8 < 4))]
-            elif kind == "choice":
-                first, *others = rotations(make_question(world, scene, kind, rng))
-                questions = [(kind, first), *(("turned", question) for question in others)]
+            picture = draw_scenes([scene], world.cell_side)[0]
+            if topic == "existence":
+                # Half of them true, for each kind of scene: where these repeat every four, the answer must not.
+                truth = i % 4 < 2 if len(shown) % 4 else i % 8 < 4
+                questions = [(topic, make_question(world, scene, topic, rng, truth))]
+            elif topic == "choice":
+                first, *others = rotations(make_question(world, scene, topic, rng))
+                questions = [(topic, first), *(("turned", question) for question in others)]
             else:
-                questions = [(kind, make_question(world, scene, kind, rng, truth)) for truth in (True, False)]
-                questions.append(("open", make_question(world, scene, kind, rng, closed=False)))
-            asked += [(measure, (kind, i), picture, question) for measure, question in questions]
+                questions = [(topic, make_question(world, scene, topic, rng, truth)) for truth in (True, False)]
+                questions.append(("open", make_question(world, scene, topic, rng, closed=False)))
+            asked += [(measure, (topic, i), picture, question) for measure, question in questions]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
     right = {}                                                                  # {measure: {picture: [right or not]}}
     for (measure, number, _, question), reply in zip(asked, said, strict=True):
         right.setdefault(measure, {}).setdefault(number, []).append(reply == question.answer)
     plain = {measure: float(np.mean(sum(groups.values(), []))) for measure, groups in right.items()}
     strict = {measure: float(np.mean([all(group) for group in groups.values()])) for measure, groups in right.items()}
-    kinds = {kind: plain[kind] for kind in QUESTIONS}
+    topics = {topic: plain[topic] for topic in TOPICS}
     pairs = [(reply == "yes", question.answer == "yes") for (measure, _, _, question), reply
              in zip(asked, said, strict=True) if measure == "existence"]
     hits, claimed, true = (sum(x) for x in ([a and b for a, b in pairs], [a for a, _ in pairs], [b for _, b in pairs]))
-    return {"und": float(np.mean(list(kinds.values()))), "und_by_kind": kinds, "f1": 2 * hits / max(claimed + true, 1),
-            "acc_plus": float(np.mean([strict[kind] for kind in ("count", "position", "colour")])),
+    return {"und": float(np.mean(list(topics.values()))), "und_by_topic": topics,
+            "f1": 2 * hits / max(claimed + true, 1),
+            "acc_plus": float(np.mean([strict[topic] for topic in ("count", "position", "colour")])),
             "circular": float(np.mean([all(right["choice"][number] + turned)
                                        for number, turned in right["turned"].items()])), "open": plain["open"]}
 
@@ -193,7 +195,7 @@ def score_tokenizer(m, world, n, seed=0):
     """Encode and decode n held-out pictures: psnr in dB, and the share that is read exactly as it was drawn."""
     rng = np.random.default_rng([seed, 8])
     scenes = [world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(n)]
-    drawn = draw_scenes(scenes, world.cell)
+    drawn = draw_scenes(scenes, world.cell_side)
     pixels = torch.stack([to_tensor(picture) for picture in drawn]).to(next(m.parameters()).device)
     again = torch.cat([m.decode_images(m.encode_images(part)).cpu() for part in pixels.split(64)])
     again = np.stack([to_picture(picture) for picture in again])
@@ -217,11 +219,11 @@ class HeldOut:
         records = []
         for i in range(n):
             scene, combination = self.world.held_out_scene(self.world.skills[i % len(self.world.skills)], rng)
-            kinds = [QUESTIONS[k] for k in rng.permutation(len(QUESTIONS))[:4]]
-            asked = [make_question(self.world, scene, kind, rng) for kind in kinds]
+            topics = [TOPICS[k] for k in rng.permutation(len(TOPICS))[:4]]
+            asked = [make_question(self.world, scene, topic, rng) for topic in topics]
             turns = [(q.text, q.answer) for q in asked] if task == "und" else [(prompt_text(combination, rng),
                                                                                 "<image>")]
-            picture = draw_scenes([scene], self.world.cell)[0]
+            picture = draw_scenes([scene], self.world.cell_side)[0]
             records.append(Record(f"held-out picture {i}", task, tuple(turns), (picture,)))
         for start in range(0, n, batch):
             yield preparer.batch(records[start:start + batch])
@@ -271,7 +273,7 @@ class FreeDecoding(data.Preparer):
             samples = [[*pieces, (row[:row.index(eos) + 1] if eos in row else row, data.ANSWER)]
                        for pieces, row in zip(samples, said, strict=True)]
         return data.collate(task, samples, torch.ones(len(samples), dtype=torch.bool), self.text.ids["pad"], pixels,
-                            codes, tuple(record.place for record in records))
+                            codes, tuple(record.origin for record in records))
 
 
 def uniform_share(condition, queries):
@@ -654,7 +656,7 @@ class ScoreWorld(Loaded):
     """Score a run on held-out combinations of the built-in world. `eval.py score BENCH --help` tells of benchmarks."""
 
     out: str = opt("", "JSON file to write; empty: printed only")
-    n: int = opt(60, "pictures for each question kind, and prompts for each skill")
+    n: int = opt(60, "pictures for each topic, and prompts for each skill")
     seed: int = opt(0, "draws questions, prompts and codes")
 
 
@@ -676,7 +678,7 @@ def score_world(settings):
 def print_scores(scores):
     """Scores as two short tables."""
     for title, key in (("understanding", "und"), ("generation", "gen")):
-        rows = scores["und_by_kind" if key == "und" else "gen_by_skill"]
+        rows = scores["und_by_topic" if key == "und" else "gen_by_skill"]
         print(f"{title:20s} {scores[key]:.3f}   " + "   ".join(f"{name} {value:.2f}" for name, value in rows.items()))
     print(f"stricter: f1 {scores['f1']:.3f}, acc+ {scores['acc_plus']:.3f}, circular {scores['circular']:.3f}; "
           f"open questions {scores['open']:.3f}")

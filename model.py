@@ -746,8 +746,8 @@ class Janus(Unified):
         if negative is not None:
             raise InputError("Janus-Pro blanks the prompt for guidance and takes no negative prompt: leave it out")
         first = mask.long().argmax(1, keepdim=True)                             # (B, 1)
-        place = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
-        keep = (place <= first) | (place == ids.shape[1] - 1)                   # (B, T)
+        position = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
+        keep = (position <= first) | (position == ids.shape[1] - 1)                   # (B, T)
         blank = torch.where(keep, ids, self.ids["pad"])
         return torch.stack([ids, blank], 1).flatten(0, 1), mask.repeat_interleave(2, 0)
 

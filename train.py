@@ -44,7 +44,7 @@ import eval as evaluation
 import formats.weights
 import model
 from formats.checkpoints import (
-    checkpoint_places,
+    checkpoint_folders,
     from_manifest,
     newest_checkpoint,
     read_manifest,
@@ -134,7 +134,7 @@ class TrainConfig:
     objects: int = opt(2, "different things in a scene at most: 2 to 4, with two more shapes and colours")
     cell: int = opt(8, "side of a cell of the built-in world in pixels: 8, 16, 24 or 32; a picture has 2 x 2 cells")
     pool: int = opt(8000, "pictures of the built-in world")
-    eval_n: int = opt(60, "pictures for each question kind, and prompts for each skill, in the final scores")
+    eval_n: int = opt(60, "pictures for each topic, and prompts for each skill, in the final scores")
     log_every: int = opt(50, "steps between reports")
     save_every: int = opt(300, "steps between checkpoints")
     keep: int = opt(2, "checkpoints that are kept")
@@ -529,7 +529,7 @@ class Run:
                                  f"what that of {getattr(self.config, name)} holds out: give --{name} {made[name]}")
 
     def open(self, index, saved=None):
-        """The model of a stage: from a checkpoint (place, manifest) of this run, from --init, or fresh."""
+        """The model of a stage: from a checkpoint (folder, manifest) of this run, from --init, or fresh."""
         config, stage = self.config, self.stages[index]
 
         def shard(m):
@@ -539,17 +539,17 @@ class Run:
         # parameters of a layer that move.
         half = config.pure_bf16 or config.lora_rank and uses_bf16(config, self.device)
         shard, dtype = shard if self.sharded() else None, torch.bfloat16 if half else torch.float32
-        place = "cpu" if config.offload and shard else self.device
+        device = "cpu" if config.offload and shard else self.device
         if saved:
-            m = from_manifest(saved[1], saved[0], place, config.attention, shard, dtype)
+            m = from_manifest(saved[1], saved[0], device, config.attention, shard, dtype)
         elif config.init:
             m = formats.weights.load(
-                config.init, dtype, place, config.vision_tokenizer, attention=config.attention, shard=shard,
+                config.init, dtype, device, config.vision_tokenizer, attention=config.attention, shard=shard,
                 lora_rank=config.lora_rank, fork_layer=config.fork_layer)
             if not m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
         else:
-            m = model.build(config.preset, attention=config.attention).to(place)
+            m = model.build(config.preset, attention=config.attention).to(device)
             for name, child in m.named_children():
                 child.to(torch.float32 if name == "vq" else dtype)
             if shard:
@@ -639,25 +639,25 @@ def uses_bf16(config, device):
 
 
 def resumed_from(folder, config):
-    """(place, manifest) of the newest whole checkpoint with --resume, None where a run begins. What is damaged is put
-    aside, as its place is needed again."""
+    """(folder, manifest) of the newest whole checkpoint with --resume, None where a run begins. What is damaged is put
+    aside, as its name is needed again."""
     used = folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir()))
     if used and not (config.resume and (folder / "settings.json").exists()):
         remedy = "is no run folder:" if config.resume else "is not empty: continue it with --resume, or"
         raise InputError(f"{folder} {remedy} choose another --out")
-    if not checkpoint_places(folder):
+    if not checkpoint_folders(folder):
         if config.resume:
             if used:
                 check_settings(read_json(folder / "settings.json"), config, folder)
             print(f"{folder} holds no checkpoint yet: beginning")
         return None
-    place, manifest = newest_checkpoint(folder)
+    newest, manifest = newest_checkpoint(folder)
     check_settings(manifest["settings"], config, folder)
-    for newer in checkpoint_places(folder):
-        if newer.name > place.name:
+    for newer in checkpoint_folders(folder):
+        if newer.name > newest.name:
             shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
             os.replace(newer, f"{newer}.damaged")
-    return place, manifest
+    return newest, manifest
 
 
 GONE = {"dry_run_world": 0, "tokens": 0, "tflops": 989.0, "utilisation": 0.4}       # settings of older runs
@@ -718,8 +718,8 @@ def equip(run, stage, state):
         if processes() > 1 and not run.sharded():
             net = replicated(run.m)
     if state:
-        place, weights = run.state[0], state["weights"]
-        read_tensors(tensors_of(run.m, optimizer, tensor_names(place)), place)
+        saved, weights = run.state[0], state["weights"]
+        read_tensors(tensors_of(run.m, optimizer, tensor_names(saved)), saved)
     elif stage.aia:
         weights = calibrate(net, both, run.targets, config, run.autocast, run.device)
         print(f"lambda: generation {weights['gen']:.3g}, understanding {weights['und']:.3g} "
@@ -750,7 +750,7 @@ def run_stage(run, index, state):
     if schedule and config.val and not run.held:    # a bad record is told now, not after hours
         run.held = held_batches(run)
     since, waited, coming = (time.time(), first), 0.0, schedule and schedule.steps(first, stage.steps)
-    places = torch.zeros(2, dtype=torch.long)       # tokens, and positions with padding, since the last report
+    spent = torch.zeros(2, dtype=torch.long)        # tokens, and positions with padding, since the last report
     for step in range(first, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage)
@@ -758,7 +758,7 @@ def run_stage(run, index, state):
             start = time.time()
             batches = next(coming)
             waited += time.time() - start
-            places += sum(torch.tensor([sum(batch.lengths), batch.tokens.numel()]) for batch in batches)
+            spent += sum(torch.tensor([sum(batch.lengths), batch.tokens.numel()]) for batch in batches)
             sums = accumulate(net, batches, run.targets, weights, autocast=run.autocast, device=run.device)
         else:                                       # too small to share: every process does the same
             batches, metrics = [], tokenizer_step(run.m, pictures_of(run), step, stage, config.seed)
@@ -774,8 +774,8 @@ def run_stage(run, index, state):
         optimizer.zero_grad()
         bar.update()
         if (step + 1) % config.log_every == 0 or step + 1 == stage.steps:
-            since = report_step(run, index, step, since, metrics, weights, float(norm), places, bar, waited)
-            waited, places = 0.0, torch.zeros_like(places)
+            since = report_step(run, index, step, since, metrics, weights, float(norm), spent, bar, waited)
+            waited, spent = 0.0, torch.zeros_like(spent)
         if schedule and config.val and (step + 1) % config.val_every == 0:
             start = time.time()
             held_out(run, net, index, step, bar)
@@ -808,7 +808,7 @@ def pictures_of(run):
                         drawn = janus_drawing(load_picture(picture, config.kind), config)
                         found[picture] = to_picture(drawn)
             except InputError as error:
-                note_bad(f"{record.place}: {error}", run.bad, run.config.on_bad_record == "stop")
+                note_bad(f"{record.origin}: {error}", run.bad, run.config.on_bad_record == "stop")
         run.own_pictures = list(found.values())
     return run.own_pictures
 
@@ -818,14 +818,14 @@ def check_finite(norm, metrics, stage, step, batches, run):
     losses = [row[name] for row in metrics.values() for name in ("ntp", "aia", "l1") if row.get(name) is not None]
     if math.isfinite(norm) and all(map(math.isfinite, losses)):
         return
-    places = [place for batch in batches for place in batch.places]
+    origins = [origin for batch in batches for origin in batch.origins]
     if processes() > 1:
         found = [None] * processes()
-        dist.all_gather_object(found, places)
-        places = sum(found, [])
-    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        dist.all_gather_object(found, origins)
+        origins = sum(found, [])
+    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
     run.written()                                   # the last good one may be on its way to the disk
-    saved = checkpoint_places(run.folder)
+    saved = checkpoint_folders(run.folder)
     good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"stage {stage.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
                      f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
@@ -860,7 +860,7 @@ def brief(task, row):
     return f"{task} {row['ntp']:.3f} aia " + ("-" if row["aia"] is None else f"{row['aia']:.4f}")
 
 
-def report_step(run, index, step, since, metrics, weights, norm, places, bar, waited):
+def report_step(run, index, step, since, metrics, weights, norm, spent, bar, waited):
     """One line on the terminal, one object in metrics.jsonl."""
     stage, now = run.stages[index], time.time()
     rate = (now - since[0]) / (step + 1 - since[1])                             # seconds per step
@@ -877,7 +877,7 @@ def report_step(run, index, step, since, metrics, weights, norm, places, bar, wa
         else:
             entry[task] = row
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
-    tokens, everywhere = over_processes(places).tolist()
+    tokens, everywhere = over_processes(spent).tolist()
     if everywhere:
         entry |= {"tokens_per_second": tokens / (now - since[0]), "padding": 1 - tokens / everywhere,
                   "waiting": waited / (now - since[0])}

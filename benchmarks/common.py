@@ -67,7 +67,7 @@ def find_file(folder, *names):
 
 
 def table(file, *needed, delimiter=",", missing=()):
-    """[(place, row)] of a table with a header; a value that is one of the words `missing` becomes None."""
+    """[(origin, row)] of a table with a header; a value that is one of the words `missing` becomes None."""
     csv.field_size_limit(2**31 - 1)                                             # pictures in base64
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -78,12 +78,13 @@ def table(file, *needed, delimiter=",", missing=()):
         raise InputError(f"{file} cannot be read ({first_line(error)}): download it again") from error
     placed = []
     for number, row in enumerate(rows, 1):
-        place, row = f"{file} record {number}", {key: None if value in missing else value for key, value in row.items()}
+        origin = f"{file} record {number}"
+        row = {key: None if value in missing else value for key, value in row.items()}
         if None in row:
-            raise InputError(f"{place}: it has more fields than the header: download it again")
+            raise InputError(f"{origin}: it has more fields than the header: download it again")
         if absent := [name for name in needed if row.get(name) is None]:
-            raise InputError(f"{place}: there is no {absent[0]!r}, or the line is cut: download it again")
-        placed.append((place, row))
+            raise InputError(f"{origin}: there is no {absent[0]!r}, or the line is cut: download it again")
+        placed.append((origin, row))
     return placed
 
 
@@ -232,12 +233,12 @@ def rgb(item, bench):
 def read_predictions(file, items):
     """Raw answers to all items, in their order."""
     said, known = {}, {item.id for item in items}
-    for place, row in json_lines(file, "id", "response"):
+    for origin, row in json_lines(file, "id", "response"):
         name = str(row["id"])
         if not isinstance(row["response"], str):
-            raise InputError(f"{place}: the response is no text: write what the model said")
+            raise InputError(f"{origin}: the response is no text: write what the model said")
         if name in said or name not in known:
-            raise InputError(f"{place}: id {name!r} " + ("comes twice: leave one answer" if name in said else
+            raise InputError(f"{origin}: id {name!r} " + ("comes twice: leave one answer" if name in said else
                              "is none of this data set: give the answers to these questions"))
         said[name] = row["response"]
     if absent := [item.id for item in items if item.id not in said]:

@@ -100,12 +100,12 @@ def read_dpg(settings):
     """Rows of questions, as dicts, and {item: prompt}: from dpg_bench.csv and prompts/, or from ULMEvalKit's table."""
     folder, rows, prompts = Path(settings.data), [], {}
     if settings.variant == "ulmevalkit" and not (folder / "dpg_bench.csv").exists():
-        for place, row in table(find_file(folder, "*.tsv"), "index", "text", "questions", delimiter="\t"):
+        for origin, row in table(find_file(folder, "*.tsv"), "index", "text", "questions", delimiter="\t"):
             prompts[row["index"]] = row["text"]
             try:
                 rows += [{"item_id": row["index"]} | question for question in json.loads(row["questions"])]
             except (ValueError, TypeError) as error:
-                raise InputError(f"{place}: its questions are no list of objects ({error}): download it again"
+                raise InputError(f"{origin}: its questions are no list of objects ({error}): download it again"
                                  ) from error
         return rows, prompts
     needed = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")

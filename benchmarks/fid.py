@@ -81,38 +81,38 @@ def fid_pixels(file, mode):
 
 
 @torch.inference_mode()
-def fid_side(place, mode, network, batch=32):
+def fid_side(path, mode, network, batch=32):
     """(mu, sigma) of a folder of pictures, or of an .npz with mu and sigma, or features (n, d)."""
-    if Path(place).suffix == ".npz":
-        return fid_stored(place)
-    pattern = Path(place).rglob("*") if mode == "clean" else Path(place).glob("*")
+    if Path(path).suffix == ".npz":
+        return fid_stored(path)
+    pattern = Path(path).rglob("*") if mode == "clean" else Path(path).glob("*")
     files = sorted(file for file in pattern if file.suffix[1:] in FID_FILES[mode])
     if len(files) < 2:
-        raise InputError(f"{place} holds {len(files)} pictures: FID needs a folder of them, or an .npz")
+        raise InputError(f"{path} holds {len(files)} pictures: FID needs a folder of them, or an .npz")
     if len(files) < 2048:
-        print(f"warning: {place} holds {len(files)} pictures, fewer than features: the covariance is singular")
+        print(f"warning: {path} holds {len(files)} pictures, fewer than features: the covariance is singular")
     network, features = network(), []
-    for first in tqdm(range(0, len(files), batch), desc=str(place), unit="batch", disable=None):
+    for first in tqdm(range(0, len(files), batch), desc=str(path), unit="batch", disable=None):
         pixels = torch.stack([fid_pixels(file, mode) for file in files[first:first + batch]])
         features.append(network(pixels).double().cpu().numpy())
     return fid_stats(np.concatenate(features))
 
 
-def fid_stored(place):
+def fid_stored(path):
     """(mu, sigma) of an .npz."""
     try:
-        with np.load(place, allow_pickle=False) as content:
+        with np.load(path, allow_pickle=False) as content:
             stored = {name: content[name] for name in content.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{place} cannot be read ({first_line(error)}): give an .npz without objects") from error
+        raise InputError(f"{path} cannot be read ({first_line(error)}): give an .npz without objects") from error
     if {"mu", "sigma"} <= set(stored):
         mu, sigma = np.atleast_1d(stored["mu"]), np.atleast_2d(stored["sigma"])
     elif "features" in stored:
         mu, sigma = fid_stats(stored["features"])
     else:
-        raise InputError(f"{place} holds {', '.join(stored)}: it needs mu and sigma, or features (n, d)")
+        raise InputError(f"{path} holds {', '.join(stored)}: it needs mu and sigma, or features (n, d)")
     if sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise InputError(f"{place}: mu {mu.shape} and sigma {sigma.shape} do not fit, or are not finite: make it anew")
+        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit, or are not finite: make it anew")
     return mu, sigma
 
 
@@ -130,8 +130,8 @@ def run_fid(settings, judge):
         return None
     if settings.variant != "world":
         network = functools.cache(lambda: fid_network(settings.variant, device_of(settings.device)))
-        a, b = (fid_side(place, settings.variant, network)
-                for place in (settings.data, settings.features or settings.preds))
+        a, b = (fid_side(path, settings.variant, network)
+                for path in (settings.data, settings.features or settings.preds))
         return {"score": fid_distance(*a, *b)}
     m, text, run = evaluation.load_run(settings)
     if run is None:
@@ -139,7 +139,7 @@ def run_fid(settings, judge):
     world, rng = world_of(run), np.random.default_rng([settings.seed, 7])
     pairs = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
     prompts = [prompt_text(goal, rng) for _, goal in pairs]
-    shown = draw_scenes([scene for scene, _ in pairs], world.cell)
+    shown = draw_scenes([scene for scene, _ in pairs], world.cell_side)
     real = torch.stack([to_tensor(picture) for picture in shown])
     drawn = evaluation.draw(m, text, prompts, settings.seed, settings.guidance or None)
     a, b = (fid_stats(tokenizer_features(m, pixels)) for pixels in (real, drawn))

@@ -162,12 +162,12 @@ def run_geneval(settings, judge):
 
 def geneval_pictures(folder, file, rows):
     """(picture, metadata) of all folders whose names are digits; pictures begin with digits and .png."""
-    for place in sorted(p for p in folder.glob("*") if p.name.isdigit()):
-        metadata = read_json(place / "metadata.jsonl")
-        if metadata != rows.get(f"{int(place.name):05d}"):
-            raise InputError(f"{place / 'metadata.jsonl'} is not line {int(place.name)}, from 0, of {file.name}: give "
+    for home in sorted(p for p in folder.glob("*") if p.name.isdigit()):
+        metadata = read_json(home / "metadata.jsonl")
+        if metadata != rows.get(f"{int(home.name):05d}"):
+            raise InputError(f"{home / 'metadata.jsonl'} is not line {int(home.name)}, from 0, of {file.name}: give "
                              "--data the file these pictures were drawn from")
-        for picture in sorted(place.glob("samples/*")):
+        for picture in sorted(home.glob("samples/*")):
             if re.match(r"\d+\.png", picture.name):
                 yield picture, metadata
 

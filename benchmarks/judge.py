@@ -24,9 +24,9 @@ class Judge:
 
     def __init__(self, file="", export=""):
         self.file, self.export, self.wanted, self.calls, self.replies = file, export, {}, Counter(), {}
-        for place, row in json_lines(file, "key", "replies") if file else ():
+        for origin, row in json_lines(file, "key", "replies") if file else ():
             if not isinstance(row["replies"], list) or not all(isinstance(reply, str) for reply in row["replies"]):
-                raise InputError(f"{place}: replies are a list of texts, one a call")
+                raise InputError(f"{origin}: replies are a list of texts, one a call")
             self.replies.setdefault(row["key"], []).extend(row["replies"])
 
     def ask(self, **request):

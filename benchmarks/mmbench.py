@@ -125,13 +125,13 @@ def read_mmbench(folder, settings):
     file = Path(folder) if Path(folder).is_file() else find_file(folder, "mmbench_dev_20230712.tsv", "*.tsv")
     placed = table(file, "index", "question", "image", delimiter="\t", missing=MISSING)
     pictures, items = {row["index"]: row["image"] for _, row in placed}, []
-    for place, row in placed:
+    for origin, row in placed:
         image = row.pop("image")
         try:
             image = pictures[image] if image.isdigit() else image
             row["index"], picture = int(row["index"]), base64.b64decode(image, validate=True)
         except (ValueError, KeyError) as error:
-            raise InputError(f"{place}: index or image cannot be read ({error}): download it again") from error
+            raise InputError(f"{origin}: index or image cannot be read ({error}): download it again") from error
         items.append(Item(str(row["index"]), mmbench_prompt(row, settings.prompt_style), picture, row))
     if not any(item.row["index"] < MMBENCH_STEP for item in items):
         raise InputError(f"{file} holds no row with an index below {MMBENCH_STEP}: give --data the whole file")

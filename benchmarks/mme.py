@@ -63,13 +63,15 @@ def read_mme(folder, settings):
     for task in MME_TASKS:
         home = Path(folder) / "MME_Benchmark_release_version" / task
         placed = text_lines(find_file(folder, f"Your_Results/{task}.txt", f"*/Your_Results/{task}.txt"))
-        for number, (place, line) in enumerate(placed, 1):
+        for number, (origin, line) in enumerate(placed, 1):
             fields = line.strip().split("\t")
             if len(fields) != 3 or fields[2].lower() not in ("yes", "no"):
-                raise InputError(f"{place}: it needs picture, question, and Yes or No, between tabs: download it again")
-            places = (home / fields[0], home / "images" / fields[0])
-            items.append(Item(f"{task}/{number}", fields[1] + MME_SUFFIX, next(filter(Path.exists, places), places[0]),
-                              {"task": task, "image": fields[0], "gold": fields[2]}))
+                raise InputError(f"{origin}: it needs picture, question, and Yes or No, between tabs: download it "
+                                 "again")
+            choices = (home / fields[0], home / "images" / fields[0])
+            picture = next(filter(Path.exists, choices), choices[0])
+            row = {"task": task, "image": fields[0], "gold": fields[2]}
+            items.append(Item(f"{task}/{number}", fields[1] + MME_SUFFIX, picture, row))
     return items
 
 

@@ -48,10 +48,10 @@ def mmvp_grade(prompt, gold, response, judge):
 def read_mmvp(folder, settings):
     """Questions.csv in file order: two rows are a pair."""
     file, items = find_file(folder, "Questions.csv"), []
-    for place, row in table(file, "Question", "Options", "Correct Answer"):
+    for origin, row in table(file, "Question", "Options", "Correct Answer"):
         index = row.get("Index") or row.get("lndex")                            # so spelled in some copies
         if not index or "(b)" not in row["Options"] or row["Correct Answer"] not in ("(a)", "(b)"):
-            raise InputError(f"{place}: it needs an Index, Options (a) ... (b) ..., and one of the two as Correct "
+            raise InputError(f"{origin}: it needs an Index, Options (a) ... (b) ..., and one of the two as Correct "
                              "Answer: download it again")
         items.append(Item(index, mmvp_prompt(row, settings.variant), Path(folder) / f"MMVP Images/{index}.jpg", row))
     if len(items) < 2:

@@ -51,9 +51,9 @@ POPE = ("adversarial", "popular", "random")
 def read_pope(folder, settings):
     """LLaVA's questions; the labels lie in one file a category and are paired by position."""
     placed = json_lines(find_file(folder, "llava_pope_test.jsonl"), "question_id", "image", "text", "category")
-    for place, row in placed:
+    for origin, row in placed:
         if row["category"] not in POPE:
-            raise InputError(f"{place}: category {row['category']!r} is none of {', '.join(POPE)}: download it again")
+            raise InputError(f"{origin}: category {row['category']!r} is none of {', '.join(POPE)}: download it again")
     for name in POPE:
         file, labels = pope_labels(folder, name)
         mine = [row["image"] for _, row in placed if row["category"] == name]

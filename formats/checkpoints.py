@@ -35,45 +35,45 @@ def checksum(file):
         return hashlib.file_digest(content, new_checksum).hexdigest()
 
 
-def read_manifest(place):
+def read_manifest(folder):
     """The manifest of a checkpoint folder, after a look at every file."""
-    if not (place / "manifest.json").exists():
-        raise InputError(f"checkpoint {place} is missing")
-    manifest = read_json(place / "manifest.json")
+    if not (folder / "manifest.json").exists():
+        raise InputError(f"checkpoint {folder} is missing")
+    manifest = read_json(folder / "manifest.json")
     for name, expected in manifest.get("files", {}).items():
-        if not (place / name).exists() or checksum(place / name) != expected:
-            raise InputError(f"checkpoint {place} is damaged ({name} is missing or not what was written)")
+        if not (folder / name).exists() or checksum(folder / name) != expected:
+            raise InputError(f"checkpoint {folder} is damaged ({name} is missing or not what was written)")
     return manifest
 
 
-def checkpoint_places(folder):
+def checkpoint_folders(folder):
     """Finished checkpoints of a run folder, STAGE-STEP, oldest first."""
     return sorted(folder.glob("checkpoints/[0-9]*-" + "[0-9]" * 7))
 
 
 def newest_checkpoint(folder):
-    """(place, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
-    places = checkpoint_places(folder)
-    for place in reversed(places):
+    """(folder, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
+    folders = checkpoint_folders(folder)
+    for newest in reversed(folders):
         try:
-            return place, read_manifest(place)
+            return newest, read_manifest(newest)
         except InputError as error:
             print(f"{error}: looking for an earlier one", file=sys.stderr)
-    whole = "whole " if places else ""
+    whole = "whole " if folders else ""
     raise InputError(f"{folder} holds no {whole}checkpoint: give the folder of a run that has saved one")
 
 
-def tensor_names(place):
-    return set(dcp.HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata)
+def tensor_names(folder):
+    return set(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
 
 
-def read_tensors(tensors, place):
+def read_tensors(tensors, folder):
     """Fill tensors {name: tensor} from a checkpoint folder; each process reads what its shards need."""
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(place)),
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
              no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
 
 
-def from_manifest(manifest, place, device="cpu", attention="auto", shard=None, dtype=None, lora_rank=None,
+def from_manifest(manifest, folder, device="cpu", attention="auto", shard=None, dtype=None, lora_rank=None,
                   fork_layer=0):
     """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
     dtype None: as stored. lora_rank, fork_layer: fresh LoRA or fork, of which the checkpoint knows nothing."""
@@ -88,7 +88,7 @@ def from_manifest(manifest, place, device="cpu", attention="auto", shard=None, d
     m.to_empty(device=device)
     fresh = model.fresh_lora(m, device) if lora_rank else {}
     read_tensors({f"model.{name}": value for name, value in m.state_dict().items()
-                  if name not in fresh and not (fork_layer and model.unforked(name, m.config) != name)}, place)
+                  if name not in fresh and not (fork_layer and model.unforked(name, m.config) != name)}, folder)
     if fork_layer:
         model.fork(m)
     m.load_state_dict(fresh, strict=False)
@@ -143,9 +143,9 @@ class Writer(dcp.HuggingFaceStorageWriter):
     """Writes a checkpoint under a second name; once every process has, adds the manifest and renames. Whoever is killed
     before that leaves the previous checkpoint as the newest."""
 
-    def __init__(self, place, manifest, keep):
-        super().__init__(f"{place}.part", save_distributed=True)
-        self.place, self.manifest, self.keep, self.fs = place, manifest, keep, Summing()
+    def __init__(self, folder, manifest, keep):
+        super().__init__(f"{folder}.part", save_distributed=True)
+        self.folder, self.manifest, self.keep, self.fs = folder, manifest, keep, Summing()
 
     def finish(self, metadata, results):
         """Runs on the first process only, after all shards are on disk."""
@@ -154,20 +154,20 @@ class Writer(dcp.HuggingFaceStorageWriter):
             files[file.stem] = file.read_text(encoding="ascii")
             file.unlink()
         write_json(self.manifest | {"files": files}, part / "manifest.json")
-        os.replace(part, self.place)
-        for old in checkpoint_places(self.place.parent.parent)[:-self.keep] if self.keep else ():
+        os.replace(part, self.folder)
+        for old in checkpoint_folders(self.folder.parent.parent)[:-self.keep] if self.keep else ():
             shutil.rmtree(old)
 
 
-def save_checkpoint(tensors, manifest, place, keep=0, group=None, stager=None):
+def save_checkpoint(tensors, manifest, folder, keep=0, group=None, stager=None):
     """Write a checkpoint folder in the background, each process its shards; where weights are not shared out, the first
     process alone -> future, None where there is nothing to do. keep: how many of the numbered checkpoints beside it
     stay. group: processes, on a channel of their own. stager: copies tensors off a GPU; None: into pageable memory."""
-    if first_decides(place.exists):
+    if first_decides(folder.exists):
         return None
-    first_decides(lambda: shutil.rmtree(f"{place}.part", ignore_errors=True))
+    first_decides(lambda: shutil.rmtree(f"{folder}.part", ignore_errors=True))
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
     if alone and rank():
         return None
-    return dcp.async_save(tensors, storage_writer=Writer(place, manifest, keep), process_group=group,
+    return dcp.async_save(tensors, storage_writer=Writer(folder, manifest, keep), process_group=group,
                           async_stager=stager, no_dist=alone)

@@ -159,8 +159,8 @@ def read_table(form, file, group):
 
 
 def read_record(form, file, offset, size, number, table=read_table, check=None):
-    """The record at a place of a file; check(picture) may refuse its pictures."""
-    place = f"{file}:{number}"
+    """The record at an offset of a file; check(picture) may refuse its pictures."""
+    origin = f"{file}:{number}"
     try:
         if form in TABLES:
             rows = table(form, file, offset)
@@ -171,15 +171,15 @@ def read_record(form, file, offset, size, number, table=read_table, check=None):
                 entry = opened.read(size)
             if form == "tar":
                 key, entry = tar_entry(entry)
-                place = f"{file}:{key}"
-        record = parse_record(entry, place, file.parent, strict=form == "jsonl")
+                origin = f"{file}:{key}"
+        record = parse_record(entry, origin, file.parent, strict=form == "jsonl")
         for picture in record.pictures if check else ():
             check(picture)
         return record
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{origin}: {error}") from error
     except BROKEN as error:
-        raise InputError(f"{place}: cannot be read ({error}): is the file complete, and unchanged?") from error
+        raise InputError(f"{origin}: cannot be read ({error}): is the file complete, and unchanged?") from error
 
 
 def make_index(form, files, kind, stop=False):
@@ -256,7 +256,7 @@ def bad_report(bad, paths):
 # ---------------------------------------------------------------------------------------------------------------------
 class FileSource:
     """Records of a data set, read one by one through an index, stored or made at once; but JSON lines without a stored
-    index are read and checked whole. A bad record is named with file, place and remedy."""
+    index are read and checked whole. A bad record is named with file, line and remedy."""
 
     def __init__(self, path, kind, on_bad_record="stop"):
         self.paths, self.bad, self.records = [str(path)], [], {task: [] for task in aia.TASKS}
@@ -401,8 +401,8 @@ class Encoded:
         key = f"{name}/{picture_key(file)}" if name in self.kinds else ""
         return self.parts[key].get_tensor(key) if key in self.parts else None
 
-    def add(self, tensors, place):
+    def add(self, tensors, name):
         """Write tensors into a new file, whole or not at all."""
-        aside = self.folder / f"{place}.part"
-        save_file(tensors, aside, {name: self.fingerprints[name] for name in {key.split("/")[0] for key in tensors}})
-        os.replace(aside, self.folder / f"{place}.safetensors")
+        aside = self.folder / f"{name}.part"
+        save_file(tensors, aside, {tower: self.fingerprints[tower] for tower in {key.split("/")[0] for key in tensors}})
+        os.replace(aside, self.folder / f"{name}.safetensors")

@@ -11,15 +11,15 @@ SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
 
 @dataclass(frozen=True)
 class Record:
-    """One example: a picture (or several, for questions) with a conversation. `place` names it in messages."""
+    """One example: a picture (or several, for questions) with a conversation. `origin` names it in messages."""
 
-    place: str
+    origin: str
     task: str
     turns: tuple                  # ((human, assistant), ...); <image> marks stay in the human text
     pictures: tuple               # paths, bytes of picture files, or uint8 arrays (S, S, 3)
 
 
-def parse_record(line, place, folder, strict=True):
+def parse_record(line, origin, folder, strict=True):
     """One JSON line, or its fields -> Record. A generation record has <image> as (or in) the assistant's answer. Not
     strict: the layouts of public sets are taken too, and fields that no one needs are ignored."""
     try:
@@ -44,7 +44,7 @@ def parse_record(line, place, folder, strict=True):
                          'each {"from": ..., "value": text}')
     turns = tuple((said[i]["value"], said[i + 1]["value"].strip()) for i in range(0, len(said), 2))
     task = check_turns(turns, len(images), entry.get("task"))
-    return Record(place, task, turns, tuple(one if isinstance(one, bytes) else folder / one for one in images))
+    return Record(origin, task, turns, tuple(one if isinstance(one, bytes) else folder / one for one in images))
 
 
 def published(entry):

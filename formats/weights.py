@@ -118,12 +118,12 @@ DRAWING_FIELDS = ("image_size", "guidance", "top_k", "suffix", "negative", "syst
 ID_FIELDS = {role: f"{role}_token_id" for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
 
-def taken(section, names, only, place):
+def taken(section, names, only, origin):
     """{our field: value} of those a section of a json file holds; what the code cannot honour is an error."""
     for key, value in only.items():
         given = section.get(key)
         if given is not None and value not in (given, [given] * 3):             # 127 for [127, 127, 127]
-            raise InputError(f"{place}: {key} {given!r} cannot be honoured, only {value!r}")
+            raise InputError(f"{origin}: {key} {given!r} cannot be honoured, only {value!r}")
     return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
 
 
@@ -196,12 +196,12 @@ def janus_sizes(known):
 def read_ids(folder, content, values):
     """(ids by role, tokenizer file or None): from the tokenizer's own file where it is there, else config.json."""
     kind, file = values["kind"], find_tokenizer(folder)
-    known, place = token_ids(file) if file else content.get("vocabulary_map"), file or folder / "config.json"
+    known, origin = token_ids(file) if file else content.get("vocabulary_map"), file or folder / "config.json"
     if known:
-        ids, name = special_ids(known, kind, place), f"<|visual token {values['codebook'] - 1:06d}|>"
+        ids, name = special_ids(known, kind, origin), f"<|visual token {values['codebook'] - 1:06d}|>"
         last = ids.get("visual", 0) + values["codebook"] - 1
         if kind == "emu3" and known.get(name, last) != last:
-            raise InputError(f"{place}: the ids of the picture codes are not in one row from code 0 to {name}")
+            raise InputError(f"{origin}: the ids of the picture codes are not in one row from code 0 to {name}")
         return ids, file
     text = content | content.get("text_config", {})
     ids = {role: text[key] for role, key in ID_FIELDS.items() if text.get(key) is not None}
@@ -223,17 +223,17 @@ def find_folder(name):
                          f"{name}` where there is a network, then give that folder") from error
 
 
-def stored_tensors(place):
+def stored_tensors(path):
     """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
-    index = next(iter(sorted(place.glob("*.index.json"))), None)
+    index = next(iter(sorted(path.glob("*.index.json"))), None)
     sharded = read_json(index).get("weight_map") or {} if index else {}
-    files = [place] if place.is_file() else sorted(
-        {place / name for name in sharded.values()} or
-        list(place.glob("*.safetensors")) or list(place.glob("pytorch_model*.bin")) or list(place.glob("*.pth")))
+    files = [path] if path.is_file() else sorted(
+        {path / name for name in sharded.values()} or
+        list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin")) or list(path.glob("*.pth")))
     if not files:
-        raise InputError(f"{place} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
+        raise InputError(f"{path} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
     if len(files) > 1 and files[0].suffix == ".pth":
-        raise InputError(f"{place} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
+        raise InputError(f"{path} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
     known = {}
     for file in files:
         try:
@@ -246,11 +246,11 @@ def stored_tensors(place):
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
-def load_public(place, dtype, device, vision_tokenizer, changed, shard=None):
+def load_public(path, dtype, device, vision_tokenizer, changed, shard=None):
     """A model from public weights: built without memory, then filled tensor by tensor."""
-    folder, known = place if place.is_dir() else place.parent, stored_tensors(place)
-    if place.is_file() and not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no config.json: copy the json files of the model that {place.name} was "
+    folder, known = path if path.is_dir() else path.parent, stored_tensors(path)
+    if path.is_file() and not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no config.json: copy the json files of the model that {path.name} was "
                          "trained from into it")
     try:
         m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changed)
@@ -284,7 +284,7 @@ def load_public(place, dtype, device, vision_tokenizer, changed, shard=None):
     problems += [f"{name} is not known" for name in known.keys() - used]
     if problems:
         shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise InputError(f"weights in {place} do not fit its config.json: {shown}")
+        raise InputError(f"weights in {path} do not fit its config.json: {shown}")
     m.load_state_dict(state, assign=True)
     return m
 
@@ -337,13 +337,13 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
         if (folder / "manifest.json").exists():     # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
             part, home = ".", next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
-        place, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
+        saved, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
         if lora_rank is not None and manifest["config"].get("lora_rank"):
-            raise InputError(f"{folder} was trained with LoRA: write it as a plain model with weights.save(weights.load("
-                             f"{str(folder)!r}), 'FOLDER'), and start from that FOLDER")
+            raise InputError(f"{folder} was trained with LoRA: write it as a plain model with formats.weights: save("
+                             f"load({str(folder)!r}), 'FOLDER'), and start from that FOLDER")
         if fork_layer and manifest["config"].get("fork_layer"):
             raise InputError(f"{folder} is forked already: leave out --fork-layer")
-        m = from_manifest(manifest, place, device, attention, shard, dtype, lora_rank, fork_layer)
+        m = from_manifest(manifest, saved, device, attention, shard, dtype, lora_rank, fork_layer)
         m.tokenizer_file = find_tokenizer(home)
     else:
         added = {"lora_rank": lora_rank or 0, "fork_layer": fork_layer}

@@ -52,7 +52,9 @@ def different_pairs(settings, kind, run):
             break
         if caption.strip() and not {caption, picture} & seen:
             seen |= {caption, picture}
-            pairs.append((draw_scenes([picture], world.cell)[0] if isinstance(picture, tuple) else picture, caption))
+            if isinstance(picture, tuple):          # a scene
+                picture = draw_scenes([picture], world.cell_side)[0]
+            pairs.append((picture, caption))
     if len(pairs) <= max(NEIGHBOURS) + 1:
         raise InputError(f"{len(pairs)} different pairs of picture and caption are too few for {max(NEIGHBOURS)} "
                          "neighbours: give more drawing records, or a larger --n")

@@ -59,9 +59,9 @@ def figures(settings):
     return {"correlation": {name: row["correlation"] for name, row in numbers["fig1"].items()}}
 
 
-def named(places):
+def named(paths):
     """{short name: path}: the last part of each path, with as many folders before it as tell them apart."""
-    paths = [Path(os.path.abspath(place)) for place in places]
+    paths = [Path(os.path.abspath(path)) for path in paths]
     paths = list(dict.fromkeys(path.parent if path.name == "curves.json" else path for path in paths))
     parts = [path.with_suffix("").parts if path.suffix == ".json" else path.parts for path in paths]
     for n in range(1, max(map(len, parts), default=0) + 1):
@@ -94,8 +94,8 @@ def load_result(path):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged ({error}): make it again with eval.py curves") from error
     if not curves:
-        raise InputError(f"{file} holds no curves of a run: make it with eval.py curves (give what lab.references wrote "
-                         "as --references)")
+        raise InputError(f"{file} holds no curves of a run: make it with eval.py curves (give what "
+                         "lab.references wrote as --references)")
     kind = stored.get("kind")
     if not kind and run.exists():                    # else unknown, and the paper has nothing to lay over it
         kind = getattr(model.PRESETS.get(read_json(run).get("preset")), "kind", None)
@@ -113,14 +113,14 @@ def training_log(file):
     return [row for row in rows if isinstance(row, dict) and {"name", "step"} <= set(row)]
 
 
-def load_references(places, paper):
+def load_references(paths, paper):
     """{task: {name: curve}}: the paper's references, then further ones."""
     found = {}
     for task in aia.TASKS:
         figure, name, direction = aia.RAW[task]      # what the targets follow; Fig. 4 does not show all of it
         found[task] = {name: paper[figure][name][direction]} | {
             name: row[direction] for name, row in paper["fig4"].items() if direction in row}
-    for name, path in named(places).items():
+    for name, path in named(paths).items():
         stored, file = curve_file(path)
         own = {task: stored[task]["intensity"] for task in aia.TASKS
                if isinstance(stored.get(task), dict) and "intensity" in stored[task]}
@@ -279,10 +279,10 @@ def figure_4(references, file):
 
 def figure_5(runs, paper, file):
     """Without AIA, with it, and the target; the paper's own change dotted (Fig. 5)."""
-    places = [(name, task) for name in runs for task in aia.TASKS]
-    figure, panels = canvas([f"{name}, {TASK_NAME[task]}" for name, task in places], "attention on the other modality")
+    shown = [(name, task) for name in runs for task in aia.TASKS]
+    figure, panels = canvas([f"{name}, {TASK_NAME[task]}" for name, task in shown], "attention on the other modality")
     numbers = {}
-    for panel, (name, task) in zip(panels, places, strict=True):
+    for panel, (name, task) in zip(panels, shown, strict=True):
         rows, kind = runs[name]["curves"].get(task), runs[name]["kind"]
         if not rows:
             panel.annotate("no samples", (0.5, 0.5), xycoords="axes fraction", ha="center")

@@ -206,8 +206,8 @@ def attention(bench):
             "log-sum-exp": ("lse", None)}
     for b, h, g, t, rows, keys in shapes:
         try_lse(bench.device, torch.bfloat16, h, g, d)
-        place = torch.arange(t, device=bench.device).expand(b, -1)
-        condition, rectangle = place < keys, (place[:, t - rows:], place[:, :keys])
+        position = torch.arange(t, device=bench.device).expand(b, -1)
+        condition, rectangle = position < keys, (position[:, t - rows:], position[:, :keys])
         for name, (body, only) in ways.items():
             if only and not bench.cuda:
                 continue
@@ -287,20 +287,20 @@ def filled(preset, device, dtype, lora_rank=0):
 def made_batch(c, case):
     """A batch as training makes it: Emu3 draws; Janus-Pro draws, or reads a picture and gives a long answer."""
     n, t = case.samples, case.tokens
-    place, words = torch.arange(t).expand(n, -1), torch.randint(5, 400, (n, t))
+    position, words = torch.arange(t).expand(n, -1), torch.randint(5, 400, (n, t))
     common = {"aia_valid": torch.ones(n, dtype=torch.bool), "lengths": (t,) * n}
     if c.kind == "emu3":
         first = min(120, t // 3)
-        return data.Batch("gen", words, words, place < first, place >= first, **common)
+        return data.Batch("gen", words, words, position < first, position >= first, **common)
     pictures = (c.image_size // c.vit_patch) ** 2 if case.task == "und" else c.grid[0] * c.grid[1]
     if case.task == "und":
-        seen = place < pictures
+        seen = position < pictures
         tokens, labels = words.masked_fill(seen, c.ids["placeholder"]), words.masked_fill(seen, -100)
         return data.Batch("und", tokens, labels, seen, ~seen, pixels=torch.rand(n, 3, c.image_size, c.image_size),
                           **common)
-    drawn, made = place >= t - pictures, torch.randint(c.codebook, (n, pictures))
+    drawn, made = position >= t - pictures, torch.randint(c.codebook, (n, pictures))
     labels = torch.full_like(words, -100).masked_scatter(drawn, made)
-    return data.Batch("gen", words.masked_fill(drawn, c.ids["placeholder"]), labels, ~drawn, drawn & (place < t - 1),
+    return data.Batch("gen", words.masked_fill(drawn, c.ids["placeholder"]), labels, ~drawn, drawn & (position < t - 1),
                       codes=made, **common)
 
 
@@ -477,11 +477,11 @@ def saving(bench):
         for i, pinned in enumerate((False, True, True)[:3 if bench.cuda else 1]):       # the second time it is there
             if pinned and not stager:
                 stager = BlockingAsyncStager(cache_staged_state_dict=True)
-            tensors, place = tensors_of(m, optimizer), Path(folder) / f"checkpoints/0-{i:07d}"
-            place.parent.mkdir(exist_ok=True)
+            tensors, saved = tensors_of(m, optimizer), Path(folder) / f"checkpoints/0-{i:07d}"
+            saved.parent.mkdir(exist_ok=True)
             bench.wait()
             start = time.perf_counter()
-            future = save_checkpoint(tensors, {"config": {}}, place, stager=stager)
+            future = save_checkpoint(tensors, {"config": {}}, saved, stager=stager)
             staged, beside = time.perf_counter() - start, bench.seconds(step, 1, 0)
             future.result()
             written = time.perf_counter() - start

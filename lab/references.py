@@ -20,7 +20,7 @@ from parts.pictures import load_picture
 from parts.settings import InputError, device_of, opt, parse, run_command, tell, text_lines, write_json
 
 # Targets come from single-task models, and transformers knows hundreds. With eager attention each of their layers hands
-# out its map, of which a hook keeps two numbers. A sample is (task, place, inputs of the model, roles as in data.py).
+# out its map, of which a hook keeps two numbers. A sample is (task, origin, inputs of the model, roles as in data.py).
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def hf_question(config, processor, record):
                                                     add_generation_prompt=True, return_dict=True, return_tensors="pt"))
         said = processor.tokenizer.encode(answer, add_special_tokens=False) + [processor.tokenizer.eos_token_id]
     except Exception as error:                       # template, tokenizer and picture reader each have their own kinds
-        raise InputError(f"{record.place}: {error!r:.200} (choose a model that chats about pictures)") from error
+        raise InputError(f"{record.origin}: {error!r:.200} (choose a model that chats about pictures)") from error
     roles = torch.where(inputs["input_ids"] == image, data.IMAGE, data.CONTROL)             # (1, P), of the prompt
     for key, x in inputs.items():
         if x.shape == roles.shape:                                              # ids, mask, kinds of token (0: text)
@@ -100,7 +100,7 @@ def hf_question(config, processor, record):
 
 def hf_ids(file, codes, vocab):
     """Samples that are token ids already, lines of JSON; codes: range of the ids that are parts of a picture."""
-    for place, line in text_lines(file):
+    for origin, line in text_lines(file):
         try:
             entry = json.loads(line)
             ids, task, start = entry["ids"], entry["task"], entry.get("answer")
@@ -109,21 +109,21 @@ def hf_ids(file, codes, vocab):
         except (ValueError, KeyError, TypeError, AttributeError):
             good = False
         if not good:
-            raise InputError(f'{place}: give {{"ids": [below {vocab}], "task": "gen" or "und"}}, "answer" after codes')
+            raise InputError(f'{origin}: give {{"ids": [below {vocab}], "task": "gen" or "und"}}, "answer" after codes')
         image = torch.tensor([[token in codes for token in ids]])               # (1, T)
         before = image.cumsum(1)                                                # codes up to each token (1, T)
         words = before == 0 if task == "gen" else (before == before[:, -1:]) & (torch.arange(len(ids)) >= (start or 0))
         other = torch.where(words, data.TEXT if task == "gen" else data.ANSWER, data.CONTROL)
-        yield task, place, {"input_ids": torch.tensor([ids])}, torch.where(image, data.IMAGE, other)
+        yield task, origin, {"input_ids": torch.tensor([ids])}, torch.where(image, data.IMAGE, other)
 
 
 def hf_measure(m, samples, n):
     """The first n samples of each task -> {task: intensity (mean, std) and sink per layer, share of keys, count}."""
     found = {}                                                                  # {task: [((L, 2), (1,)), ...]}
-    for task, place, inputs, roles in samples:
+    for task, origin, inputs, roles in samples:
         condition, queries = data.spans(roles, task)
         if not (condition.any() and queries.any()):
-            raise InputError(f"{place}: nothing to measure: give a picture, and text before (gen) or after it (und)")
+            raise InputError(f"{origin}: nothing to measure: give a picture, and text before (gen) or after it (und)")
         if len(found.get(task, ())) < n:
             both = hf_intensity(m, inputs, condition, queries), evaluation.uniform_share(condition, queries)
             found[task] = [*found.get(task, ()), both]
@@ -148,7 +148,7 @@ def hf_curves(settings):
     else:
         processor, source = from_hub(settings.hf, "AutoProcessor"), FileSource(settings.data, "janus")
         records = (source.record("und", i) for i in range(min(settings.n, source.count("und"))))
-        samples = (("und", record.place, *hf_question(m.config, processor, record)) for record in records)
+        samples = (("und", record.origin, *hf_question(m.config, processor, record)) for record in records)
     result = hf_measure(m, samples, settings.n)
     if not result:
         raise InputError(f"--data {settings.data} has nothing to measure: give questions about pictures, or token ids")

@@ -79,7 +79,7 @@ def section(name, folder):
         plot_losses(log, drawn)
         text.append(html_picture("Losses of all stages", drawn.getvalue()))
     arms = [arm for arm in ("before", "control") if arm in scores]
-    for key, title in (("und_by_kind", "Questions, share right"), ("gen_by_skill", "Drawings, share right")):
+    for key, title in (("und_by_topic", "Questions, share right"), ("gen_by_skill", "Drawings, share right")):
         if key in scores:
             columns = [scores[arm].get(key, {}) for arm in arms] + [scores[key]]
             rows = {kind: [column.get(kind) for column in columns] for kind in scores[key]}

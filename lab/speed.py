@@ -237,8 +237,8 @@ class Step:
 
     def sample(self, length):
         tokens = torch.randint(self.m.config.vocab, (1, length), generator=torch.Generator().manual_seed(1))
-        place = torch.arange(length)[None]
-        return data.Batch("gen", tokens, tokens, place < length // 3, place >= length // 3, torch.ones(1).bool())
+        position = torch.arange(length)[None]
+        return data.Batch("gen", tokens, tokens, position < length // 3, position >= length // 3, torch.ones(1).bool())
 
     def __call__(self, batch=None):
         batch = batch or self.batch

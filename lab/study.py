@@ -157,10 +157,10 @@ def finished_rows(runs):
     found = []
     for name, row in ROWS.items():
         files = ("result.json", "alignment.json") if "1" in row.groups else ("result.json",)
-        places = {folder.name.removeprefix(f"{name}-seed"): folder for folder in runs.glob(f"{name}-seed*")
+        folders = {folder.name.removeprefix(f"{name}-seed"): folder for folder in runs.glob(f"{name}-seed*")
                   if all((folder / file).exists() for file in files)}
-        found += [read_row(name, int(seed), places[seed]) for seed in sorted(filter(str.isdecimal, places), key=int)
-                  if read_json(places[seed] / "settings.json")["seed"] == int(seed)]                    # no copies
+        found += [read_row(name, int(seed), folders[seed]) for seed in sorted(filter(str.isdecimal, folders), key=int)
+                  if read_json(folders[seed] / "settings.json")["seed"] == int(seed)]                    # no copies
     return found
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line with place and remedy; commands exit with 2."""
+    """Bad input: the message is one line that says where, and what to do. Commands exit with status 2."""
 
 
 def first_line(error):
@@ -86,11 +86,11 @@ def tell(result):
         print("result " + json.dumps(result))
 
 
-def moved(argv, prog, places):
+def moved(argv, prog, names):
     """Refuse an old spelling of a command, {word: what it is called now}."""
     for word in (argv or [])[:1]:
-        if word in places:
-            raise InputError(f"{prog} {word} is now {places[word]}")
+        if word in names:
+            raise InputError(f"{prog} {word} is now {names[word]}")
 
 
 def run_command(command):
@@ -120,7 +120,7 @@ def read_json(file):
 
 
 def text_lines(file):
-    """[(place, line)] of the lines of a file that hold anything."""
+    """[(origin, line)] of the lines of a file that hold anything."""
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -130,16 +130,16 @@ def text_lines(file):
 
 
 def json_lines(file, *needed):
-    """[(place, object)] of a JSON-lines file, each object with the needed fields."""
+    """[(origin, object)] of a JSON-lines file, each object with the needed fields."""
     rows = []
-    for place, line in text_lines(file):
+    for origin, line in text_lines(file):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{place}: not JSON ({error}): write one object a line") from error
+            raise InputError(f"{origin}: not JSON ({error}): write one object a line") from error
         if absent := [name for name in needed if not isinstance(row, dict) or name not in row]:
-            raise InputError(f"{place}: there is no {absent[0]!r}: each line is an object with {', '.join(needed)}")
-        rows.append((place, row))
+            raise InputError(f"{origin}: there is no {absent[0]!r}: each line is an object with {', '.join(needed)}")
+        rows.append((origin, row))
     return rows
 
 

@@ -43,7 +43,7 @@ def find_tokenizer(folder):
     return next((folder / name for name in TOKENIZERS if (folder / name).exists()), None)
 
 
-def special_ids(known, kind, place):
+def special_ids(known, kind, origin):
     """{role: id} of the special tokens, from the {token: id} of a tokenizer or a config.json."""
     if "<image>" in known:                           # how transformers calls Emu3's first reserved token
         known = {SPECIAL["emu3"]["placeholder"]: known["<image>"]} | known
@@ -51,7 +51,7 @@ def special_ids(known, kind, place):
         known = {SPECIAL[kind]["placeholder"]: max(known.values(), default=0) + 1} | known
     missing = [text for text in SPECIAL[kind].values() if text not in known]
     if missing:
-        raise InputError(f"tokenizer {place} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
+        raise InputError(f"tokenizer {origin} lacks {', '.join(missing)}: is it the tokenizer of {kind}?")
     return {role: known[text] for role, text in SPECIAL[kind].items()}
 
 

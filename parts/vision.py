@@ -24,7 +24,7 @@ class Norm(nn.GroupNorm):
 
 
 class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift come from the code vectors at the same place (Emu3's decoder)."""
+    """Group norm whose scale and shift come from the code vectors at the same position (Emu3's decoder)."""
 
     def __init__(self, channels, code_dim):
         super().__init__()
@@ -52,7 +52,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One attention head over all places of the grid."""
+    """One attention head over all positions of the grid."""
 
     def __init__(self, channels, norm):
         super().__init__()
@@ -302,8 +302,8 @@ class SigLIP(nn.Module):
         super().__init__()
         c = config.vit_width
         self.patch_embed = nn.Conv2d(3, c, config.vit_patch, stride=config.vit_patch)
-        places = (config.image_size // config.vit_patch) ** 2
-        self.pos_embed = nn.Parameter(config.embed_std * torch.randn(1, places, c))
+        patches = (config.image_size // config.vit_patch) ** 2
+        self.pos_embed = nn.Parameter(config.embed_std * torch.randn(1, patches, c))
         self.blocks = nn.ModuleList(VitBlock(c, config.vit_heads, config.vit_ffn) for _ in range(config.vit_layers))
         self.norm = nn.LayerNorm(c, eps=1e-6)
 

@@ -18,9 +18,10 @@ COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), 
 BACKGROUND = (245, 245, 245)
 GRID = 2                                        # cells per side of a picture
 CELLS = GRID * GRID
-CELL, CELL_SIDES = 8, range(8, 33, 8)           # pixels per side of a cell: the usual one, and all that codes of 8 fill
+CELL_SIDE = 8                                   # of a cell, in pixels
+CELL_SIDES = range(8, 33, 8)                    # those that codes of 8 pixels fill
 EXTENT = 0.45                                   # half the extent of a shape, as a share of its cell
-PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
+CELL_WORDS = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three")
@@ -29,21 +30,21 @@ UNREADABLE = 0.13                               # root mean square distance (of 
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One object of a scene. place counts the cells row by row."""
+    """One object of a scene. cell is its index, counted row by row."""
 
     shape: str
     colour: str
-    place: int
+    cell: int
 
 
 SPRITE_OF = {name: i for i, name in enumerate([None, *itertools.product(SHAPES, COLOURS)])}         # None: empty
 
 
 @functools.cache
-def sprites(cell):
-    """The smooth-edged pictures (n, cell, cell, 3) in 0..255 of all that SPRITE_OF names."""
-    fine, r = 8, EXTENT * cell
-    at = (np.arange(cell * fine) + 0.5) / fine - cell / 2
+def sprites(cell_side):
+    """The smooth-edged pictures (n, cell_side, cell_side, 3) in 0..255 of all that SPRITE_OF names."""
+    fine, r = 8, EXTENT * cell_side
+    at = (np.arange(cell_side * fine) + 0.5) / fine - cell_side / 2
     y, x = np.meshgrid(at, at, indexing="ij")
     inside = {
         "circle": x * x + y * y < r * r,
@@ -55,38 +56,38 @@ def sprites(cell):
         "bar": (abs(x) < 0.4 * r) & (abs(y) < r),
         "corner": (abs(x) < r) & (abs(y) < r) & ((x < -0.3 * r) | (y > 0.3 * r)),
     }
-    pictures = [np.broadcast_to(np.float32(BACKGROUND), (cell, cell, 3))]
+    pictures = [np.broadcast_to(np.float32(BACKGROUND), (cell_side, cell_side, 3))]
     for shape in SHAPES:
-        cover = inside[shape].reshape(cell, fine, cell, fine).mean((1, 3))[..., None]
+        cover = inside[shape].reshape(cell_side, fine, cell_side, fine).mean((1, 3))[..., None]
         pictures += [cover * np.float32(rgb) + (1 - cover) * np.float32(BACKGROUND) for rgb in COLOURS.values()]
     return np.stack(pictures).astype(np.float32)
 
 
-def draw_scenes(scenes, cell=CELL):
-    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = GRID * cell."""
+def draw_scenes(scenes, cell_side=CELL_SIDE):
+    """Scenes (sequences of Thing) -> pictures (n, S, S, 3) uint8, S = GRID * cell_side."""
     cells = np.zeros((len(scenes), CELLS), int)
     for row, scene in zip(cells, scenes, strict=True):
         for thing in scene:
-            row[thing.place] = SPRITE_OF[thing.shape, thing.colour]
-    tiles = sprites(cell)[cells].reshape(-1, GRID, GRID, cell, cell, 3)
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, GRID * cell, GRID * cell, 3).round().astype(np.uint8)
+            row[thing.cell] = SPRITE_OF[thing.shape, thing.colour]
+    tiles = sprites(cell_side)[cells].reshape(-1, GRID, GRID, cell_side, cell_side, 3)
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, GRID * cell_side, GRID * cell_side, 3).round().astype(np.uint8)
 
 
 def read_scenes(pictures, world):
     """Find the things in pictures (n, S, S, 3) uint8: list of scenes, and clear (n,) bool.
 
-    Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its picture
-    unclear.
+    Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its
+    picture unclear.
     """
-    n, cell, names = len(pictures), world.cell, [None, *itertools.product(world.shapes, world.colours)]
-    tiles = pictures.reshape(n, GRID, cell, GRID, cell, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
+    n, cell_side, names = len(pictures), world.cell_side, [None, *itertools.product(world.shapes, world.colours)]
+    tiles = pictures.reshape(n, GRID, cell_side, GRID, cell_side, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
     tiles = tiles.reshape(n * CELLS, -1)
-    known = sprites(cell)[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
+    known = sprites(cell_side)[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
     square = (tiles**2).sum(1)[:, None] + (known**2).sum(1) - 2 * tiles @ known.T                  # (n CELLS, sprites)
     best = square.argmin(1)
     good = np.sqrt(square.min(1).clip(0) / tiles.shape[1]) < UNREADABLE
     best = np.where(good, best, 0).reshape(n, CELLS)
-    scenes = [tuple(Thing(*names[i], place) for place, i in enumerate(row) if i) for row in best]
+    scenes = [tuple(Thing(*names[i], cell) for cell, i in enumerate(row) if i) for row in best]
     return scenes, good.reshape(n, CELLS).all(1)
 
 
@@ -98,9 +99,10 @@ def read_scenes(pictures, world):
 # for each size; there a held-out pair may be met beside other things.
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
 SEVERAL = {3: "three objects", 4: "four objects"}
-QUESTIONS = ("existence", "count", "position", "colour", "choice")
+TOPICS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
-SCENES = ("one", "group", "two", "two", "two", "two")       # two things are hardest to tell apart: most practice there
+# Of training scenes: one thing, a group of equal ones, two different ones. The latter are hardest, and met most.
+ARRANGEMENTS = ("one", "group", "two", "two", "two", "two")
 SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in SEVERAL.items()}}       # things of a scene; "group": 2 or 3
 QUESTIONS_ASKED = 4                             # questions of a training conversation; half end in a description
 DESCRIBE = "what is there?"
@@ -109,7 +111,7 @@ PREFIXES = ("", "a picture of ", "draw ", "there is ")
 
 def relations(a, b):
     """Which relations hold between things a and b, by their cells."""
-    step = [divmod(a.place, GRID)[i] - divmod(b.place, GRID)[i] for i in (0, 1)]
+    step = [divmod(a.cell, GRID)[i] - divmod(b.cell, GRID)[i] for i in (0, 1)]
     return [name for name, (row, column) in RELATIONS.items() if row * step[0] > 0 or column * step[1] > 0]
 
 
@@ -120,13 +122,13 @@ def combinations(scene):
     """
     objects = [(thing.colour, thing.shape) for thing in scene]
     if len(scene) == 1:
-        return {("one object", objects[0][1], scene[0].place), ("colours", *objects[0], scene[0].place)}
+        return {("one object", objects[0][1], scene[0].cell), ("colours", *objects[0], scene[0].cell)}
     if len(set(objects)) == 1:
         return {("counting", len(scene), *objects[0])}
     if not scene or len({thing.shape for thing in scene}) < len(scene):
         return set()                                # nothing, or some alike and some not
     ordered = sorted(scene)                         # by shape
-    placed = sum(((thing.shape, thing.place) for thing in ordered), ())
+    placed = sum(((thing.shape, thing.cell) for thing in ordered), ())
     if len(scene) > 2:
         return {(SEVERAL[len(scene)], *placed)}
     a, b = ordered
@@ -137,18 +139,18 @@ def combinations(scene):
 
 def all_combinations(world):
     """{skill: every combination of it}, in a fixed order."""
-    objects, places = [(colour, shape) for colour in world.colours for shape in world.shapes], range(CELLS)
+    objects, cells = [(colour, shape) for colour in world.colours for shape in world.shapes], range(CELLS)
     pairs = [(x, y) for x in objects for y in objects if x[1] < y[1]]
 
     def placed(n):
-        """Every n different shapes, in order, each with a cell of its own."""
+        """Every n different shapes, in order, each in a cell of its own."""
         shapes = (row for row in itertools.product(world.shapes, repeat=n) if sorted({*row}) == [*row])
-        return [sum(zip(row, at, strict=True), ()) for row in shapes for at in itertools.permutations(places, n)]
+        return [sum(zip(row, at, strict=True), ()) for row in shapes for at in itertools.permutations(cells, n)]
     return {
         "one object": [("one object", *words) for words in placed(1)],
         "two objects": [("two objects", *words) for words in placed(2)],
         "counting": [("counting", n, *x) for n in (2, 3) for x in objects],
-        "colours": [("colours", *x, p) for x in objects for p in places],
+        "colours": [("colours", *x, p) for x in objects for p in cells],
         "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
         "colour attribution": [("colour attribution", x, y) for x, y in pairs],
         **{skill: [(skill, *words) for words in placed(n)] for n, skill in SEVERAL.items() if n <= world.objects},
@@ -160,13 +162,13 @@ def prompt_text(combination, rng):
     skill, *words = combination
     swap = rng.random() < 0.5
     if skill == "one object":
-        text = f"a {words[0]} {PLACES[words[1]]}"
+        text = f"a {words[0]} {CELL_WORDS[words[1]]}"
     elif skill == "colours":
-        text = f"a {words[0]} {words[1]} {PLACES[words[2]]}"
+        text = f"a {words[0]} {words[1]} {CELL_WORDS[words[2]]}"
     elif skill == "counting":
         text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
     elif skill in ("two objects", *SEVERAL.values()):
-        said = [f"a {shape} {PLACES[place]}" for shape, place in zip(words[::2], words[1::2], strict=True)]
+        said = [f"a {shape} {CELL_WORDS[cell]}" for shape, cell in zip(words[::2], words[1::2], strict=True)]
         text = " and ".join(said[::-1] if swap else said)
     else:
         first, name, second = words[0], words[1] if skill == "position" else "and", words[-1]
@@ -183,11 +185,11 @@ def plural(word):
 class World:
     """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them.
 
-    shapes, colours: how many words of each kind it has; objects: how many different things a scene holds at most; cell:
-    side of a cell in pixels. The defaults are the easiest world.
+    shapes, colours: how many of each there are; objects: how many different things a scene holds at most; cell: side
+    of a cell in pixels. The defaults are the easiest world.
     """
 
-    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL):
+    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL_SIDE):
         for name, value, least, most in (("shapes", shapes, 4, len(SHAPES)), ("colours", colours, 4, len(COLOURS)),
                                          ("objects", objects, 2, min(CELLS, shapes - 2, colours - 2))):
             if not least <= value <= most:          # a choice needs two words that are absent
@@ -196,10 +198,10 @@ class World:
         if cell not in CELL_SIDES:
             raise InputError(f"--cell {cell}: give {', '.join(map(str, CELL_SIDES[:-1]))} or {CELL_SIDES[-1]}")
         self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
-        self.cell, self.side = cell, GRID * cell    # of a cell and of a picture, in pixels
+        self.cell_side, self.side = cell, GRID * cell    # of a cell and of a picture, in pixels
         self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
         self.skills = SKILLS + self.several
-        self.kinds = SCENES + tuple(skill for skill in self.several for _ in range(4))          # of training scenes
+        self.arrangements = ARRANGEMENTS + tuple(skill for skill in self.several for _ in range(4))
         rng = np.random.default_rng([seed, 1])
         self.combinations = all_combinations(self)
         self.held = {skill: [every[i] for i in sorted(rng.permutation(len(every))[:round(len(every) * HELD_OUT)])]
@@ -209,25 +211,26 @@ class World:
     def scene(self, rng):
         """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
         while True:
-            scene = random_scene(self, rng, self.kinds[rng.integers(len(self.kinds))])
+            scene = random_scene(self, rng, self.arrangements[rng.integers(len(self.arrangements))])
             if not combinations(scene) & self.held_out:
                 return scene
 
     def crowd(self, rng):
         """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
         while True:
-            places = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
+            cells = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
             scene = tuple(Thing(self.shapes[rng.integers(len(self.shapes))],
-                                self.colours[rng.integers(len(self.colours))], place) for place in sorted(places))
+                                self.colours[rng.integers(len(self.colours))], cell) for cell in sorted(cells))
             if not combinations(scene) & self.held_out:
                 return scene
 
     def held_out_scene(self, skill, rng):
         """A scene and the held-out combination of this skill that it shows."""
         wanted = self.held[skill][rng.integers(len(self.held[skill]))]
-        kinds = {"one object": "one", "colours": "one", "counting": "group"} | {name: name for name in self.several}
+        arrangements = {"one object": "one", "colours": "one", "counting": "group"}
+        arrangements |= {name: name for name in self.several}
         while True:
-            scene = random_scene(self, rng, kinds.get(skill, "two"), wanted)
+            scene = random_scene(self, rng, arrangements.get(skill, "two"), wanted)
             if wanted in combinations(scene):
                 return scene, wanted
 
@@ -240,31 +243,31 @@ def world_of(run):
     return World(**{name: run[name] for name in WORLD if name in run})
 
 
-def random_scene(world, rng, kind, wanted=None):
+def random_scene(world, rng, arrangement, wanted=None):
     """One, a group or several different things at random cells; `wanted` fixes the words of a combination, to be found
     sooner."""
-    places, alike = rng.permutation(CELLS).tolist(), kind in ("one", "group")
+    cells, alike = rng.permutation(CELLS).tolist(), arrangement in ("one", "group")
     colours = [world.colours[i] for i in rng.integers(len(world.colours), size=world.objects)]
     shapes = [world.shapes[i] for i in rng.permutation(len(world.shapes))]
-    number = SIZES.get(kind) or int(rng.integers(2, 4))
+    number = SIZES.get(arrangement) or int(rng.integers(2, 4))
     skill, *words = wanted or (None,)
     if skill == "one object":
-        shapes[0], places[0] = words
+        shapes[0], cells[0] = words
     elif skill == "colours":
-        colours[0], shapes[0], places[0] = words
+        colours[0], shapes[0], cells[0] = words
     elif skill == "counting":
         number, colours[0], shapes[0] = words
     elif skill in ("two objects", *SEVERAL.values()):
-        shapes, places = words[::2], words[1::2]
+        shapes, cells = words[::2], words[1::2]
     elif skill:
         colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
-    return tuple(sorted((Thing(shapes[0 if alike else i], colours[0 if alike else i], places[i])
-                         for i in range(number)), key=lambda thing: thing.place))
+    return tuple(sorted((Thing(shapes[0 if alike else i], colours[0 if alike else i], cells[i])
+                         for i in range(number)), key=lambda thing: thing.cell))
 
 
 def describe(scene):
     """Everything in a scene: "a red circle at the top left and a blue square ..."."""
-    return " and ".join(f"a {thing.colour} {thing.shape} {PLACES[thing.place]}" for thing in scene)
+    return " and ".join(f"a {thing.colour} {thing.shape} {CELL_WORDS[thing.cell]}" for thing in scene)
 
 
 def caption(scene, rng):
@@ -283,19 +286,19 @@ def caption(scene, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Question:
-    """kind is one of QUESTIONS; options are the four choices of a multiple-choice question, else empty."""
+    """topic is one of TOPICS; options are the four choices of a multiple-choice question, else empty."""
 
-    kind: str
+    topic: str
     text: str
     answer: str
     options: tuple = ()
 
 
-def yes_no(kind, text, truth):
-    return Question(kind, text, "yes" if truth else "no")
+def yes_no(topic, text, truth):
+    return Question(topic, text, "yes" if truth else "no")
 
 
-def make_question(world, scene, kind, rng, truth=None, closed=None):
+def make_question(world, scene, topic, rng, truth=None, closed=None):
     """Ask about a scene of a world. truth True or False asks for a yes/no question with that answer (not for "choice");
     closed False for an open one where there is one (not for the position of a group): those teach what the others need.
     """
@@ -303,7 +306,7 @@ def make_question(world, scene, kind, rng, truth=None, closed=None):
     truth = bool(rng.random() < 0.5) if truth is None else truth
     thing = scene[rng.integers(len(scene))]
     return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
-            "choice": ask_choice}[kind](world, scene, thing, rng, closed, truth)
+            "choice": ask_choice}[topic](world, scene, thing, rng, closed, truth)
 
 
 def other(rng, known, *present):
@@ -332,7 +335,7 @@ def ask_count(world, scene, thing, rng, closed, truth):
 def ask_position(world, scene, thing, rng, closed, truth):
     others = [t for t in scene if t.shape != thing.shape]
     if not closed and (len(scene) == 1 or others and rng.random() < 0.5):
-        return Question("position", f"where is the {thing.shape}?", PLACES[thing.place])
+        return Question("position", f"where is the {thing.shape}?", CELL_WORDS[thing.cell])
     if others:
         holds = relations(thing, others[0])
         name = holds[rng.integers(len(holds))]
@@ -341,8 +344,8 @@ def ask_position(world, scene, thing, rng, closed, truth):
             return Question("position", f"is the {thing.shape} {which} the {others[0].shape}?", name.split()[0])
         name = name if truth else OPPOSITE[name]
         return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
-    place = thing.place if truth else other(rng, range(CELLS), *(t.place for t in scene))
-    return yes_no("position", f"is there a {thing.shape} {PLACES[place]}?", truth)
+    cell = thing.cell if truth else other(rng, range(CELLS), *(t.cell for t in scene))
+    return yes_no("position", f"is there a {thing.shape} {CELL_WORDS[cell]}?", truth)
 
 
 def ask_colour(world, scene, thing, rng, closed, truth):

@@ -56,16 +56,16 @@ from parts.text import SPECIAL, Text, find_tokenizer, store_tokenizer
 from parts.world import (
     BACKGROUND,
     CELL_SIDES,
+    CELL_WORDS,
     CELLS,
     COLOURS,
     GRID,
     NUMBERS,
     OPPOSITE,
-    PLACES,
     PREFIXES,
-    QUESTIONS,
     RELATIONS,
     SHAPES,
+    TOPICS,
     Thing,
     World,
     caption,
@@ -79,7 +79,7 @@ from parts.world import (
 
 PRESET = {"emu3": model.PRESETS["tiny-emu3"], "janus": model.PRESETS["tiny-janus"]}
 both_kinds = pytest.mark.parametrize("kind", PRESET)
-SHAPE, COLOUR, PLACE, RELATION = (f"({'|'.join(words)})" for words in (SHAPES, COLOURS, PLACES,
+SHAPE, COLOUR, PLACE, RELATION = (f"({'|'.join(words)})" for words in (SHAPES, COLOURS, CELL_WORDS,
                                                                        RELATIONS))
 
 
@@ -195,7 +195,7 @@ def test_every_two_words_of_a_held_out_combination_are_met_in_training():
         return {(a, b) for i, a in enumerate(flat) for b in flat[i + 1:]}
     world, met = World(0), set()
     for scene in training_scenes(3000):
-        met |= {pair for t in scene for pair in words((0, t.colour, t.shape, t.place))}
+        met |= {pair for t in scene for pair in words((0, t.colour, t.shape, t.cell))}
         met |= {pair for combination in combinations(scene) for pair in words(combination)}
     assert not set().union(*map(words, world.held_out)) - met
 
@@ -211,7 +211,7 @@ def combination_of(prompt):
                 "colour attribution": f"a {COLOUR} {SHAPE} and a {COLOUR} {SHAPE}"}
     (skill, words), = ((skill, found.groups()) for skill, pattern in patterns.items()
                        if (found := re.fullmatch(pattern, prompt.removeprefix(prefix))))
-    words = [PLACES.index(w) if w in PLACES else NUMBERS.index(w) if w in NUMBERS else w
+    words = [CELL_WORDS.index(w) if w in CELL_WORDS else NUMBERS.index(w) if w in NUMBERS else w
              for w in words]
     if skill in ("counting", "colours"):
         return skill, *words
@@ -233,9 +233,9 @@ def test_a_prompt_mentions_exactly_its_combination(size):
 
 def spoiled(skill, scene):
     """Scenes with one thing added, or one word of what the skill mentions changed."""
-    free = next((place for place in range(CELLS) if place not in {t.place for t in scene}), None)
+    free = next((cell for cell in range(CELLS) if cell not in {t.cell for t in scene}), None)
     if free is not None:
-        yield *scene, replace(scene[0], place=free)
+        yield *scene, replace(scene[0], cell=free)
     for i, thing in enumerate(scene):
         rest = scene[:i] + scene[i + 1:]
         yield rest
@@ -243,9 +243,9 @@ def spoiled(skill, scene):
         if skill in ("colours", "counting", "position", "colour attribution"):
             yield *rest, replace(thing, colour=next(c for c in COLOURS if c != thing.colour))
         if skill in ("one object", "two objects", "three objects", "colours"):
-            yield *rest, replace(thing, place=free)
+            yield *rest, replace(thing, cell=free)
     if skill in ("position", "two objects", "three objects", "four objects"):
-        yield replace(scene[0], place=scene[1].place), replace(scene[1], place=scene[0].place), *scene[2:]
+        yield replace(scene[0], cell=scene[1].cell), replace(scene[1], cell=scene[0].cell), *scene[2:]
 
 
 @worlds
@@ -280,18 +280,18 @@ def answer_of(text, scene):
     if found := match(f"is there a {SHAPE}?"):
         truth = count(shape=found[1]) > 0
     elif found := match(f"is there a {SHAPE} {PLACE}?"):
-        truth = count(shape=found[1], place=PLACES.index(found[2])) > 0
+        truth = count(shape=found[1], cell=CELL_WORDS.index(found[2])) > 0
     elif found := match(f"(is|are) there (one|two|three) {SHAPE}PLURAL?"):
         truth = NUMBERS[count(shape=found[3])] == found[2]
     elif found := match(f"(is|are) the {SHAPE}PLURAL {COLOUR}?"):
         truth = count(shape=found[2], colour=found[3]) == count(shape=found[2])
     elif found := match(f"is the {SHAPE} {RELATION} the {SHAPE}?"):
-        (row, column), (row2, column2) = (divmod(t.place, GRID) for name in (found[1], found[3]) for t in scene
+        (row, column), (row2, column2) = (divmod(t.cell, GRID) for name in (found[1], found[3]) for t in scene
                                           if t.shape == name)
         truth = {"left of": column < column2, "right of": column > column2, "above": row < row2,
                  "below": row > row2}[found[2]]
     elif text == "what is there?":
-        return " and ".join(f"a {t.colour} {t.shape} {PLACES[t.place]}" for t in scene)
+        return " and ".join(f"a {t.colour} {t.shape} {CELL_WORDS[t.cell]}" for t in scene)
     elif found := match(f"is there a {SHAPE} or a {SHAPE}?"):
         shape, = (name for name in found.groups() if count(shape=name))
         return shape
@@ -303,7 +303,7 @@ def answer_of(text, scene):
     elif found := match(f"how many {SHAPE}PLURAL are there?"):
         return NUMBERS[count(shape=found[1])]
     elif found := match(f"where is the {SHAPE}?"):
-        return next(PLACES[t.place] for t in scene if t.shape == found[1])
+        return next(CELL_WORDS[t.cell] for t in scene if t.shape == found[1])
     elif found := match(f"what colour (is|are) the {SHAPE}PLURAL?"):
         return next(t.colour for t in scene if t.shape == found[2])
     else:
@@ -314,7 +314,7 @@ def answer_of(text, scene):
 
 
 @worlds
-@pytest.mark.parametrize("kind", QUESTIONS)
+@pytest.mark.parametrize("kind", TOPICS)
 def test_questions_are_answered_correctly(kind, size):
     """A brute-force reading of the question's words gives the same answer, and the answer that was asked for."""
     world, met = World(0, *size), set()
@@ -322,7 +322,7 @@ def test_questions_are_answered_correctly(kind, size):
     for i, scene in enumerate(scenes):
         for truth in (None,) if kind == "choice" else (None, True, False):
             asked = make_question(world, scene, kind, random(i), truth)
-            assert asked.kind == kind and asked.answer == answer_of(asked.text, scene), (asked, scene)
+            assert asked.topic == kind and asked.answer == answer_of(asked.text, scene), (asked, scene)
             assert truth is None or asked.answer == ("yes" if truth else "no")
             met.add(asked.answer)
     assert met >= (set("ABCD") if kind == "choice" else {"yes", "no"})
@@ -342,7 +342,7 @@ def test_a_world_of_an_impossible_size_is_refused(size, message):
 def test_runs_of_before_keep_their_world():
     """Settings that name no size are of the easiest world; others come back as they were."""
     before = world_of({"seed": 3, "lr": 1})
-    assert before.held_out == World(3).held_out and before.cell == 8
+    assert before.held_out == World(3).held_out and before.cell_side == 8
     again = world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3, "cell": 16})
     assert again.held_out == World(3, 6, 5, 3).held_out and again.cell == 16
 
@@ -798,7 +798,7 @@ def test_records_of_both_tasks_are_read(kind, album):
     drawn, = source.records["gen"]
     asked, two = source.records["und"]
     assert drawn == Record(f"{file}:1", "gen", (("a red cross", "<image>"),), (file.parent / "a.png",))
-    assert asked.place == f"{file}:3" and asked.turns == (("is it red?", "yes"), ("and blue?", "no"))
+    assert asked.origin == f"{file}:3" and asked.turns == (("is it red?", "yes"), ("and blue?", "no"))
     assert two.pictures == (file.parent / "b.png", file.parent / "c.png")
 
 
@@ -851,7 +851,7 @@ def use(file, p, on_bad_record):
     """Read a file and make a step of it, in which every record takes part: (bad records, places in the batches)."""
     source = FileSource(file, p.config.kind, on_bad_record)
     schedule = data.Schedule(source, p, 0, 6, (1, 1), 2, drop=0.0, on_bad_record=on_bad_record)
-    return [place for batch in schedule.step(0) for place in batch.places], source.bad + schedule.bad
+    return [place for batch in schedule.step(0) for place in batch.origins], source.bad + schedule.bad
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1027,7 +1027,7 @@ def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_p
         assert text.startswith(f"{tmp_path / 'all.tar'}:{name}: ") and why in text and text in out
     assert len(listed) == 24 and listed[-1] not in out and "cannot be read to its end" in listed[-1]
     source = FileSource(tmp_path / "all.tar", "emu3")
-    assert [record.place[-2:] for record in records(source)] == [":0", ":1"] and source.bad == listed
+    assert [record.origin[-2:] for record in records(source)] == [":0", ":1"] and source.bad == listed
     index_file(tmp_path / "all.tar").unlink()
     with pytest.raises(InputError, match="all.tar:no words: .*--on-bad-record skip"):
         FileSource(tmp_path / "all.tar", "emu3")
@@ -1343,7 +1343,7 @@ def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, preparers):
     def samples(micro_batch):
         return [(b.task, place, tokens[:1 + int((tokens != pad).nonzero().max())].tolist(), bool(valid))
                 for b in schedule(preparers[kind], batch_size=12, micro_batch=micro_batch).step(2)
-                for place, tokens, valid in zip(b.places, b.tokens, b.aia_valid, strict=True)]
+                for place, tokens, valid in zip(b.origins, b.tokens, b.aia_valid, strict=True)]
     pad = preparers[kind].text.ids["pad"]
     assert sorted(samples(1)) == sorted(samples(4)) == sorted(samples(64))
     assert {valid for task, *_, valid in samples(64) if task == "gen"} == {True, False}
@@ -1377,7 +1377,7 @@ def test_every_record_comes_once_per_epoch(preparers):
     """Each epoch is a permutation, and another one each time."""
     plan = schedule(preparers["emu3"], n=7)
     for task in ("gen", "und"):
-        epochs = [[plan.record(task, i)[0].place for i in range(first, first + 7)] for first in (0, 7, 14)]
+        epochs = [[plan.record(task, i)[0].origin for i in range(first, first + 7)] for first in (0, 7, 14)]
         assert all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
@@ -1413,7 +1413,7 @@ class Numbered:
 
 def places(source, p, positions, task="und"):
     plan = data.Schedule(source, p, 0, 4, (1, 1), 4)
-    return [plan.record(task, position)[0].place for position in positions]
+    return [plan.record(task, position)[0].origin for position in positions]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -27,10 +27,10 @@ from lab.speed import STEP_VARIANTS, Step, bench_fits, step_flops
 from parts.pictures import to_tensor
 from parts.settings import run_command, write_json
 from parts.text import Text
-from parts.world import CELL, CELLS, GRID, QUESTIONS, Thing, World, draw_scenes, read_scenes
+from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, draw_scenes, read_scenes
 
 NAMES = ("tiny-emu3", "tiny-janus")
-RED, BLUE = Thing(shape="circle", colour="red", place=0), Thing(shape="cross", colour="blue", place=3)
+RED, BLUE = Thing(shape="circle", colour="red", cell=0), Thing(shape="cross", colour="blue", cell=3)
 both_models = pytest.mark.parametrize("name", NAMES)
 
 
@@ -83,23 +83,23 @@ def test_right_answers_score_one(size, monkeypatch):
         return [answer_of(question, scene) for (_, question), scene in zip(asked, scenes, strict=True)]
     monkeypatch.setattr(evaluation, "answer", look)
     scores = evaluation.score_understanding(None, None, world, 8)
-    assert scores.pop("und_by_kind") == dict.fromkeys(QUESTIONS, 1.0) and set(scores.values()) == {1.0}
+    assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 1.0) and set(scores.values()) == {1.0}
 
 
 def test_always_yes_scores_chance(monkeypatch):
     """Half of the yes/no questions are true: accuracy 1/2, F1 2/3, and no pair of a true and a false one right."""
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
     scores = evaluation.score_understanding(None, None, World(0), 8)
-    assert scores["und_by_kind"] == dict.fromkeys(QUESTIONS, 0.5) | {"choice": 0.0}
+    assert scores["und_by_topic"] == dict.fromkeys(TOPICS, 0.5) | {"choice": 0.0}
     assert (scores["f1"], scores["acc_plus"], scores["circular"]) == (pytest.approx(2 / 3), 0.0, 0.0)
-    assert scores["und"] == pytest.approx(np.mean(list(scores["und_by_kind"].values())))
+    assert scores["und"] == pytest.approx(np.mean(list(scores["und_by_topic"].values())))
 
 
 def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     """All four rotations of a question must be answered rightly, which guessing a letter never does."""
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
     scores = evaluation.score_understanding(None, None, World(0), 40)
-    assert 0 < scores["und_by_kind"]["choice"] < 1 and scores["circular"] == 0
+    assert 0 < scores["und_by_topic"]["choice"] < 1 and scores["circular"] == 0
 
 
 @pytest.mark.parametrize("objects", [2, 3, 4])
@@ -129,10 +129,10 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
             shown = [(replace(one, shape=following[one.shape]), *rest) for one, *rest in shown]
         pictures = draw_scenes(shown)
         for picture, scene in zip(pictures, shown, strict=True) if drawn == "noise in a cell" else ():
-            free = next(place for place in range(CELLS) if place not in {t.place for t in scene})
-            row, column = (CELL * x for x in divmod(free, GRID))
-            noise = np.random.default_rng(0).integers(256, size=(CELL, CELL, 3))
-            picture[row:row + CELL, column:column + CELL] = noise
+            free = next(cell for cell in range(CELLS) if cell not in {t.cell for t in scene})
+            row, column = (CELL_SIDE * x for x in divmod(free, GRID))
+            noise = np.random.default_rng(0).integers(256, size=(CELL_SIDE, CELL_SIDE, 3))
+            picture[row:row + CELL_SIDE, column:column + CELL_SIDE] = noise
         return torch.stack([to_tensor(picture) for picture in pictures])
     monkeypatch.setattr(evaluation, "draw", paint)
     scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
@@ -478,7 +478,7 @@ def test_only_the_captions_words_and_the_picture_are_pooled(name, task, runs):
     states are averaged over those tokens, and the modality that comes first knows nothing of the other."""
     m, text = opened(runs[name])
     captions, preparer = ["a red", "0", "0 is not x", "x", "00", "red.", "a\n\nb:", "漢 dog"], data.Preparer(m, text)
-    pairs = [*zip(draw_scenes([(replace(RED, place=i % 4),) for i in range(8)]), captions, strict=True)]
+    pairs = [*zip(draw_scenes([(replace(RED, cell=i % 4),) for i in range(8)]), captions, strict=True)]
     batch, *masks = pair_batch(preparer, pairs, task)
     for b, (words, image) in enumerate(zip(*masks, strict=True)):
         said = text.core.decode(batch.tokens[b, words].tolist(), skip_special_tokens=False)
@@ -529,7 +529,7 @@ def made_up(folder, preset="tiny-emu3", **arms):
               "und": {"target": [0.1, 0.2, 0.3], "before": row | {"intensity": [0.6, 0.2, 0.1], "std": [0, 0, 0.3]}}}
     lines = [{"name": "tune", "step": step, "gen": {"ntp": 1 / step, "aia": 0.1}} for step in (1, 2, 4)]
     for name, content in (("curves", curves), ("settings", {"preset": preset, "out": "<b>&amp;"}),
-                          ("scores", {"und_by_kind": {"count": 0.75, "<i>": 1.0}}), ("result", {"und": 0.875})):
+                          ("scores", {"und_by_topic": {"count": 0.75, "<i>": 1.0}}), ("result", {"und": 0.875})):
         write_json(content, folder / f"{name}.json")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "tu')
     return folder

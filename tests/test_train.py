@@ -35,7 +35,7 @@ import parts.world
 import train
 from formats.checkpoints import (
     Writer,
-    checkpoint_places,
+    checkpoint_folders,
     from_manifest,
     newest_checkpoint,
     read_manifest,
@@ -398,7 +398,7 @@ def at_once(texts, tmp_path_factory):
 def test_a_full_disk_leaves_the_previous_checkpoint(at_once, tmp_path, unscored, monkeypatch):
     """A checkpoint is written under a second name and then renamed; a failed one is told, and the run goes on later."""
     def full(writer, plan, planner):
-        if "0000006" in str(writer.place):
+        if "0000006" in str(writer.folder):
             raise OSError(28, "No space left on device")
         return write(writer, plan, planner)
     write = Writer.write_data
@@ -1133,7 +1133,7 @@ def test_a_signal_in_the_last_moment_stops_too(tmp_path, unscored, monkeypatch):
     monkeypatch.setattr(train.Run, "save", signalled)
     with pytest.raises(train.Stop):
         train.train(settings(tmp_path, steps=1))
-    assert checkpoint_places(tmp_path)[-1].name == "4-0000000"
+    assert checkpoint_folders(tmp_path)[-1].name == "4-0000000"
 
 
 def torchrun(*flags):
@@ -1178,7 +1178,7 @@ def test_with_ddp_one_process_writes_and_all_read(tmp_path):
     with torchrun("--out", str(tmp_path / "run"), "--arms", "both") as process:
         out = process.communicate(timeout=200)[0]
     assert process.returncode == 0 and result_of(out)["val_ntp_gen"] > 0, out
-    places = [*checkpoint_places(tmp_path / "run"), tmp_path / "run/before", tmp_path / "run/control"]
+    places = [*checkpoint_folders(tmp_path / "run"), tmp_path / "run/before", tmp_path / "run/control"]
     for place in places:
         assert len(read_manifest(place)["files"]) == 1
         assert {file.name for file in place.iterdir()} == {*read_manifest(place)["files"], "manifest.json"}
