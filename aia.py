@@ -65,8 +65,8 @@ FIRST_LAYERS = {                                  # name: (layers, first layers 
     "released": (30, (0, 10, 20, 25, 30), (0, 10, 21, 25, 30)),               # the authors' training code
 }
 # Weights by name: the paper's text says 40 (Sec. 3.2), the released code uses 5 and 10. The default is neither but the
-# ratio NTP : lambda AIA = 50 : 1 at the start (best row of the paper's ablation); see weight_for_ratio.
-WEIGHTS = {"paper": {"gen": 40.0, "und": 40.0}, "released": {"gen": 5.0, "und": 10.0}, "off": {"gen": 0.0, "und": 0.0}}
+# ratio NTP : lambda AIA = 50 : 1 at the start (best row of the paper's ablation); see lambda_for_ratio.
+LAMBDAS = {"paper": {"gen": 40.0, "und": 40.0}, "released": {"gen": 5.0, "und": 10.0}, "off": {"gen": 0.0, "und": 0.0}}
 RHO = 50.0
 
 # Reference curves of single-task models, digitised from the paper's figures: where each stands in the curve file.
@@ -222,7 +222,7 @@ def loss(intensity, target, delta, valid, reduction="mean"):
 # Eq. 3: the weight
 # ---------------------------------------------------------------------------------------------------------------------
 # L = L_NTP + lambda L_AIA, for each task on its own. lambda is fixed before the first update and then kept.
-def weight_for_ratio(ntp, aia, rho=RHO):
+def lambda_for_ratio(ntp, aia, rho=RHO):
     """lambda such that next-token loss : weighted AIA loss is rho : 1; ntp and aia are means before any update.
 
     Measure on a trained model: at random weights the intensity is just the share of keys, and the ratio means nothing.

@@ -42,7 +42,7 @@ from formats.datasets import (
 from formats.records import SKIP_HINT, Record, question_parts
 from parts.kernels import indices
 from parts.pictures import janus_reading, load_picture, written
-from parts.settings import InputError, at_least, chosen, device_of, opt, run_command
+from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
 from parts.text import SPECIAL, Text
 from parts.world import (
     DESCRIBE,
@@ -335,7 +335,7 @@ def samples_before(step, batch_size, ratio, drawn=None):
     total = step * batch_size
     gen = total * ratio[0] // sum(ratio)
     if drawn is not None:
-        gen = batch_size * int((np.random.default_rng([drawn, 7]).random(step) * sum(ratio) < ratio[0]).sum())
+        gen = batch_size * int((stream(drawn, "mix").random(step) * sum(ratio) < ratio[0]).sum())
     return {"gen": gen, "und": total - gen}
 
 
@@ -411,11 +411,11 @@ class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
 
     def __init__(self, source, preparer, seed, batch_size, ratio, micro_batch, drop=None, on_bad_record="stop", rank=0,
-                 world=1, mix="both"):
+                 processes=1, mix="both"):
         self.source, self.preparer, self.seed, self.batch_size = source, preparer, seed, batch_size
         self.ratio, self.micro_batch, self.on_bad_record = ratio, micro_batch, on_bad_record
         self.drop = DROP[preparer.config.kind] if drop is None else drop
-        self.bad, self.rank, self.world, self.drawn = [], rank, world, seed if mix == "drawn" else None
+        self.bad, self.rank, self.processes, self.drawn = [], rank, processes, seed if mix == "drawn" else None
         mixed = isinstance(source, Mixture) and source.weights
         parts = list(zip(source.sources, source.weights, strict=True)) if mixed else [(source, 1)]
         self.parts = {task: [part for part in parts if part[0].count(task)] for task in aia.TASKS}
@@ -428,7 +428,7 @@ class Schedule:
         n = sources[number].count(task)
         epoch, own = divmod(own, n)
         index = shuffled(own, n, (self.seed, aia.TASKS.index(task), epoch, number))
-        rng = np.random.default_rng([self.seed, 4, aia.TASKS.index(task), position])
+        rng = stream(self.seed, "record", aia.TASKS.index(task), position)
         return sources[number].record(task, index, rng), rng
 
     def length(self, task, position):
@@ -450,10 +450,10 @@ class Schedule:
         groups, n = [], self.micro_batch
         for task in aia.TASKS:
             positions = range(start[task], end[task])
-            mine = list(positions[self.rank::self.world])
+            mine = list(positions[self.rank::self.processes])
             if len(mine) > n:
                 mine.sort(key=functools.partial(self.length, task), reverse=True)
-            most = -(-len(positions) // self.world)                             # samples of the first process
+            most = -(-len(positions) // self.processes)                             # samples of the first process
             groups += [(task, mine[first:first + n]) for first in range(0, most, n)]
         return groups
 
@@ -469,7 +469,7 @@ class Schedule:
             except Exception as error:              # out of memory, a fault in a library: say with which records
                 error.add_note(f"while preparing {', '.join(self.record(task, i)[0].origin for i in positions)}")
                 raise
-            if batch or self.world > 1:
+            if batch or self.processes > 1:
                 batch = batch or self.preparer.nothing(task)
                 batches.append(batch.pinned() if cuda else batch)
         return batches
@@ -492,7 +492,7 @@ class WorldSource:
     """Training data of a World: a pool of pictures, each with fresh words whenever it is met."""
 
     def __init__(self, world, n, seed):
-        rng = np.random.default_rng([seed, 2])
+        rng = stream(seed, "pool")
         self.world, self.bad, self.paths = world, [], []
         self.scenes = [world.scene(rng) for _ in range(n)]
         self.pictures, self.rng = draw_scenes(self.scenes, world.cell_side), rng
@@ -585,7 +585,7 @@ def export(settings):
     source = WorldSource(world, settings.n, settings.seed)
     lines = []
     for i in range(settings.n):
-        record = source.record(aia.TASKS[i % 2], i, np.random.default_rng([settings.seed, 5, i]))
+        record = source.record(aia.TASKS[i % 2], i, stream(settings.seed, "export", i))
         path = f"pictures/{i:05d}.png"
         Image.fromarray(source.pictures[i]).save(folder / path)
         said = [{"from": who, "value": text} for turn in record.turns for who, text in zip(("human", "gpt"), turn,

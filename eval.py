@@ -10,7 +10,6 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
     python eval.py score pope --data POPE --preds answers.jsonl --out scores/pope
 """
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 import aia
 import data
 import formats.weights
+from formats.checkpoints import checkpoint_folders
 from formats.datasets import FileSource
 from formats.records import Record
 from parts.pictures import MAX_RATIO, load_picture, to_picture, to_tensor
@@ -36,6 +36,7 @@ from parts.settings import (
     parse,
     read_json,
     run_command,
+    stream,
     tell,
     write_json,
 )
@@ -135,7 +136,7 @@ def score_understanding(m, text, world, n, seed=0):
                the accuracy on questions without yes or no ("how many circles are there?")
     choice     four options; circular wants the right letter under all four rotations (MMBench)
     """
-    rng = np.random.default_rng([seed, 6])
+    rng = stream(seed, "questions")
     asked = []                                                                  # (measure, number, picture, q)
     for topic in TOPICS:
         shown = SHOWN[topic] + (world.several if topic != "count" else ())
@@ -180,7 +181,7 @@ def rotations(asked):
 def score_generation(m, text, world, n, seed=0):
     """One guided picture, of the likeliest codes, for each of n held-out prompts per skill, read back from its pixels
     -> scores, samples."""
-    rng = np.random.default_rng([seed, 7])
+    rng = stream(seed, "prompts")
     goals = [world.held_out_scene(skill, rng)[1] for skill in world.skills for _ in range(n)]
     prompts = [prompt_text(goal, rng) for goal in goals]
     pictures = np.stack([to_picture(pixels) for pixels in draw(m, text, prompts, temperature=0)])
@@ -193,7 +194,7 @@ def score_generation(m, text, world, n, seed=0):
 
 def score_tokenizer(m, world, n, seed=0):
     """Encode and decode n held-out pictures: psnr in dB, and the share that is read exactly as it was drawn."""
-    rng = np.random.default_rng([seed, 8])
+    rng = stream(seed, "reconstructions")
     scenes = [world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(n)]
     drawn = draw_scenes(scenes, world.cell_side)
     pixels = torch.stack([to_tensor(picture) for picture in drawn]).to(next(m.parameters()).device)
@@ -215,7 +216,7 @@ class HeldOut:
         self.world, self.seed = world, seed
 
     def batches(self, preparer, task, n, batch=25):
-        rng = np.random.default_rng([self.seed, 9, aia.TASKS.index(task)])
+        rng = stream(self.seed, "curves", aia.TASKS.index(task))
         records = []
         for i in range(n):
             scene, combination = self.world.held_out_scene(self.world.skills[i % len(self.world.skills)], rng)
@@ -309,9 +310,9 @@ def measure(m, batches, target, delta):
             "ntp": ntp / tokens, "aia": aia.loss(found, target, delta, valid).item(), "samples": len(found)}
 
 
-def curves(models, preparer, samples, targets, n=100, decode=False, run=None):
+def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
     """Both tasks of several models (name, m), one after the other and with one picture tokenizer, and their targets ->
-    one JSON-ready dict. decode: on what each model says and draws by itself. run: settings of the run they are of."""
+    one JSON-ready dict. decode: on what each model says and draws by itself. final: label of the model "after"."""
     batches = {task: [] if decode else [*samples.batches(preparer, task, n)] for task in aia.TASKS}
     # JSON has no infinity: without Huber, delta is null.
     result = {task: {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
@@ -319,9 +320,10 @@ def curves(models, preparer, samples, targets, n=100, decode=False, run=None):
     for name, m in models:
         for task in aia.TASKS:
             own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches[task]
-            result[task][name] = measure(m, own, *targets[task])
-            if result[task][name] and name == "after" and run and not has_aia(run):
-                result[task][name]["label"] = WITHOUT
+            row = measure(m, own, *targets[task])
+            if row and final and name == "after":
+                row["label"] = final
+            result[task][name] = row
     return result
 
 
@@ -335,26 +337,14 @@ LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": 
 WITHOUT = "at the end, without AIA"
 
 
-def fixed_weights(text):
-    """--aia-weight as {task: lambda}: a name in WEIGHTS, one number, or two as "gen,und". None for "rho": calibrate."""
-    if text == "rho":
-        return None
-    if text in aia.WEIGHTS:
-        return dict(aia.WEIGHTS[text])
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or not all(0 <= number < math.inf for number in numbers):
-        known = ", ".join(["rho", *aia.WEIGHTS])
-        raise InputError(f"--aia-weight {text!r}: give {known}, a number >= 0, or two as GEN,UND")
-    return dict(zip(aia.TASKS, numbers if len(numbers) == 2 else numbers * 2, strict=True))
-
-
-def has_aia(run):
-    """Did the settings of a run give AIA any weight? UniFork's stages have none, see train.PLANS."""
-    weights = fixed_weights(run.get("aia_weight", "rho"))
-    return run.get("preset") != "tiny-unifork" and (weights is None or any(weights.values()))
+def final_label(folder):
+    """What the final weights of a run folder are called: its last phase had AIA, or it did not."""
+    *_, last = [None, *checkpoint_folders(folder)]
+    if last is None:                                # only results were copied
+        return LABEL["after"]
+    manifest = read_json(last / "manifest.json")
+    lambdas = manifest.get("lambdas") or manifest.get("weights") or {}          # the latter in older runs
+    return LABEL["after"] if any(lambdas.values()) else WITHOUT
 
 
 def label_of(name, row):
@@ -626,7 +616,8 @@ def curve_command(settings):
         samples = HeldOut(world_of(run), settings.seed)
     chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
     wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
-    result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode, run)
+    result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode,
+                    final_label(folder) if run else "")
     own = run and not settings.data and not settings.decode                     # what the run wrote itself
     out = Path(settings.out or (folder / "curves.png" if own else "curves.png"))
     plot_curves(result, out)

@@ -7,7 +7,6 @@ token spends on the keys of the other modality (the I_l of aia.py, before averag
     python -m pytest tests/test_model.py
 """
 
-import functools
 import math
 import re
 from contextlib import nullcontext
@@ -83,6 +82,8 @@ class Config:
     attention: str = "auto"              # a key of ATTENTION
     lora_rank: int = 0                   # of what is trained beside the decoder's frozen projections; 0: nothing
     fork_layer: int = 0                  # UniFork: from this layer on each task has layers of its own; 0: all shared
+    rope_bf16: bool = False              # round the rotary frequencies to bfloat16, as the published scripts do
+    checkpoint_activations: bool = False         # recompute each layer in the backward pass
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
 
     @property
@@ -390,7 +391,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.rope_bf16, self.checkpoint_activations = config, False, False
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -421,7 +422,7 @@ class Decoder(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
         steps = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequency = c.theta ** (-steps / c.head_dim)                            # (D / 2,)
-        if self.rope_bf16:
+        if c.rope_bf16:
             frequency = frequency.bfloat16().float()
         angle = positions[:, None, :, None].float() * frequency                 # (B, 1, T, D / 2)
         cos, sin = angle.cos(), angle.sin()
@@ -437,25 +438,31 @@ class Decoder(nn.Module):
         -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
         """
         batch, new, _ = x.shape
-        if cache:
-            rope, visible = cache.enter(new, moving)
-        else:
-            mask = None if mask is None or bool(mask.all()) else mask
-            columns = torch.arange(new, device=x.device)
-            rope = self.rotations(columns[None] if mask is None else positions(mask))
-            visible = visibility(mask, columns, new)
-        x, intensities, states = x.flatten(0, 1), [], [x]                       # (B T, C)
+        rope, visible = cache.enter(new, moving) if cache else self.frame(x, mask)
+        intensities, states = [], [x]
+        x = x.flatten(0, 1)                                                     # (B T, C)
         layers, norm = self.path(task)
         for layer in layers:
-            # Recomputed in the backward pass, mass included, instead of kept.
-            run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpoint_activations else layer
-            x, mass = run(x, batch, rope, visible, condition, rectangle, cache)         # (B T, C), (B, H, T)
+            x, mass = self.run(layer, x, batch, rope, visible, condition, rectangle, cache)     # (B T, C), (B, H, T)
             if mass is not None:
                 intensities.append(aia.intensity(mass, queries))                # (B,)
             if hidden:
                 states.append(x.unflatten(0, (batch, new)))
         x = norm(x).unflatten(0, (batch, new))                                  # (B, T, C)
         return x, torch.stack(intensities, 1) if intensities else None, states if hidden else None
+
+    def frame(self, x, mask):
+        """Rotations of all tokens of x (B, T, C), and which keys each of them sees (see `visibility`)."""
+        columns = torch.arange(x.shape[1], device=x.device)
+        if mask is None or bool(mask.all()):
+            return self.rotations(columns[None]), visibility(None, columns, x.shape[1])
+        return self.rotations(positions(mask)), visibility(mask, columns, x.shape[1])
+
+    def run(self, layer, *inputs):
+        """A layer; with checkpoint_activations it is recomputed in the backward pass, mass included, and not kept."""
+        if self.config.checkpoint_activations:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
 
 def positions(mask):
@@ -505,16 +512,45 @@ REPLAYED, REPLAY_FROM = ("cuda",), 64            # devices on which, and how man
 class Unified(nn.Module):
     """What Emu3 and Janus-Pro share. Each adds how tokens and pictures enter, and which head reads them out."""
 
-    def __init__(self, config):
+    def __init__(self, config, tokenizer_file=None):
         super().__init__()
         # Convolutions are those of picture tokenizers and SigLIP's patches, which must be exact: by default cuDNN
-        # rounds what goes into them to 10 bits (TF32), and 2 to 10 % of the codes change. The switch belongs to the
-        # whole process: threads share it, so it is set once and not around each call.
+        # rounds their inputs to 10 bits (TF32), and 2 to 10 % of the codes change. The switch belongs to the whole
+        # process and threads share it, so it is set once, not around each call.
         torch.backends.cudnn.allow_tf32 = False
-        self.config, self.ids, self.tokenizer_file = config, dict(config.ids), None
+        self.config, self.ids, self.tokenizer_file = config, dict(config.ids), tokenizer_file
         self.lm = Decoder(config)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.vq = {"emu3": Emu3VQ, "janus": JanusVQ}[config.kind](config)
+
+    # What Emu3 and Janus-Pro define.
+    def head(self, task):
+        """The layers that turn x (n, C) into logits of what a task predicts: words (V) or, in Janus-Pro, codes (K)."""
+        raise NotImplementedError
+
+    def embed(self, batch):
+        """Embeddings (B, T, C) of a data.Batch, pictures included."""
+        raise NotImplementedError
+
+    def embed_text(self, ids, pixels=None):
+        """Embed ids (B, T) -> (B, T, C); placeholders are filled, in order, with pictures (n, 3, S, S)."""
+        raise NotImplementedError
+
+    def embed_code(self, code, row_end):
+        """Embeddings (B, 1 or 2, C) of what follows when code (B,) was drawn, at the end of a row of codes or not."""
+        raise NotImplementedError
+
+    def code_logits(self, x):
+        """Logits (..., K) of the picture codes from x (..., C)."""
+        raise NotImplementedError
+
+    def image_logits(self, ids, codes):
+        """Teacher-forced logits (B, N, K) of codes after prompts ids (B, T) that end before the first code."""
+        raise NotImplementedError
+
+    def guided_rows(self, ids, mask, negative):
+        """Conditional and unconditional prompts in turn, padded on the left: ids and mask, (2 B, T) each."""
+        raise NotImplementedError
 
     def forward(self, batch, intensity=True, hidden=False):
         """Loss and intensities of one data.Batch: padding on the right, one task."""
@@ -677,8 +713,8 @@ READ_AT_ONCE = 32                               # pictures that pass through Sig
 class Janus(Unified):
     """Pictures are read through SigLIP and an aligner, written as codes with an embedding and a head of their own."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, tokenizer_file=None):
+        super().__init__(config, tokenizer_file)
         c = config.width
         self.vision = SigLIP(config)
         self.aligner = nn.Sequential(nn.Linear(config.vit_width, c), nn.GELU(), nn.Linear(c, c))
@@ -784,21 +820,21 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 MODELS = {"emu3": Emu3, "janus": Janus}
 
 
-def build(name, **changes):
+def build(name, tokenizer_file=None, **changes):
     """A preset with fresh weights; changes replace fields of its Config. On the device of torch.device(...)."""
     if name not in PRESETS:
         raise InputError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
     unknown = set(changes) - {f.name for f in fields(Config)}
     if unknown:
         raise InputError(f"a model has no setting {', '.join(sorted(unknown))}: see model.Config")
-    return from_config(replace(PRESETS[name], **changes))
+    return from_config(replace(PRESETS[name], **changes), tokenizer_file)
 
 
-def from_config(config):
+def from_config(config, tokenizer_file=None):
     """A model with fresh weights: Normal(0, init_std), embeddings Normal(0, embed_std); the VQ has its own."""
     if config.attention not in ATTENTION:
         raise InputError(f"attention {config.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
-    m = MODELS[config.kind](config)
+    m = MODELS[config.kind](config, tokenizer_file)
     for name, module in m.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) and not name.startswith("vq"):
             std = config.init_std if isinstance(module, nn.Linear) else config.embed_std        # words, patches

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import eval as evaluation
 from parts.pictures import to_tensor
 from parts.processes import my_share
-from parts.settings import InputError, device_of, first_line
+from parts.settings import InputError, device_of, first_line, stream
 from parts.world import draw_scenes, prompt_text, world_of
 
 
@@ -136,7 +136,7 @@ def run_fid(settings, judge):
     m, text, run = evaluation.load_run(settings)
     if run is None:
         raise InputError("--variant world compares drawings of the built-in world: give the run folder of one")
-    world, rng = world_of(run), np.random.default_rng([settings.seed, 7])
+    world, rng = world_of(run), stream(settings.seed, "prompts")
     pairs = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
     prompts = [prompt_text(goal, rng) for _, goal in pairs]
     shown = draw_scenes([scene for scene, _ in pairs], world.cell_side)

@@ -36,14 +36,18 @@ def checksum(file):
 
 
 def read_manifest(folder):
-    """The manifest of a checkpoint folder, after a look at every file."""
+    """The manifest of a checkpoint folder, once every file is found to be what was written."""
     if not (folder / "manifest.json").exists():
         raise InputError(f"checkpoint {folder} is missing")
     manifest = read_json(folder / "manifest.json")
     for name, expected in manifest.get("files", {}).items():
         if not (folder / name).exists() or checksum(folder / name) != expected:
             raise InputError(f"checkpoint {folder} is damaged ({name} is missing or not what was written)")
-    return manifest
+    return {RENAMED.get(name, name): value for name, value in manifest.items()}
+
+
+# What manifests of older runs call the number of a phase and the weights of the AIA loss.
+RENAMED = {"stage": "phase", "weights": "lambdas"}
 
 
 def checkpoint_folders(folder):
@@ -73,23 +77,28 @@ def read_tensors(tensors, folder):
              no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
 
 
-def from_manifest(manifest, folder, device="cpu", attention="auto", shard=None, dtype=None, lora_rank=None,
-                  fork_layer=0):
-    """The model of a checkpoint folder: built without memory, then filled, by several processes each its part.
-    dtype None: as stored. lora_rank, fork_layer: fresh LoRA or fork, of which the checkpoint knows nothing."""
-    changed = {"attention": attention} | ({"lora_rank": lora_rank} if lora_rank else {}) | (
-        {"fork_layer": fork_layer} if fork_layer else {})
+def from_manifest(manifest, folder, changes, device="cpu", shard=None, dtype=None, tokenizer_file=None):
+    """The model of a checkpoint folder: built without memory, then filled; each process reads its own part.
+
+    changes: fields of its Config that replace the stored ones; LoRA and a fork may be new in them. shard(m), called
+    while the model is empty, may make its parameters DTensors. dtype None: as stored.
+    """
+    stored = manifest["config"]
+    new_lora = changes.get("lora_rank", 0) and not stored.get("lora_rank")
+    new_fork = changes.get("fork_layer", 0) and not stored.get("fork_layer")
     with torch.device("meta"):
-        m = model.MODELS[manifest["config"]["kind"]](configured(manifest["config"] | changed))
+        m = model.MODELS[stored["kind"]](configured(stored | changes), tokenizer_file)
     for name, parameter in m.named_parameters():
         parameter.data = parameter.data.to(model.held_type(name, dtype or getattr(torch, manifest["dtype"])))
     if shard:
         shard(m)
     m.to_empty(device=device)
-    fresh = model.fresh_lora(m, device) if lora_rank else {}
-    read_tensors({f"model.{name}": value for name, value in m.state_dict().items()
-                  if name not in fresh and not (fork_layer and model.unforked(name, m.config) != name)}, folder)
-    if fork_layer:
+    fresh = model.fresh_lora(m, device) if new_lora else {}
+    wanted = {name: value for name, value in m.state_dict().items() if name not in fresh}
+    if new_fork:
+        wanted = {name: value for name, value in wanted.items() if model.unforked(name, m.config) == name}
+    read_tensors({f"model.{name}": value for name, value in wanted.items()}, folder)
+    if new_fork:
         model.fork(m)
     m.load_state_dict(fresh, strict=False)
     return m

@@ -246,14 +246,14 @@ def stored_tensors(path):
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
-def load_public(path, dtype, device, vision_tokenizer, changed, shard=None):
+def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
     """A model from public weights: built without memory, then filled tensor by tensor."""
     folder, known = path if path.is_dir() else path.parent, stored_tensors(path)
     if path.is_file() and not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json: copy the json files of the model that {path.name} was "
                          "trained from into it")
     try:
-        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changed)
+        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changes)
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -289,7 +289,7 @@ def load_public(path, dtype, device, vision_tokenizer, changed, shard=None):
     return m
 
 
-def empty_model(folder, known, vision_tokenizer, changed):
+def empty_model(folder, known, vision_tokenizer, changes):
     """What the json files of a folder describe -> a model on the meta device, its layout, whether its embeddings are
     tied, and the stored tensors by the names of that layout."""
     layout, values, content = read_config(folder, known)
@@ -303,9 +303,8 @@ def empty_model(folder, known, vision_tokenizer, changed):
         known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
     ids, tokenizer_file = read_ids(folder, content, values)
     with torch.device("meta"):
-        m = model.MODELS[kind](configured(values | {"ids": ids} | changed))
-    m.tokenizer_file = tokenizer_file
-    # transformers assumes it of Janus-Pro where config.json is silent, which the public weights contradict
+        m = model.MODELS[kind](configured(values | {"ids": ids} | changes), tokenizer_file)
+    # transformers assumes tied embeddings for Janus-Pro if config.json is silent; the public weights contradict it
     tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
     return m, layout, tied, known
 
@@ -323,33 +322,34 @@ def find_vision_tokenizer(folder, given):
 
 
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
-         shard=None, lora_rank=None, fork_layer=0):
+         shard=None, lora_rank=None, fork_layer=0, checkpoint_activations=False):
     """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
 
-    dtype None: as stored; the picture tokenizer is float32 always. vision_tokenizer: folder of Emu3's, where it is not
-    beside the language model. rope_bf16 rounds the rotary frequencies as the published scripts do. part: "before" or
-    "control" of a run; RUN/before may also be given itself. shard(m), called while the model is empty, may make its
-    parameters DTensors.
-    lora_rank: begin LoRA on a model without; None: LoRA where the run folder has it. fork_layer: begin UniFork's two
-    branches on a model without; 0: a fork where the run folder has it.
+    dtype           None: as stored; the picture tokenizer is always float32
+    vision_tokenizer  folder of Emu3's picture tokenizer; None: beside the language model
+    rope_bf16       round the rotary frequencies as the published scripts do
+    part            "before" or "control" of a run; RUN/before may also be given as the folder
+    shard           shard(m), called while the model is empty, may make its parameters DTensors
+    lora_rank       start LoRA on a model without; None: LoRA if the run folder has it
+    fork_layer      start UniFork's two branches on a model without; 0: a fork if the run folder has it
+    attention, checkpoint_activations  see model.Config
     """
     home = folder = find_folder(folder)
-    if (folder / "checkpoints").exists() or not (folder.is_file() or (folder / "config.json").exists()):
-        if (folder / "manifest.json").exists():     # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
-            part, home = ".", next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
-        saved, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
-        if lora_rank is not None and manifest["config"].get("lora_rank"):
-            raise InputError(f"{folder} was trained with LoRA: write it as a plain model with formats.weights: save("
-                             f"load({str(folder)!r}), 'FOLDER'), and start from that FOLDER")
-        if fork_layer and manifest["config"].get("fork_layer"):
-            raise InputError(f"{folder} is forked already: leave out --fork-layer")
-        m = from_manifest(manifest, saved, device, attention, shard, dtype, lora_rank, fork_layer)
-        m.tokenizer_file = find_tokenizer(home)
-    else:
-        added = {"lora_rank": lora_rank or 0, "fork_layer": fork_layer}
-        m = load_public(folder, dtype, device, vision_tokenizer, {"attention": attention} | added, shard)
-    m.lm.rope_bf16 = rope_bf16
-    return m.eval()
+    changes = {"attention": attention, "rope_bf16": rope_bf16, "checkpoint_activations": checkpoint_activations}
+    changes |= {"lora_rank": lora_rank} if lora_rank else {}
+    changes |= {"fork_layer": fork_layer} if fork_layer else {}
+    if not (folder / "checkpoints").exists() and (folder.is_file() or (folder / "config.json").exists()):
+        return load_public(folder, dtype, device, vision_tokenizer, changes, shard).eval()
+    if (folder / "manifest.json").exists():         # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
+        part = "."
+        home = next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
+    saved, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
+    if lora_rank is not None and manifest["config"].get("lora_rank"):
+        raise InputError(f"{folder} was trained with LoRA: write it as a plain model with formats.weights: save("
+                         f"load({str(folder)!r}), 'FOLDER'), and start from that FOLDER")
+    if fork_layer and manifest["config"].get("fork_layer"):
+        raise InputError(f"{folder} is forked already: leave out --fork-layer")
+    return from_manifest(manifest, saved, changes, device, shard, dtype, find_tokenizer(home)).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import eval as evaluation
 from formats.datasets import FileSource, every
 from formats.records import Record
 from lab.figures import TASK_COLOUR, TASK_NAME, canvas, save_figure
-from parts.settings import InputError, opt, parse, run_command, tell, write_json
+from parts.settings import InputError, opt, parse, run_command, stream, tell, write_json
 from parts.world import DESCRIBE, describe, draw_scenes, world_of
 
 NEIGHBOURS = (10, 5, 20)                             # the first is the measure, the others show what k does
@@ -43,7 +43,7 @@ def different_pairs(settings, kind, run):
         raise InputError(f"{settings.checkpoint} never saw the built-in world: alignment needs --data FILE.jsonl with "
                          "drawing records")
     else:
-        rng, world = np.random.default_rng([settings.seed, 11]), world_of(run)
+        rng, world = stream(settings.seed, "pairs"), world_of(run)
         scenes = (world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(20 * settings.n))
         found = ((describe(scene), scene) for scene in scenes)
     pairs, seen = [], set()

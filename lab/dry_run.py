@@ -27,7 +27,8 @@ from parts.settings import InputError, at_least, opt, run_command, tell, write_j
 class DryRun(train.TrainConfig):
     """Predict a step of many GPUs without any. Every flag of train.py that shapes a step counts."""
 
-    world: int = opt(8, "GPUs")
+    world: int = opt(8, "GPUs", section="the dry run")
+    node: int = opt(8, "GPUs of a node, with --parallel hsdp")
     tokens: int = opt(0, "tokens of each sample; 0: 8282 for Emu3, 3000 for Janus-Pro, at most its context")
     tflops: float = opt(989.0, "1e12 FLOP/s of one GPU in bfloat16 (989: the data sheet of an H100)")
     utilisation: float = opt(0.4, "share of --tflops that a step reaches, recomputation counted as work")
@@ -111,18 +112,19 @@ class Ledger(TorchDispatchMode):
 def rehearse(config, attention, recompute, batch=None):
     """One step of the first process, on samples of the dearer task unless a batch is given: a drawing of Emu3, or a
     picture and a long answer of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
-    stages = (train.RECIPES[config.recipe][0],) if config.recipe else train.PLANS.get(config.preset, train.LARGE)
-    stage = [stage for stage in stages if not stage.ratio][-1]                  # the last that trains both tasks
-    c = replace(model.PRESETS[config.preset], attention=attention, lora_rank=config.lora_rank)
+    phases = (train.RECIPES[config.recipe][0],) if config.recipe else train.PLANS.get(config.preset, train.LARGE)
+    phase = [phase for phase in phases if not phase.ratio][-1]                  # the last that trains both tasks
+    c = replace(model.PRESETS[config.preset], attention=attention, lora_rank=config.lora_rank,
+                checkpoint_activations=recompute)
     with torch.device("meta"):
         m = model.MODELS[c.kind](c).train()
-    m.lm.checkpoint_activations, n, ledger = recompute, config.micro_batch, Ledger()
+    n, ledger = config.micro_batch, Ledger()
     half = config.pure_bf16 or config.dtype == "bfloat16"
     held = torch.bfloat16 if config.pure_bf16 or config.lora_rank and half else torch.float32
     for name, parameter in m.named_parameters():
         parameter.data = parameter.data.to(model.held_type(name, held))
-    train.freeze(m, stage)
-    train.shard_model(m, config, {"vq", *stage.frozen}, "cpu")
+    train.freeze(m, phase)
+    train.shard_model(m, config, {"vq", *phase.frozen}, "cpu", config.node)
     if batch is None:
         task, first = ("gen", config.tokens // 3) if c.kind == "emu3" else ("und", (c.image_size // c.vit_patch) ** 2)
         condition = (torch.arange(config.tokens) < first).expand(n, -1)
@@ -134,7 +136,7 @@ def rehearse(config, attention, recompute, batch=None):
     # Half precision is that of a GPU: its loss is cut as it is there.
     with chunks_of("cuda" if half else "cpu"), ledger.fake, ledger:
         m.to_empty(device="cpu")
-        optimizer = train.make_optimizer(m, stage)
+        optimizer = train.make_optimizer(m, phase)
         train.accumulate(m, [batch] * passes, targets, {batch.task: 1.0})
         moving = [p for p in m.parameters() if p.requires_grad]
         kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
@@ -145,8 +147,8 @@ def rehearse(config, attention, recompute, batch=None):
         # The moments are always there: the first step makes them at its end, and fused AdamW makes nothing else.
         row["optimizer"] = 2 * row["parameters"]
         row["peak"] = sum(ledger.worst.values()) + row["optimizer"]
-        torch.nn.utils.clip_grad_norm_([p for p in moving if p.grad is not None], config.clip)
-        optimizer.step()
+        with train.updating(m, optimizer, phase.clip):
+            pass
     return row | {"sent": {COLLECTIVES[name]: x for name, x in ledger.sent.items()}, "flop": ledger.flop,
                   "samples": n * processes() * passes, "all": sum(p.numel() for p in m.parameters()),
                   "moving": sum(p.numel() for p in moving)}
@@ -155,7 +157,7 @@ def rehearse(config, attention, recompute, batch=None):
 def dry_run(config):
     """A step of --world processes, four ways, and the days of the paper's training -> the result."""
     train.check_numbers(config)
-    at_least(config, {"world": 1, "tokens": 0})
+    at_least(config, {"world": 1, "node": 1, "tokens": 0})
     for name in ("tflops", "utilisation"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
@@ -163,11 +165,11 @@ def dry_run(config):
     wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
              getattr(config, name)] + ["parallel ddp"] * (config.parallel == "ddp")
     if wrong:
-        raise InputError(f"the dry run reads no data and needs weights shared over GPUs: leave out --{wrong[0]}")
+        raise InputError(f"the dry run reads no data and needs weights divided among GPUs: leave out --{wrong[0]}")
     config = replace(config, tokens=config.tokens or min({"emu3": 8282, "janus": 3000}[c.kind], c.context),
-                     shard=config.shard or min(8, n))
-    if config.parallel == "hsdp" and n % config.shard:
-        raise InputError(f"--shard {config.shard} does not divide {n} processes: choose a divisor")
+                     node=min(config.node, n))
+    if config.parallel == "hsdp" and n % config.node:
+        raise InputError(f"--node {config.node} does not divide {n} GPUs: choose a divisor")
     least = 3 if c.kind == "emu3" else (c.image_size // c.vit_patch) ** 2 + 2
     if not least <= config.tokens <= c.context:
         raise InputError(f"--tokens {config.tokens}: {config.preset} takes {least} to {c.context}")

@@ -328,8 +328,9 @@ def step_cost(bench, m, optimizer, targets, autocast, case):
         layer._compiled_call_impl = None            # what `compile` sets and nothing takes back
         if case.compiled:
             layer.compile()
-    m.lm.checkpoint_activations, batch = case.recompute, made_batch(m.config, case)
-    weights = None if case.variant == "plain" else {case.task: 5.0}
+    m.lm.config = replace(m.lm.config, checkpoint_activations=case.recompute)
+    batch = made_batch(m.config, case)
+    lambdas = None if case.variant == "plain" else {case.task: 5.0}
 
     def step():
         if case.variant == "released":
@@ -337,11 +338,12 @@ def step_cost(bench, m, optimizer, targets, autocast, case):
                 loss = released_loss(m, batch.to(bench.device), *targets[case.task], weight=5.0)
             loss.backward()
         else:
-            sums = train.accumulate(m, [batch], targets, weights, autocast=autocast, device=bench.device)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
-        _ = norm.item() if case.variant == "released" else train.metrics_of(sums, norm)
-        optimizer.step()
-        optimizer.zero_grad()
+            sums = train.accumulate(m, [batch], targets, lambdas, autocast=autocast, device=bench.device)
+        with train.updating(m, optimizer, 1.0) as norm:
+            if case.variant == "released":
+                norm.item()
+            else:
+                train.metrics_of(sums, norm)
     start = time.perf_counter()
     step()
     bench.wait()
@@ -468,9 +470,9 @@ def saving(bench):
     batch = made_batch(m.config, Case("aia", 1, bench.size(640, 80), task))
 
     def step():
-        train.metrics_of(train.accumulate(m, [batch], targets, {task: 5.0}, device=bench.device))
-        optimizer.step()
-        optimizer.zero_grad()
+        sums = train.accumulate(m, [batch], targets, {task: 5.0}, device=bench.device)
+        with train.updating(m, optimizer, 1.0):
+            train.metrics_of(sums)
     step()
     alone, stager = bench.seconds(step, 3), None
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 import aia
-from eval import LABEL, WITHOUT, distance, has_aia, label_of
+from eval import LABEL, distance, final_label, label_of
 from lab.figures import TASK_NAME, canvas, load_result, named, save_figure, training_log
 from parts.settings import InputError, aside, opt, parse, read_json, run_command, tell
 
@@ -79,12 +79,13 @@ def section(name, folder):
         plot_losses(log, drawn)
         text.append(html_picture("Losses of all stages", drawn.getvalue()))
     arms = [arm for arm in ("before", "control") if arm in scores]
-    for key, title in (("und_by_topic", "Questions, share right"), ("gen_by_skill", "Drawings, share right")):
+    for key, title in (("und_by_topic", "Questions, share right"), ("und_by_kind", "Questions, share right"),
+                       ("gen_by_skill", "Drawings, share right")):              # the second in older runs
         if key in scores:
             columns = [scores[arm].get(key, {}) for arm in arms] + [scores[key]]
             rows = {kind: [column.get(kind) for column in columns] for kind in scores[key]}
             text += [f"<h3>{title}</h3>", html_table(
-                rows, "", *(LABEL[arm] for arm in arms), LABEL["after"] if has_aia(read["settings"]) else WITHOUT)]
+                rows, "", *(LABEL[arm] for arm in arms), final_label(folder))]
     for file in sorted(folder.glob("*/scores.json")):                           # benchmarks scored into the run folder
         text += [f"<h3>{html.escape(file.parent.name)}</h3>", html_table(read_json(file))]
     for title, rows in (("Machine", result.get("machine")), ("Settings", read["settings"])):

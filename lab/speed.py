@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -24,14 +23,9 @@ import data
 import formats.weights
 import model
 import train
-from benchmarks.mmbench import MMBENCH_STEP, mmbench_score
-from benchmarks.mme import MME_TASKS, mme_score
-from benchmarks.mmmu import MMMU_SUBJECTS, mmmu_parse_choice, mmmu_score
-from benchmarks.pope import pope_metrics
 from formats.datasets import FileSource
 from formats.weights import read_config
-from parts.kernels import CHUNK
-from parts.settings import InputError, machine, opt, parse, run_command, tell, write_json
+from parts.settings import machine, opt, parse, run_command, tell, write_json
 from parts.text import special_ids, token_ids
 from parts.world import Thing, World, draw_scenes
 
@@ -42,10 +36,8 @@ class Speed:
 
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: one "
-                     "and two of them, and waiting for data; data: a million records; fits: memory of training large "
-                     "models on one GPU, computed; score: scoring benchmarks of full size; gpu: all that `python -m "
-                     "lab.gpu` measures on one",
-                     ("generate", "train", "processes", "data", "fits", "score", "gpu"))
+                     "and two of them, and waiting for data; data: a million records",
+                     ("generate", "train", "processes", "data"))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "of each answer (generate)")
     threads: int = opt(2, "of PyTorch")
@@ -124,13 +116,10 @@ class Rivals:
 
 def speed(settings):
     """Measure one table."""
-    if settings.table == "gpu":
-        raise InputError("the table of a GPU is python -m lab.gpu")
     import transformers
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
-    tables = {"generate": bench_generate, "train": bench_train, "processes": bench_processes, "data": bench_data,
-              "fits": bench_fits, "score": bench_score}
+    tables = {"generate": bench_generate, "train": bench_train, "processes": bench_processes, "data": bench_data}
     result, rows = tables[settings.table](settings)
     write_json({"result": result, "rows": rows, "settings": vars(settings),
                 "machine": machine() | {"transformers": transformers.__version__}},
@@ -227,9 +216,9 @@ class Step:
     def __init__(self, variant, length, config=None):
         torch.manual_seed(0)
         attention = "explicit" if variant == "explicit" else "fused"
-        config = replace(config or replace(model.TINY_EMU3, **TRAINED), attention=attention)
+        config = replace(config or replace(model.TINY_EMU3, **TRAINED), attention=attention,
+                         checkpoint_activations=variant == "checkpointed")
         self.variant, self.m = variant, model.from_config(config).train()
-        self.m.lm.checkpoint_activations = variant == "checkpointed"
         self.optimizer = train.make_optimizer(self.m, train.LARGE[0])
         self.targets = {task: aia.targets(config.layers, task) for task in aia.TASKS}
         self.batch = self.sample(length)
@@ -245,11 +234,10 @@ class Step:
         if self.variant == "released":
             released_loss(self.m, batch, *self.targets["gen"], weight=5.0).backward()
         else:
-            weights = None if self.variant == "plain" else {"gen": 5.0}
-            train.accumulate(self.m, [batch], self.targets, weights)
-        torch.nn.utils.clip_grad_norm_([p for p in self.m.parameters() if p.grad is not None], 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            lambdas = None if self.variant == "plain" else {"gen": 5.0}
+            train.accumulate(self.m, [batch], self.targets, lambdas)
+        with train.updating(self.m, self.optimizer, 1.0):
+            pass
 
     def measure(self):
         """Seconds of one step, GB at its peak, and above weights and moments, which a short step has made."""
@@ -319,40 +307,6 @@ def bench_train(settings):
             "memory_exponent": exponent["aia"], "transformers_train": speed["ours"] / speed["transformers"],
             "matmul_share": speed["step_flops"] / speed["matmul_flops"],
             "head_gib": head["chunked"]["gb"] * 1e9 / 2**30}, rows
-
-
-# Bytes of a parameter that moves (weight, gradient, two moments; beside float32 weights autocast keeps a copy in
-# bfloat16), of one that stands still (4 in the picture tokenizer), and of a layer's input per channel.
-MANNERS = {"AdamW in float32": (4 + 4 + 8 + 2, 4, 4), "--pure-bf16": (2 + 2 + 4, 2, 2),
-           "--lora-rank 16": (4 + 4 + 8, 2, 2)}
-CARDS = (24, 48, 80)                                # GB; a tenth stays free for CUDA itself and for gaps
-
-
-def bench_fits(settings):
-    """Memory of training on one GPU, one sample at a time with --checkpoint-activations: computed, nothing is run. The
-    part that grows with tokens is an estimate."""
-    rows = []
-    for preset in ("janus-pro-1b", "janus-pro-7b", "emu3-8b"):
-        for manner, (moves, still, stream) in MANNERS.items():
-            c = replace(model.PRESETS[preset], lora_rank=16 * manner.startswith("--lora"))
-            with torch.device("meta"):
-                m = model.MODELS[c.kind](c)
-            train.freeze(m, train.LARGE[0])
-            held = sum(p.numel() * (moves if p.requires_grad else 4 if name.startswith("vq.") else still)
-                       for name, p in m.named_parameters()) / 1e9
-            # inputs of L layers, T C each + what one layer keeps while it is recomputed, T (20 C + 4 ffn) in bfloat16
-            # + of a chunk of tokens the logits, their softmax in float32, and its gradient
-            # + of a head that moves the sum of its gradient in float32, and what is added to it
-            head = (4 + 2) * c.vocab * c.width * m.lm_head.weight.requires_grad
-            peak = {tokens: held + (tokens * (c.layers * c.width * stream + 2 * (20 * c.width + 4 * c.ffn)) + head
-                                    + (2 + 4 + 2) * CHUNK["cuda"] * c.vocab) / 1e9 for tokens in (3000, 8282)}
-            fits = {tokens: next((card for card in CARDS if gb <= 0.9 * card), None) for tokens, gb in peak.items()}
-            moving = sum(p.numel() for p in m.parameters() if p.requires_grad)
-            rows.append({"preset": preset, "manner": manner, "moving": moving, "held_gb": held, "peak_gb": peak,
-                         "fits": fits})
-            print(f"| {preset} | {manner} | {moving / 1e6:,.0f} M | {held:.1f} | "
-                  + " | ".join(f"{gb:.1f} ({fits[tokens] or 'more than 80'})" for tokens, gb in peak.items()) + " |")
-    return {row["preset"]: row["peak_gb"][3000] for row in rows if row["manner"].startswith("--lora")}, rows
 
 
 def against_transformers(settings):
@@ -465,9 +419,8 @@ def timed_process(rank, world, parallel, repeats, folder):
 
         def work():
             train.accumulate(net, batches, step.targets, {"gen": 5.0})
-            torch.nn.utils.clip_grad_norm_([p for p in step.m.parameters() if p.grad is not None], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            with train.updating(step.m, optimizer, 1.0):
+                pass
         return work
     works = {"together": worker(parallel), "apart": worker("")}
     for work in works.values():
@@ -521,8 +474,8 @@ def waiting(folder):
             batches = next(steps)
             waited = time.perf_counter() - start
             train.accumulate(m, batches, targets, {"gen": 5.0, "und": 5.0})
-            optimizer.step()
-            optimizer.zero_grad()
+            with train.updating(m, optimizer, 1.0):
+                pass
             found.append(waited / (time.perf_counter() - start))
         shares[name] = float(np.median(found[1:]))          # nothing was prepared before the first
     return shares
@@ -576,32 +529,6 @@ def bench_data(settings):
             print(f"{name}: {records} records indexed in {row['index_seconds']:.0f} s, opened in {opened:.3f} s, "
                   f"{rate:.0f} records/s at random, memory {before:.2f} -> {after:.2f} GB")
     return result, rows
-
-
-def bench_score(settings):
-    """Seconds of reading and scoring made-up answers to as many questions as the benchmarks of questions have."""
-    rng, letters = random.Random(0), "ABCD"
-    said = ("A", "The answer is B.", "(C)", "I think it shows a dog", "yes", "No, there is none.", "it is 1,000 cm")
-    options = {letter: f"option {i}" for i, letter in enumerate(letters)}
-    ids = [f"validation_{subject}_{i}" for subject in MMMU_SUBJECTS for i in range(1, 31)]
-    key = {name: {"question_type": "multiple-choice" if i % 17 else "short-answer",
-                  "ground_truth": rng.choice(letters) if i % 17 else "1000"} for i, name in enumerate(ids)}
-    turned = [options | {"index": i + turn * MMBENCH_STEP, "question": "what?", "answer": letters[(i + turn) % 4],
-                         "prediction": rng.choice(said), "category": f"kind {i % 20}", "l2-category": f"group {i % 6}"}
-              for i in range(1164) for turn in range(4)]
-    files = {task: "".join(f"{i // 2}.jpg\tquestion\t{('Yes', 'No')[i % 2]}\t{rng.choice(said)}\n"
-                           for i in range(lines)) for task, (_, lines) in MME_TASKS.items()}
-    texts, labels = [rng.choice(said) for _ in range(9000)], [rng.choice(("yes", "no")) for _ in range(9000)]
-    works = {"mmmu": (900, lambda: mmmu_score({name: mmmu_parse_choice(rng.choice(said), letters, options, rng)
-                                               for name in ids}, key)),
-             "mmbench": (len(turned), lambda: [mmbench_score(turned, circular) for circular in (True, False)]),
-             "pope": (9000, lambda: pope_metrics(texts, labels)),
-             "mme": (sum(lines for _, lines in MME_TASKS.values()), lambda: mme_score(files))}
-    seconds = interleaved({name: work for name, (_, work) in works.items()}, settings.repeats)
-    rows = [{"benchmark": name, "answers": works[name][0], "seconds": value} for name, value in seconds.items()]
-    for row in rows:
-        print(f"{row['benchmark']:8s} {row['answers']:5d} answers scored in {row['seconds']:.2f} s")
-    return {"seconds": sum(seconds.values())}, rows
 
 
 def main(argv=None):

@@ -143,11 +143,11 @@ def run_row(name, seed, runs):
         ours = {name: getattr(config, name) for name in ("init", "aia_targets") if stored.get(name)}
         train.check_settings(stored | ours, config, folder)
     else:
-        stages = train.plan(config)
+        phases = train.plan(config)
         if 0 in train.parse_ratio(config.ratio):    # as many samples of its task a step as a model of both
-            stages = [replace(stage, batch_size=stage.batch_size // 2) if stage.name in ("joint", "tune") else stage
-                      for stage in stages]
-        train.train(config, stages)
+            phases = [phase if phase.ratio or phase.pictures else replace(phase, batch_size=phase.batch_size // 2)
+                      for phase in phases]
+        train.train(config, phases)
     if "1" in row.groups and not (folder / "alignment.json").exists():
         alignment(Alignment(checkpoint=str(folder), n=512))
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -26,9 +27,10 @@ def first_line(error):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: a dataclass is defaults, flags, help and log
 # ---------------------------------------------------------------------------------------------------------------------
-def opt(default, help, choices=None):
-    """A field of a settings dataclass, with the help text of its flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def opt(default, help, choices=None, section=""):
+    """A field of a settings dataclass, with the help text of its flag. section: title of the part of --help that
+    begins here."""
+    return field(default=default, metadata={"help": help, "choices": choices, "section": section})
 
 
 def at_least(settings, least):
@@ -46,23 +48,31 @@ class Extend(argparse.Action):
         setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
 
 
-def parse(cls, argv=None, prog=None, defaults=()):
+def parse(cls, argv=None, prog=None, defaults=(), epilog=""):
     """A --flag for every field; positional fields are those named in cls.POSITIONAL. Bad flags exit with status 2.
-    defaults {field: value} stand in for those of the class."""
+    defaults {field: value} replace those of the class."""
     positional = getattr(cls, "POSITIONAL", ())
-    cli = argparse.ArgumentParser(prog=prog, description=cls.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    cli = argparse.ArgumentParser(prog=prog, description=cls.__doc__, epilog=epilog, allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    part = cli
     for f in fields(cls):
-        kind = {"default": f.default, "help": f.metadata["help"]}
+        if f.metadata["section"]:
+            part = cli.add_argument_group(f.metadata["section"])
+        options = {"default": f.default, "help": f.metadata["help"]}
         if isinstance(f.default, bool):
-            kind["action"] = argparse.BooleanOptionalAction
+            options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
-            kind |= {"nargs": "*" if f.name in positional else "+", "metavar": f.name.upper(), "action": Extend}
+            options |= {"nargs": "*" if f.name in positional else "+", "metavar": f.name.upper(), "action": Extend}
         else:
-            kind |= {"type": type(f.default), "choices": f.metadata["choices"]}
-            kind |= {} if f.name in positional or kind["choices"] else {"metavar": type(f.default).__name__.upper()}
-        name = f.name if f.name in positional else "--" + f.name.replace("_", "-")
-        cli.add_argument(name, **kind | ({"nargs": "?"} if f.name in positional and f.default else {}))
+            options |= {"type": type(f.default), "choices": f.metadata["choices"]}
+            if f.name not in positional and not options["choices"]:
+                options["metavar"] = type(f.default).__name__.upper()
+        if f.name not in positional:
+            part.add_argument("--" + f.name.replace("_", "-"), **options)
+        elif f.default:
+            part.add_argument(f.name, **{"nargs": "?"} | options)
+        else:
+            part.add_argument(f.name, **options)
     cli.set_defaults(**dict(defaults))
     return cls(**vars(cli.parse_args(argv)))
 
@@ -143,12 +153,14 @@ def json_lines(file, *needed):
     return rows
 
 
-def whole(line):
-    """The object of a line of the log; None of one that a kill cut short."""
-    try:
-        return found if isinstance(found := json.loads(line), dict) else None
-    except ValueError:
-        return None
+def whole_lines(*files):
+    """The objects of JSON-lines files, without lines that a kill cut short. A file that is not there holds none."""
+    rows = []
+    for file in filter(Path.exists, files):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 @contextlib.contextmanager
@@ -175,6 +187,20 @@ def lines_to(file, lines):
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with aside(file) as part:
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+# ---------------------------------------------------------------------------------------------------------------------
+# One stream for each use, so that a change to one leaves all others as they are. Numbers are part of every result: they
+# are never given to another use.
+STREAMS = {"held out": 1, "pool": 2, "record": 4, "export": 5, "questions": 6, "prompts": 7, "reconstructions": 8,
+           "curves": 9, "tokenizer": 10, "pairs": 11, "mix": 12}
+
+
+def stream(seed, name, *more):
+    """Random numbers of one use, and of one sample or step of it."""
+    return np.random.default_rng([seed, STREAMS[name], *more])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

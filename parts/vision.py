@@ -2,12 +2,12 @@
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from parts.pictures import to_tensor
+from parts.settings import stream
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +153,14 @@ class VQ(nn.Module):
         super().__init__()
         self.quantize = nn.Embedding(config.codebook, config.code_dim)
         nn.init.uniform_(self.quantize.weight, -1 / config.codebook, 1 / config.codebook)
+
+    def latents(self, pixels):
+        """What the encoder makes of pixels (B, 3, S, S), before a code is chosen: (B, code_dim, h, w)."""
+        raise NotImplementedError
+
+    def pixels(self, vectors):
+        """Decode code vectors (B, code_dim, h, w) -> (B, 3, S, S), not clipped."""
+        raise NotImplementedError
 
     def rows(self):
         """The codebook as it is compared and decoded: (K, code_dim)."""
@@ -364,21 +372,21 @@ def fill_codebook(vq, pixels):
         nearest = torch.minimum(nearest, (mean - vq.quantize.weight[i]).square().sum(1))
 
 
-def tokenizer_step(m, pictures, step, stage, seed):
-    """Gradients of one step of stage 1: reconstruction, codebook and agreement of equal patches, on a batch that the
-    seed and the step decide."""
-    rng, device = np.random.default_rng([seed, 10, step]), m.vq.quantize.weight.device
+def tokenizer_step(m, pictures, step, phase, seed):
+    """Gradients of one step of a picture tokenizer: reconstruction, codebook and agreement of equal patches, on a batch
+    that the seed and the step decide."""
+    rng, device = stream(seed, "tokenizer", step), m.vq.quantize.weight.device
 
     def some(n):
         return torch.stack([to_tensor(pictures[i]) for i in rng.integers(len(pictures), size=n)]).to(device)
-    warm = stage.steps // 5                         # first without the codebook, so that latents mean something
-    if step in (warm, stage.steps // 2):
+    warm = phase.steps // 5                         # first without the codebook, so that latents mean something
+    if step in (warm, phase.steps // 2):
         fill_codebook(m.vq, some(128))
-    pixels = some(stage.batch_size)
+    pixels = some(phase.batch_size)
     again, codes, pull, within = autoencode(m.vq, pixels, quantize=step >= warm)
     error = again - pixels
     # Asked for at full weight from the start, agreement is reached by latents that say nothing.
-    agree = AGREEMENT * step / stage.steps * within
+    agree = AGREEMENT * step / phase.steps * within
     (error.abs().mean() + error.square().mean() + pull + agree).backward()
     used = 0 if codes is None else len(codes.unique())
     return {"tokenizer": {"l1": error.abs().mean().item(), "within": within.item(), "codes": used}}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parts.settings import InputError
+from parts.settings import InputError, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes, drawing, reading
@@ -202,7 +202,7 @@ class World:
         self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
         self.skills = SKILLS + self.several
         self.arrangements = ARRANGEMENTS + tuple(skill for skill in self.several for _ in range(4))
-        rng = np.random.default_rng([seed, 1])
+        rng = stream(seed, "held out")
         self.combinations = all_combinations(self)
         self.held = {skill: [every[i] for i in sorted(rng.permutation(len(every))[:round(len(every) * HELD_OUT)])]
                      for skill, every in self.combinations.items()}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import aia
-import eval as evaluation
 import model
+import train
 from parts.settings import InputError
 
 ATTENDS = [model.attend_explicit, model.attend_fused]
@@ -285,14 +285,14 @@ def test_gradient_of_attention_intensity_and_loss_is_exact(attend, device):
 def test_weight_makes_the_two_losses_stand_50_to_1(task, ntp, expected, device):
     """Janus-Pro's next-token losses at the start of Fig. 3 and its curves of Fig. 1; the released code has 5 and 10."""
     value = loss_of_curve("janus_pro", task, "S5", device)
-    weight = aia.weight_for_ratio(ntp, value)
+    weight = aia.lambda_for_ratio(ntp, value)
     assert round(weight, 1) == expected
     assert ntp / (weight * value) == pytest.approx(50)
 
 
 def test_a_loss_of_zero_needs_no_weight():
     """Nothing is left to align, and the ratio is not defined."""
-    assert aia.weight_for_ratio(2.0, 0.0) == 0.0
+    assert aia.lambda_for_ratio(2.0, 0.0) == 0.0
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -301,11 +301,11 @@ def test_a_loss_of_zero_needs_no_weight():
 ])
 def test_weights_are_a_name_one_number_or_two(text, expected):
     """Two numbers stand for generation and understanding; rho asks for calibration."""
-    assert evaluation.fixed_weights(text) == (expected and {"gen": expected[0], "und": expected[1]})
+    assert train.fixed_lambdas(text) == (expected and {"gen": expected[0], "und": expected[1]})
 
 
 @pytest.mark.parametrize("text", ["", "five", "-1", "1,-1", "1,2,3", "1,", "nan", "inf"])
 def test_unusable_weights_are_refused(text):
     """A weight is finite and not negative; the message names the flag."""
     with pytest.raises(InputError, match="--aia-weight"):
-        evaluation.fixed_weights(text)
+        train.fixed_lambdas(text)

@@ -344,7 +344,7 @@ def test_runs_of_before_keep_their_world():
     before = world_of({"seed": 3, "lr": 1})
     assert before.held_out == World(3).held_out and before.cell_side == 8
     again = world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3, "cell": 16})
-    assert again.held_out == World(3, 6, 5, 3).held_out and again.cell == 16
+    assert again.held_out == World(3, 6, 5, 3).held_out and again.cell_side == 16
 
 
 def test_rotations_keep_the_right_option():

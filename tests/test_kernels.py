@@ -230,12 +230,11 @@ def test_a_model_learns_the_same_by_log_sum_exp(name, task, recompute, lora, dev
     """Losses, intensities and all gradients of a step with AIA, recomputed layers and LoRA among them."""
     results = []
     for attention in ("explicit", "lse"):
-        m = tiny(name, attention=attention, lora_rank=lora).to(device)
+        m = tiny(name, attention=attention, lora_rank=lora, checkpoint_activations=recompute).to(device)
         model.settle_attention(m, device, torch.float32)
         if attention == "lse" and not kernel_for(m.lm.norm.weight):
             pytest.skip(f"{device} has no kernel with a log-sum-exp")
         train.freeze(m, train.TUNE)
-        m.lm.checkpoint_activations = recompute
         targets = {task: tuple(x.to(device) for x in TARGETS[task])}
         sums = train.accumulate(m, [batch_of(m, task)], targets, {task: 30.0})
         results.append((train.metrics_of(sums)[task], {name: p.grad for name, p in m.named_parameters()

@@ -194,9 +194,10 @@ def test_full_models_have_the_published_number_of_parameters(preset, total, part
 
 def test_rotary_frequencies_survive_bfloat16(device):
     """At position 9216 and theta 1e6 rounded frequencies are radians off; rope_bf16 asks for just that."""
-    m, seen = tiny("tiny-emu3", device, theta=1e6, layers=1).to(torch.bfloat16), []
-    m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[2]))
-    for m.lm.rope_bf16 in (False, True):
+    seen = []
+    for rope_bf16 in (False, True):
+        m = tiny("tiny-emu3", device, theta=1e6, layers=1, rope_bf16=rope_bf16).to(torch.bfloat16)
+        m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[2]))
         cache = model.Cache(m.lm, torch.ones(1, 9216, device=device).bool(), 1)
         cache.used = 9216
         m.lm(torch.zeros(1, 1, m.config.width, dtype=torch.bfloat16, device=device), cache=cache)
@@ -295,9 +296,7 @@ def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how, d
     """Loss, intensities and gradients, of which the mass is a part. Both models have the same layers to compile."""
     batch, results = batch_of(model.PRESETS[name], task, device), []
     for changed in (False, True):
-        one = tiny(name, device, **SMALL).train()
-        if changed and how == "checkpointed":
-            one.lm.checkpoint_activations = True
+        one = tiny(name, device, **SMALL, checkpoint_activations=changed and how == "checkpointed").train()
         for layer in one.lm.layers if changed and how == "compiled" else ():
             layer.compile(backend="aot_eager")
         out = one(batch)
