@@ -7,30 +7,25 @@ Paper: "Architecture Decoupling Is Not All You Need For Unified Multimodal Model
     python -m pytest tests/test_aia.py        # every claim below, checked
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
 
-from parts.settings import InputError
+from parts.settings import InputError, read_json
 
 # Legend: B samples, H heads, T tokens, L layers. Tasks: "gen" draws a picture from text, "und" answers about one.
-
-
 TASKS = ("gen", "und")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. 1: intensity
 # ---------------------------------------------------------------------------------------------------------------------
-# The condition are the keys of the other modality, the queries the rows that are averaged. Both are (B, T) bool masks:
+# `condition` marks the keys of the other modality, `queries` the rows that are averaged; both are (B, T) bool masks:
 #   generation      queries: image tokens that predict another image token     condition: all prompt text
 #   understanding   queries: answer tokens that predict another answer token   condition: all image tokens
-# Tags around a picture, row ends and size text belong to neither modality, padding to none. data.py marks the masks,
-# model.py returns the mass: the sum over the condition of the post-softmax attention of every token and head.
-
-
+# Tags around a picture, row ends and size text belong to neither modality, padding to none. data.spans makes the masks.
+# model.py returns the mass: for every token and head, the sum of its attention, after the softmax, on the condition.
 def at_least_float32(x):
     """Half precision becomes float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -40,7 +35,7 @@ def intensity(mass, queries):
     """Eq. 1 of one layer: mean over heads, then over query tokens, of the attention mass on the condition.
 
     mass (B, H, T) in [0, 1], queries (B, T) bool -> (B,) in [0, 1]; 0 for a sample without queries.
-    Averaged in float32: under bfloat16 a token's mass carries rounding, the mean must not add to it.
+    Averaged in float32: under bfloat16 the mass of a token is rounded already, and the mean must not add to that.
     """
     # I_l = 1/(H Q) sum_h sum_{q in queries} sum_{k in condition} A_l(h, q, k)
     per_token = at_least_float32(mass).mean(1)                                  # (B, T)
@@ -48,28 +43,65 @@ def intensity(mass, queries):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's constants, once
+# Eq. 2: the loss
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows: first layer of the stage (counted from 0, of 32), Huber delta, target share T.         Table S4 (Emu3)
-# delta bounds the pull too: |dL_AIA / dI_l| <= delta_l / L, so the first layers of generation are pulled hardest.
+def loss(intensity, target, delta, valid, reduction="mean"):
+    """Eq. 2: Huber distance of each sample's intensity to the target, averaged over layers and valid samples.
+
+    intensity (B, L), target (L,), delta (L,), valid (B,) bool -> scalar.
+    reduction "mean" divides by the number of valid samples (0 if there are none); "sum" leaves that to the caller, who
+    knows the count of the whole step. Not by the batch: the released code does, which weakens AIA by the share of
+    dropped prompts. Invalid samples (dropped prompt, no keys or no queries) add exactly nothing.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction {reduction!r} is unknown: use 'mean' or 'sum'")
+    target, delta = target.to(intensity), delta.to(intensity)
+    error = (intensity - target).abs()                                          # (B, L)
+    # h(e, d) = e^2/2 if |e| <= d, else d (|e| - d/2); with c = min(|e|, d) both are c (|e| - c/2)
+    capped = torch.minimum(error, delta)                                        # (B, L)
+    per_sample = (capped * (error - capped / 2)).mean(1)                        # (B,)
+    total = torch.where(valid, per_sample, 0.0).sum()
+    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 3: the weight
+# ---------------------------------------------------------------------------------------------------------------------
+# L = L_NTP + lambda L_AIA, for each task separately (train.accumulate). lambda is fixed before the first update.
+# The paper's text says 40 (Sec. 3.2), the released code uses 5 and 10. Our default is neither: lambda is set so that
+# NTP : lambda AIA = 50 : 1 at the start, the best row of the paper's ablation.
+LAMBDAS = {"paper": {"gen": 40.0, "und": 40.0}, "released": {"gen": 5.0, "und": 10.0}, "off": {"gen": 0.0, "und": 0.0}}
+RHO = 50.0
+
+
+def lambda_for_ratio(ntp, aia, rho=RHO):
+    """lambda such that next-token loss : weighted AIA loss is rho : 1; ntp and aia are means before any update.
+
+    Measure on a trained model: at random weights the intensity is just the share of keys, and the ratio means nothing.
+    """
+    # lambda = NTP_0 / (rho * L_AIA_0)
+    return ntp / (rho * aia) if aia > 0 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's targets
+# ---------------------------------------------------------------------------------------------------------------------
+# A stage is a range of layers with one target: first layer (from 0), Huber delta, target share.      Table S4 (Emu3)
+# delta limits the pull too, |dL_AIA / dI_l| <= delta_l / L, so the first layers of generation are pulled hardest.
+DEPTH = 32                                        # layers of Emu3, for which the table is printed
 STAGES = {
     "gen": ((0, 0.20, 0.40), (10, 0.10, 0.40), (20, 0.10, 0.40), (25, 0.05, 0.20), (31, 0.05, 0.20)),
     "und": ((0, 0.05, 0.10), (10, 0.05, 0.15), (20, 0.05, 0.30), (25, 0.05, 0.30), (31, 0.05, 0.20)),
 }
-# Same deltas and targets, other first layers. A last stage at 30 is never reached by Janus-Pro-7B's 30 layers; it is
-# kept because the paper prints it ("l > 29"). The released code differs from Table S5 in one layer: 20 still aims at
-# 0.15 in understanding.
+# Same deltas and targets, other first layers. Janus-Pro-7B's 30 layers never reach a stage at 30; the paper prints it
+# ("l > 29"). The released code differs from Table S5 in one layer: 20 still aims at 0.15 in understanding.
 FIRST_LAYERS = {                                  # name: (layers, first layers of generation, of understanding)
     "S4": (32, (0, 10, 20, 25, 31), (0, 10, 20, 25, 31)),                     # Table S4, as printed
     "S5": (30, (0, 10, 20, 25, 30), (0, 10, 20, 25, 30)),                     # Table S5, as printed
     "released": (30, (0, 10, 20, 25, 30), (0, 10, 21, 25, 30)),               # the authors' training code
 }
-# Weights by name: the paper's text says 40 (Sec. 3.2), the released code uses 5 and 10. The default is neither but the
-# ratio NTP : lambda AIA = 50 : 1 at the start (best row of the paper's ablation); see lambda_for_ratio.
-LAMBDAS = {"paper": {"gen": 40.0, "und": 40.0}, "released": {"gen": 5.0, "und": 10.0}, "off": {"gen": 0.0, "und": 0.0}}
-RHO = 50.0
-
-# Reference curves of single-task models, digitised from the paper's figures: where each stands in the curve file.
+VARIANTS = ("full", "raw", "no-huber")            # Table 3: what happens without a part
+# Reference curves of single-task models, digitised from the paper's figures: figure, model, direction in the file.
 CURVES = Path(__file__).parent / "assets" / "paper_curves.json"
 REFERENCES = {                                                                # table of attention-pattern selection
     "hunyuan-image-3": ("fig1", "hunyuan_image_3", "T2I"),
@@ -78,16 +110,8 @@ REFERENCES = {                                                                # 
     "flux": ("fig4", "flux", "T2I"),
 }
 RAW = {"gen": REFERENCES["hunyuan-image-3"], "und": ("fig1", "qwen3_vl_8b", "I2T")}
-RULE_STAGES = {                 # first layers (of 32) and deltas of the stages in which a reference curve is averaged
-    "gen": ((0, 0.20), (10, 0.10), (25, 0.05)),
-    "und": tuple((first, delta) for first, delta, _ in STAGES["und"]),
-}
-VARIANTS = ("full", "raw", "no-huber")                                        # Table 3: what happens without a part
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Targets
-# ---------------------------------------------------------------------------------------------------------------------
 def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
     """Target share and Huber delta of every layer: (target, delta), each (L,) float32.
 
@@ -105,7 +129,10 @@ def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
         raise InputError(f"task {task!r} is unknown: use one of {', '.join(TASKS)}")
     if variant not in VARIANTS:
         raise InputError(f"AIA variant {variant!r} is unknown: use one of {', '.join(VARIANTS)}")
-    target, delta = zip(*_per_layer(_stages(n_layers, task, table, curves), n_layers), strict=True)
+    rows = stages_of(n_layers, task, table, curves)
+    layers = [stage_at((layer + 0.5) / n_layers, rows) for layer in range(n_layers)]
+    target = [share for _, _, share in layers]
+    delta = [bound for _, bound, _ in layers]
     if variant == "raw":
         target = resample(reference_curve(RAW[task], curves), n_layers)
     if variant == "no-huber":
@@ -113,10 +140,10 @@ def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
     return torch.tensor(target), torch.tensor(delta)
 
 
-def _stages(n_layers, task, table, curves):
+def stages_of(n_layers, task, table="depth", curves=CURVES):
     """Rows (first relative depth, delta, target) of one task."""
     if table == "depth" or (table in REFERENCES and task == "und"):
-        return [(first / 32, delta, target) for first, delta, target in STAGES[task]]
+        return [(first / DEPTH, delta, target) for first, delta, target in STAGES[task]]
     if table in REFERENCES:
         return stages_from_curve(reference_curve(REFERENCES[table], curves))
     if table in FIRST_LAYERS:
@@ -125,12 +152,19 @@ def _stages(n_layers, task, table, curves):
             raise InputError(f"targets {table} are printed for {layers} layers, this model has {n_layers}: use 'depth'")
         rows = zip(firsts[TASKS.index(task)], STAGES[task], strict=True)
         return [(first / layers, delta, target) for first, (_, delta, target) in rows]
-    return _own_stages(table, task)
+    return stages_from_file(table, task)
 
 
-def _own_stages(path, task):
+def stage_at(depth, rows):
+    """The last stage that begins at or before a relative depth. Of a layer, take the middle, (l + 0.5) / L: then 32
+    layers change at 10, 20, 25 and 31 exactly."""
+    return [row for row in rows if row[0] <= depth][-1]
+
+
+def stages_from_file(path, task):
+    """Rows of a user's JSON file, checked."""
     names = ", ".join(["depth", *FIRST_LAYERS, *REFERENCES])
-    table = _read_json(path, f"targets (known by name: {names})")
+    table = read_json(path, f"targets (known by name: {names})")
     try:
         stages = table.get("stages", table)[task]
         rows = [(float(first), float(delta), float(target)) for first, delta, target in stages]
@@ -145,87 +179,43 @@ def _own_stages(path, task):
     return rows
 
 
-def _per_layer(stages, n_layers):
-    """(target, delta) of each layer: the last stage that begins at or before its relative depth (l + 0.5) / L."""
-    for layer in range(n_layers):
-        # The middle of a layer, so that 32 layers meet the bounds 10, 20, 25, 31 of Table S4 exactly.
-        depth = (layer + 0.5) / n_layers
-        _, delta, target = [row for row in stages if row[0] <= depth][-1]
-        yield target, delta
+# ---------------------------------------------------------------------------------------------------------------------
+# Where targets come from: curves of single-task models
+# ---------------------------------------------------------------------------------------------------------------------
+# First layers (of 32) and deltas of the stages in which a reference curve is averaged.
+RULE_STAGES = {"gen": ((0, 0.20), (10, 0.10), (25, 0.05)),
+               "und": tuple((first, delta) for first, delta, _ in STAGES["und"])}
 
 
 def stages_from_curve(curve, task="gen"):
     """Rows of a reference curve for `targets`: mean of its layers in each stage of RULE_STAGES, rounded to 0.05.
 
-    A stage that holds no layer of a short model is left out: the stage before it goes on.
+    A stage without a layer of a short model is left out, and the stage before it continues.
     """
-    rows, ends = [], [first / 32 for first, _ in RULE_STAGES[task][1:]] + [1.0]
-    for (first, delta), end in zip(RULE_STAGES[task], ends, strict=True):
-        inside = [value for i, value in enumerate(curve) if first / 32 <= (i + 0.5) / len(curve) < end]
+    starts = [first / DEPTH for first, _ in RULE_STAGES[task]]
+    rows = []
+    for start, end, (_, delta) in zip(starts, [*starts[1:], 1.0], RULE_STAGES[task], strict=True):
+        inside = [value for i, value in enumerate(curve) if start <= (i + 0.5) / len(curve) < end]
         if inside:
-            rows.append((first / 32 if rows else 0.0, delta, round(sum(inside) / len(inside) / 0.05) / 20))
+            rows.append((start if rows else 0.0, delta, round(sum(inside) / len(inside) / 0.05) / 20))
     return rows
 
 
 def reference_curve(key, curves=CURVES):
-    """One digitised curve as a list with a value for each of its own layers. key: (figure, model, direction)."""
+    """One digitised curve, a value for each of its own layers. key: (figure, model, direction)."""
     figure, model, direction = key
-    content = _read_json(curves, "reference curves")
+    content = read_json(curves, "reference curves")
     try:
         curve = [float(value) for value in content[figure][model][direction]]
         if len(curve) < 3:
             raise ValueError("fewer than three layers")
         return curve
     except (KeyError, TypeError, ValueError) as error:
-        where = f"{figure}/{model}/{direction}"
-        raise InputError(f"{curves} has no usable curve {where}: lay it out as assets/paper_curves.json") from error
+        name = "/".join(key)
+        raise InputError(f"{curves} has no usable curve {name}: lay it out as assets/paper_curves.json") from error
 
 
 def resample(curve, n):
-    """Linear interpolation of a curve over normalised depth to n layers, both end layers kept (as in Fig. 5)."""
+    """Linear interpolation of a curve over relative depth to n layers; both end layers stay (as in Fig. 5)."""
     values = torch.tensor(curve, dtype=torch.float32)[None, None]
     return torch.nn.functional.interpolate(values, size=n, mode="linear", align_corners=True)[0, 0].tolist()
-
-
-def _read_json(path, what):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{what}: cannot read {path} ({error.strerror}); give the path of a JSON file") from error
-    except ValueError as error:
-        raise InputError(f"{what}: {path} is not JSON ({error})") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 2: the loss
-# ---------------------------------------------------------------------------------------------------------------------
-def loss(intensity, target, delta, valid, reduction="mean"):
-    """Eq. 2: Huber distance of each sample's intensity to the target, averaged over layers and valid samples.
-
-    intensity (B, L), target (L,), delta (L,), valid (B,) bool -> scalar.
-    reduction "mean" divides by the valid samples (0 if there are none); "sum" leaves that to the caller, who knows
-    the count of the whole step. Not by the batch: the released code does, which weakens AIA by the share of dropped
-    prompts. Invalid samples (dropped prompt, no keys or no queries) add exactly nothing.
-    """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction {reduction!r} is unknown: use 'mean' or 'sum'")
-    target, delta = target.to(intensity), delta.to(intensity)
-    error = (intensity - target).abs()                                          # (B, L)
-    # h(e, d) = e^2/2 if |e| <= d, else d (|e| - d/2); with c = min(|e|, d) both are c (|e| - c/2)
-    capped = torch.minimum(error, delta)                                        # (B, L)
-    per_sample = (capped * (error - capped / 2)).mean(1)                        # (B,)
-    total = torch.where(valid, per_sample, 0.0).sum()
-    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 3: the weight
-# ---------------------------------------------------------------------------------------------------------------------
-# L = L_NTP + lambda L_AIA, for each task on its own. lambda is fixed before the first update and then kept.
-def lambda_for_ratio(ntp, aia, rho=RHO):
-    """lambda such that next-token loss : weighted AIA loss is rho : 1; ntp and aia are means before any update.
-
-    Measure on a trained model: at random weights the intensity is just the share of keys, and the ratio means nothing.
-    """
-    # lambda = NTP_0 / (rho * L_AIA_0)
-    return ntp / (rho * aia) if aia > 0 else 0.0

@@ -12,17 +12,13 @@ import concurrent.futures
 import functools
 import hashlib
 import json
-import os
-import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import aia
 import formats.weights
@@ -32,30 +28,24 @@ from formats.datasets import (
     FileSource,
     Mixture,
     bad_report,
-    data_files,
-    index_file,
-    make_index,
-    note_bad,
-    picture_key,
-    stamps,
+    store_index,
 )
 from formats.records import SKIP_HINT, Record, question_parts
 from parts.kernels import indices
 from parts.pictures import janus_reading, load_picture, written
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
-from parts.text import SPECIAL, Text
+from parts.text import Text, special_tokens, train_bpe
 from parts.world import (
     DESCRIBE,
-    NUMBERS,
     QUESTIONS_ASKED,
-    RELATIONS,
     TOPICS,
     World,
     caption,
     describe,
     draw_scenes,
     make_question,
-    plural,
+    sentences,
+    words_of,
     world_of,
 )
 
@@ -260,7 +250,7 @@ class Preparer:
                     self.known[pictures[i].tobytes()] = found[i]
         return found
 
-    def reading(self, pictures):
+    def seen(self, pictures):
         """What Janus-Pro reads of the pictures of questions, as fields of a Batch: pixels, or where all pictures have
         stored features, those."""
         features = [self.recall("features", p) for p in pictures]
@@ -289,7 +279,7 @@ class Preparer:
         task, janus = records[0].task, self.config.kind == "janus"
         sources = [p for r in records for p in r.pictures]
         codes = self.codes(sources) if task == "gen" or not janus else None
-        pictures = {} if not janus else self.reading(sources) if task == "und" else {"codes": torch.stack(codes)}
+        pictures = {} if not janus else self.seen(sources) if task == "und" else {"codes": torch.stack(codes)}
         samples, kept, first = [], [], 0
         for i, record in enumerate(records):
             dropped = task == "gen" and drop > 0 and bool(rngs[i].random() < drop)
@@ -518,40 +508,14 @@ class WorldSource:
 
 
 def train_tokenizer(file, config, world=None):
-    """A byte-level BPE on a world's text (None: the easiest), with the special tokens of `config` behind it; saved as
-    tokenizer.json.
-
-    Merges never cross the edge of a word that means something; what stands between such words may become one token, so
-    that conversations are short.
-    """
+    """The text tokenizer of a tiny model: a BPE on the words of a world (None: the easiest) and of both templates, with
+    the special tokens of `config`; saved as tokenizer.json -> Text."""
     world = world or World(0)
-    words = [*world.shapes, *map(plural, world.shapes), *world.colours, *NUMBERS, "at the top",
-             "at the bottom", "left", "right", *RELATIONS, "yes", "no", "nothing", *"ABCD"]
-    words = "|".join(sorted(words, key=len, reverse=True))      # beside them the template, numbers, line ends and *
-    frame = "|".join(map(re.escape, (EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT)))
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"{frame}| ?\b({words})\b|[0-9]+|\s*\n|\*"), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = tokenizers.decoders.ByteLevel()
-    rng, lines = np.random.default_rng(0), []
-    for _ in range(2000):
-        scene = world.scene(rng)
-        asked = make_question(world, scene, TOPICS[rng.integers(len(TOPICS))], rng)
-        lines += [EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT]
-        lines += [JANUS_USER, JANUS_ASSISTANT]
-        lines += [caption(scene, rng), asked.text, asked.answer, " " + asked.answer, DESCRIBE]
-        lines += [f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=model.TINY_TEXT, show_progress=False, min_frequency=1,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(lines, trainer)
-    if core.get_vocab_size() != model.TINY_TEXT:
-        raise RuntimeError(f"the world's text gives {core.get_vocab_size()} tokens, not {model.TINY_TEXT}")
-    special = list(SPECIAL[config.kind].values())
-    if config.kind == "emu3":
-        special += [f"<|visual token {code:06d}|>" for code in range(1, config.codebook)]
-    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    core.save(str(file))
+    frames = (EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT)
+    lines = []
+    for said in sentences(world, 2000):
+        lines += [*frames, JANUS_USER, JANUS_ASSISTANT, *said, DESCRIBE]
+    train_bpe(file, lines, words_of(world), frames, model.TINY_TEXT, special_tokens(config.kind, config.codebook))
     return Text(file, config.kind)
 
 
@@ -605,32 +569,13 @@ class Index:
 
 
 def index(settings):
-    """One pass over each data set. Files are written under a second name and renamed: whole or not at all."""
+    """Index each data set, and say what was found."""
     if not settings.paths:
         raise InputError("index needs a data set: python data.py index train.jsonl")
     for path in settings.paths:
-        started, (form, files), stored = time.time(), data_files(path), index_file(path)
-        seen = stamps(files, stored.parent)          # before reading: a change meanwhile will show
-        rows, bad = make_index(form, files, "janus")  # the wider limits; reading checks those of its model
-        aside, listed = stored.with_suffix(".part"), stored.with_suffix("").with_suffix(".bad.txt")
-        listed.unlink(missing_ok=True)
-        if bad:
-            aside.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
-            os.replace(aside, listed)
-            print(f"{bad_report(bad, [path])}\nall are in {listed}")
-        if not any(map(len, rows.values())):
-            raise InputError(f"data set {path} holds no usable record: see README, 'Your own pictures'")
-        count = {task: len(part) for task, part in rows.items()}
-        with open(aside, "wb") as out:
-            np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
-            out.write(json.dumps({"files": seen, "count": count, "bad": bad}).encode())
-        os.replace(aside, stored)
+        started = time.time()
+        stored, count = store_index(path)
         print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")
-
-
-BYTES_A_FILE = 2**28                             # bytes of one file of encoded pictures, and at most ...
-PICTURES_A_FILE = 1000                           # ... so many pictures, so that little is lost to a kill
-TOGETHER = 32                                    # pictures that pass a tower at once
 
 
 @dataclass(frozen=True)
@@ -653,49 +598,26 @@ def encode(settings):
     if not (settings.folder and settings.data and settings.init):
         raise InputError("encode needs a folder, --data and --init: "
                          "python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B")
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    folder, m = Path(settings.folder), formats.weights.load(settings.init, torch.float32, device_of(settings.device),
-                                                            settings.vision_tokenizer)
+    folder, device = Path(settings.folder), device_of(settings.device)
+    m = formats.weights.load(settings.init, torch.float32, device, settings.vision_tokenizer)
     janus = m.config.kind == "janus"
     if settings.features and not janus:
-        raise InputError("--features: Emu3 reads pictures as codes, there is no SigLIP; leave it out")
+        raise InputError("--features: Emu3 sees pictures as codes, there is no SigLIP; leave it out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder")
     source = FileSource(settings.data, m.config.kind, settings.on_bad_record)
-    store, preparer = Encoded(folder, m, new=True), Preparer(m, None)
+    preparer = Preparer(m, None)
 
     @torch.inference_mode()
     def features(paths):
-        pixels = preparer.reading(paths)["pixels"]
+        pixels = preparer.seen(paths)["pixels"]
         return [one.clone() for one in m.vision(pixels.to(m.vision.pos_embed.device)).cpu()]
-    wanted = {"codes": (aia.TASKS[:1 if janus else 2], preparer.codes),
-              "features": (("und",) * settings.features, features)}
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(file.stem[4:]) for file in folder.glob(f"{rank:03d}-*.safetensors")), default=-1)
-    for name, (tasks, make) in wanted.items():
-        mine = {f"{name}/{picture_key(path)}": (task, i, j) for task in tasks
-                for i in range(rank, source.count(task), world)
-                for j, path in enumerate(source.record(task, i).pictures)}           # where it is: bytes would not fit
-        todo, made, missing = [(key, at) for key, at in mine.items() if key not in store.parts], {}, 0
-        for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
-            keys, ats = zip(*todo[first:first + TOGETHER], strict=True)
-            pictures = [source.record(task, i).pictures[j] for task, i, j in ats]
-            try:
-                made |= zip(keys, make(pictures), strict=True)
-            except InputError:
-                for key, (task, i, _), picture in zip(keys, ats, pictures, strict=True):             # find it
-                    try:
-                        made[key], = make([picture])
-                    except InputError as error:
-                        missing += 1
-                        note_bad(f"{source.record(task, i).origin}: {error}", source.bad,
-                                 settings.on_bad_record == "stop")
-            full = len(made) >= PICTURES_A_FILE or sum(one.nbytes for one in made.values()) >= BYTES_A_FILE
-            if full or first + TOGETHER >= len(todo):
-                store.add(made, f"{rank:03d}-{number:05d}")
-                number, made = number + 1, {}
-        if mine:
-            print(f"{name}: {len(todo) - missing} pictures encoded, {len(mine) - len(todo)} were there")
+    store = Encoded(folder, m, new=True)
+    stop = settings.on_bad_record == "stop"
+    store.fill("codes", source, aia.TASKS[:1 if janus else 2], preparer.codes, stop)
+    if settings.features:
+        store.fill("features", source, ("und",), features, stop)
     if source.bad:
         print(bad_report(source.bad, [settings.data]))
 

@@ -889,16 +889,6 @@ def held_type(name, dtype):
     return torch.float32 if name.startswith("vq.") or "lora_" in name else dtype
 
 
-@torch.no_grad()
-def merged(m):
-    """The weights of a model with W + (alpha / R) B A in place of W, A and B; of one without LoRA as they are."""
-    state = m.state_dict()
-    for name in [name for name in state if name.endswith("lora_a")]:
-        a, b, key = state.pop(name), state.pop(name[:-1] + "b"), name.replace("lora_a", "weight")
-        state[key] = (state[key].float() + LORA_ALPHA / len(a) * (b.float() @ a.float())).to(state[key].dtype)
-    return state
-
-
 def attention_kernel(m, device, dtype):
     """Which kernels the attention of a model runs on, without AIA and with it."""
     c, attend = m.config, m.lm.layers[0].self_attn.attend

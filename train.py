@@ -31,8 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -44,36 +42,13 @@ import data
 import eval as evaluation
 import formats.weights
 import model
-from formats.checkpoints import (
-    checkpoint_folders,
-    from_manifest,
-    newest_checkpoint,
-    read_manifest,
-    read_tensors,
-    save_checkpoint,
-    tensor_names,
-    tensors_of,
-)
+from formats import checkpoints
+from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, every, note_bad, open_sources
+from parts import settings
 from parts.pictures import janus_drawing, load_picture, to_picture
-from parts.processes import first_decides, over_processes, processes, rank
-from parts.settings import (
-    InputError,
-    aside,
-    at_least,
-    device_of,
-    first_line,
-    machine,
-    memory_gb,
-    moved,
-    opt,
-    parse,
-    read_json,
-    run_command,
-    tell,
-    whole_lines,
-    write_json,
-)
+from parts.processes import first_decides, gathered, join, over_processes, processes, rank
+from parts.settings import InputError, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
 from parts.vision import tokenizer_step
 from parts.world import CELL_SIDES, GRID, WORLD, world_of
@@ -271,7 +246,7 @@ def has_aia(config, phases):
 
 def check_numbers(config):
     """Refuse settings that would fail after an hour, before anything is written."""
-    at_least(config, LEAST)
+    settings.at_least(config, LEAST)
     if not 0 < config.rho < math.inf:
         raise InputError(f"--rho {config.rho}: give a number above 0; --aia-weight off leaves AIA out")
     if -1 < config.weight_decay < 0:
@@ -356,14 +331,11 @@ def make_optimizer(m, phase):
 # Processes: one, or as many as torchrun started
 # ---------------------------------------------------------------------------------------------------------------------
 def start_processes(config):
-    """Join the other processes of torchrun, if there are any -> device of this one. Only the first one prints."""
-    device = device_of(config.device)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        if config.device not in ("auto", "cuda", "cpu"):
-            raise InputError(f"--device {config.device} with torchrun, whose processes have a GPU each: leave it out")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
+    """Join the other processes of torchrun, if there are any -> device of this one."""
+    device = settings.device_of(config.device)
+    if dist.is_torchelastic_launched() and config.device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device {config.device} with torchrun, whose processes have a GPU each: leave it out")
+    join(device)
     if config.offload and (processes() == 1 or config.parallel == "ddp"):
         raise InputError("--offload moves parts of a sharded model: it needs torchrun, and --parallel fsdp or hsdp")
     return device
@@ -512,12 +484,11 @@ class Run:
         self.folder = Path(config.out or f"runs/{config.preset}-seed{config.seed}")
         self.bad = []                               # texts about records that were left out
         self.stopping = 0                           # the signal that asks for an end
-        self.saving = None                          # the checkpoint that is being written
-        self.stager, self.staged = None, None       # memory for copies of a checkpoint, and the names it was made for
         self.held = None                            # batches of --val, made when they are first needed
         self.device = start_processes(config)
-        self.group = dist.new_group(backend="gloo") if processes() > 1 else None        # of saving in the background
-        self.checkpoint, self.manifest = first_decides(lambda: resumed_from(self.folder, config))
+        self.saver = Saver(self.sharded(), pinned=self.device.startswith("cuda"))
+        self.checkpoint, self.manifest = first_decides(lambda: checkpoints.resumed_from(
+            self.folder, config.resume, lambda stored: check_settings(stored, config, self.folder)))
         self.began = time.time() - (self.manifest["seconds"] if self.manifest else 0.0)
         self.bf16 = uses_bf16(config, self.device)
         print(f"device {self.device}, {'bfloat16' if self.bf16 else 'float32'} activations, {torch.get_num_threads()} "
@@ -610,7 +581,7 @@ class Run:
     def check_world(self):
         """Refuse weights that have met what this run would hold out."""
         file = self.m.tokenizer_file.with_name("settings.json")
-        made = asdict(TrainConfig()) | read_json(file) if file.exists() else {}
+        made = asdict(TrainConfig()) | settings.read_json(file) if file.exists() else {}
         if not made or made["data"]:                # public weights, or own pictures: nothing is known
             return
         for name in WORLD:
@@ -634,7 +605,7 @@ class Run:
         device = "cpu" if config.offload and shard else self.device
         kept = {"attention": config.attention, "checkpoint_activations": config.checkpoint_activations}
         if self.checkpoint:
-            m = from_manifest(self.manifest, self.checkpoint, kept, device, shard, dtype)
+            m = checkpoints.from_manifest(self.manifest, self.checkpoint, kept, device, shard, dtype)
         elif config.init:
             m = formats.weights.load(config.init, dtype, device, config.vision_tokenizer, shard=shard,
                                      lora_rank=config.lora_rank, fork_layer=config.fork_layer, **kept)
@@ -656,8 +627,8 @@ class Run:
 
     def reopen(self, index):
         """Sharded weights for another phase: which of them train was fixed when they were sharded."""
-        self.finish_saving()
-        self.checkpoint, self.manifest = first_decides(lambda: newest_checkpoint(self.folder))
+        self.saver.finish()
+        self.checkpoint, self.manifest = first_decides(lambda: checkpoints.newest_checkpoint(self.folder))
         self.m = self.open(index)
         self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
 
@@ -667,7 +638,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be made ({error.strerror}): choose another") from error
-        write_json(asdict(self.config), self.folder / "settings.json")
+        settings.write_json(asdict(self.config), self.folder / "settings.json")
         if self.manifest:
             return
         for phase in self.phases:                   # left by a job that was killed before its first checkpoint
@@ -690,40 +661,14 @@ class Run:
 
     def write(self, name, optimizer=None, keep=0, more=None):
         """Start writing a checkpoint folder, of the model alone unless told otherwise."""
-        self.finish_saving()
-        tensors = tensors_of(self.m, optimizer)
-        # Copies into pinned memory run at the full speed of the bus, but allocating it is slow: it is kept for
-        # checkpoints of the same tensors.
-        if self.device.startswith("cuda") and self.staged != set(tensors):
-            self.stager = BlockingAsyncStager(cache_staged_state_dict=True)
-            self.staged = set(tensors)
+        tensors = checkpoints.tensors_of(self.m, optimizer)
         manifest = {"config": asdict(self.m.config), "dtype": str(tensors["model.lm.norm.weight"].dtype).split(".")[1]}
-        self.saving = save_checkpoint(tensors, manifest | (more or {}), self.folder / name, keep, self.group,
-                                      self.stager)
+        self.saver.begin(tensors, manifest | (more or {}), self.folder / name, keep)
 
     def restore(self, name):
         """Read the weights that a phase left in a folder of the run."""
-        first_decides(lambda: read_manifest(self.folder / name))                # refuses damaged files
-        read_tensors(tensors_of(self.m), self.folder / name)
-
-    def finish_saving(self):
-        """Wait for the checkpoint that is being written; all processes learn what went wrong with it."""
-        if self.sharded():
-            self.wait()
-        else:                                       # only the first one writes
-            first_decides(self.wait)
-
-    def wait(self):
-        """Wait for what this process writes."""
-        try:
-            if self.saving:
-                self.saving.result()
-        except (CheckpointException, OSError) as error:
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            raise InputError(f"a checkpoint in {self.folder} could not be written ({first_line(cause)}): make "
-                             "room, then continue with --resume; earlier checkpoints are untouched") from error
-        finally:
-            self.saving = None
+        first_decides(lambda: checkpoints.read_manifest(self.folder / name))                # refuses damaged files
+        checkpoints.read_tensors(checkpoints.tensors_of(self.m), self.folder / name)
 
     def elapsed(self):
         """Seconds of training, those before a resume included."""
@@ -764,28 +709,6 @@ def uses_bf16(config, device):
     return config.pure_bf16 or config.dtype == "bfloat16"
 
 
-def resumed_from(folder, config):
-    """(folder, manifest) of the newest whole checkpoint with --resume; (None, None) at the start of a run. Damaged ones
-    are moved aside: their names are needed again."""
-    used = folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir()))
-    if used and not (config.resume and (folder / "settings.json").exists()):
-        remedy = "is no run folder:" if config.resume else "is not empty: continue it with --resume, or"
-        raise InputError(f"{folder} {remedy} choose another --out")
-    if not checkpoint_folders(folder):
-        if config.resume and used:
-            check_settings(read_json(folder / "settings.json"), config, folder)
-        if config.resume:
-            print(f"{folder} holds no checkpoint yet: starting")
-        return None, None
-    newest, manifest = newest_checkpoint(folder)
-    check_settings(manifest["settings"], config, folder)
-    for newer in checkpoint_folders(folder):
-        if newer.name > newest.name:
-            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
-            os.replace(newer, f"{newer}.damaged")
-    return newest, manifest
-
-
 # Settings that a run may change when it resumes: where it runs and how often it reports.
 FREE = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention", "val_every", "keep",
         "checkpoint_activations", "compile", "encoded", "parallel", "offload", "on_bad_record"}
@@ -821,7 +744,7 @@ def train(config, phases=None):
         for index in range(begin, len(run.phases)):
             run_phase(run, index, manifest)
             manifest = None
-        run.finish_saving()
+        run.saver.finish()
         if over_processes(torch.tensor(run.stopping)):
             raise Stop(run.stopping)
     return finish(run)
@@ -844,7 +767,8 @@ class Progress:
                 self.net = replicated(run.m)
         if manifest and manifest["optimizer"]:
             self.lambdas = manifest["lambdas"]
-            read_tensors(tensors_of(run.m, self.optimizer, tensor_names(run.checkpoint)), run.checkpoint)
+            known = checkpoints.tensor_names(run.checkpoint)
+            checkpoints.read_tensors(checkpoints.tensors_of(run.m, self.optimizer, known), run.checkpoint)
         elif phase.aia:
             self.calibrate()
         trains = sum(p.numel() for p in run.m.parameters() if p.requires_grad)
@@ -901,7 +825,7 @@ def run_phase(run, index, manifest=None):
         if stopping or ((step + 1) % config.save_every == 0 and step + 1 < phase.steps):
             run.save(index, step + 1, now.optimizer, now.lambdas)
         if stopping:
-            run.finish_saving()
+            run.saver.finish()
             now.bar.close()
             raise Stop(run.stopping)
     now.bar.close()
@@ -955,14 +879,10 @@ def check_finite(norm, metrics, phase, step, batches, run):
     losses = [row[name] for row in metrics.values() for name in ("ntp", "aia", "l1") if row.get(name) is not None]
     if math.isfinite(norm) and all(map(math.isfinite, losses)):
         return
-    origins = [origin for batch in batches for origin in batch.origins]
-    if processes() > 1:
-        found = [None] * processes()
-        dist.all_gather_object(found, origins)
-        origins = sum(found, [])
+    origins = gathered([origin for batch in batches for origin in batch.origins])
     shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
-    run.finish_saving()                             # the last good one may be on its way to the disk
-    saved = checkpoint_folders(run.folder)
+    run.saver.finish()                             # the last good one may be on its way to the disk
+    saved = checkpoints.checkpoint_folders(run.folder)
     good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"phase {phase.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
                      f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
@@ -1006,7 +926,7 @@ def report_step(run, index, step, metrics, norm, now):
     phase = now.phase
     seconds = time.time() - now.start
     rate = seconds / (step + 1 - now.since)                                     # seconds per step
-    lr, memory = learning_rate(step, phase), memory_gb()
+    lr, memory = learning_rate(step, phase), settings.memory_gb()
     entry = {"phase": index, "name": phase.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
              "seconds": run.elapsed(), "samples_per_second": phase.batch_size / rate}
     parts = []
@@ -1033,8 +953,9 @@ def report_step(run, index, step, metrics, norm, now):
 def trim_log(path, index, step):
     """Forget reports of steps that a resumed run takes again."""
     if path.exists():
-        kept = [row for row in whole_lines(path) if (row.get("phase", row.get("stage")), row["step"]) <= (index, step)]
-        with aside(path) as part:
+        kept = [row for row in settings.whole_lines(path)
+                if (row.get("phase", row.get("stage")), row["step"]) <= (index, step)]          # older runs: stage
+        with settings.aside(path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
@@ -1062,14 +983,12 @@ def finish(run):
     """Scores, curves and samples of the final weights, in the run folder -> the result. Only the first process does it,
     the others end."""
     config = run.config
-    if processes() > 1:
-        found = [None] * processes()
-        dist.all_gather_object(found, run.bad)
-        run.bad = list(dict.fromkeys(sum(found, [])))
-        if rank():
-            return None
+    run.bad = list(dict.fromkeys(gathered(run.bad)))
+    if rank():
+        return None
     m = run.m
-    run.m, run.preparer, run.stager = None, None, None          # one model may be all that fits
+    run.m, run.preparer = None, None                # one model may be all that fits
+    run.saver.release()
     if run.sharded():                               # all of it in place of a part, in the type of activations
         del m
         m = formats.weights.load(run.folder, torch.bfloat16 if run.bf16 else None, run.device)
@@ -1080,7 +999,7 @@ def finish(run):
         scores = {name: score_arm(run, name, m) for name, m in arms(run, m)}
         scores |= scores.pop("after") | evaluation.score_tokenizer(m, run.world, 4 * config.eval_n, config.seed)
         result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
-        write_json(scores, run.folder / "scores.json")
+        settings.write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
     bad = run.bad + run.source.bad + (run.val.bad if run.val is not run.source else [])
@@ -1089,8 +1008,8 @@ def finish(run):
     made = ["checkpoints", "metrics.jsonl", "curves.png", *(["samples.png", "scores.json"] if run.world else [])]
     print(f"run folder {run.folder}: {', '.join(made)}")
     result |= {"preset": config.preset, "seed": config.seed, "seconds": round(run.elapsed(), 1),
-               "rss_gb": round(memory_gb(), 3)}
-    write_json(result | {"machine": machine() | {"device": run.device}}, run.folder / "result.json")
+               "rss_gb": round(settings.memory_gb(), 3)}
+    settings.write_json(result | {"machine": settings.machine() | {"device": run.device}}, run.folder / "result.json")
     return result
 
 
@@ -1108,7 +1027,7 @@ def curves_of(run, m):
     targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     curves = evaluation.curves(arms(run, m), data.Preparer(m, run.text), samples, targets, final=final_label(run))
     evaluation.plot_curves(curves, run.folder / "curves.png")
-    write_json(curves, run.folder / "curves.json")
+    settings.write_json(curves, run.folder / "curves.json")
     evaluation.print_curves(curves)
     return curves
 
@@ -1118,10 +1037,10 @@ def arms(run, m):
     same model: two may not fit where one was trained."""
     for name in ("before", "control"):
         if (run.folder / name).exists():
-            read_manifest(run.folder / name)        # refuses damaged files
-            read_tensors(tensors_of(m), run.folder / name)
+            checkpoints.read_manifest(run.folder / name)        # refuses damaged files
+            checkpoints.read_tensors(checkpoints.tensors_of(m), run.folder / name)
             yield name, m
-    read_tensors(tensors_of(m), newest_checkpoint(run.folder)[0])
+    checkpoints.read_tensors(checkpoints.tensors_of(m), checkpoints.newest_checkpoint(run.folder)[0])
     yield "after", m
 
 
@@ -1139,9 +1058,9 @@ def score_arm(run, name, m):
 
 def settings_from(argv, cls=TrainConfig, prog="train.py", more=()):
     """Flags over the defaults of the preset and the recipe that they name, over `more`."""
-    config = parse(cls, argv, prog, epilog=OTHER_COMMANDS)
+    config = settings.parse(cls, argv, prog, epilog=OTHER_COMMANDS)
     recipe = RECIPES[config.recipe][1] if config.recipe else {}
-    return parse(cls, argv, prog, SETTINGS_OF.get(config.preset, {}) | dict(more) | recipe)
+    return settings.parse(cls, argv, prog, SETTINGS_OF.get(config.preset, {}) | dict(more) | recipe)
 
 
 def stoppable(work, again):
@@ -1161,12 +1080,12 @@ def stoppable(work, again):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    moved(argv, "train.py", {"study": "python -m lab.study"})
+    settings.moved(argv, "train.py", {"study": "python -m lab.study"})
     if any(word.split("=")[0] == "--dry-run-world" for word in argv):
         raise InputError("train.py --dry-run-world N is now python -m lab.dry_run --world N")
     config = settings_from(argv)
-    tell(stoppable(lambda: train(config), "continue with the same command and --resume"))
+    settings.tell(stoppable(lambda: train(config), "continue with the same command and --resume"))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    settings.run_command(main)

@@ -16,7 +16,7 @@ import eval as evaluation
 from formats.datasets import stamps
 from formats.weights import find_folder
 from parts.pictures import open_picture, to_picture
-from parts.processes import all_done, my_share
+from parts.processes import all_done, processes, rank
 from parts.settings import InputError, aside, first_line, json_lines, lines_to, read_json, write_json
 
 
@@ -143,7 +143,7 @@ def load_asked(settings, mine):
         if m.config.kind == "emu3" and mine[name] != usual:
             raise InputError(f"--{name.replace('_', '-')} {mine[name]} names the roles of Janus-Pro's template, which "
                              "Emu3's does not have: leave it out")
-    if my_share()[0] == 0:
+    if rank() == 0:
         write_json(mine, Path(settings.out) / "settings.json")
     return m, text
 
@@ -155,7 +155,7 @@ WHITE = ("mmmu",)                                   # official: here what is tra
 def ask_all(settings, items):
     """Write OUT/predictions.jsonl, the raw answers in the order of the items. What a killed run has written is kept;
     under torchrun every process asks its share."""
-    (rank, world), out = my_share(), Path(settings.out)
+    out = Path(settings.out)
     mine = settings_of(settings, {item.id: item.prompt for item in items})
     if (out / "predictions.jsonl").exists():
         return
@@ -163,10 +163,10 @@ def ask_all(settings, items):
         if isinstance(item.picture, Path) and not item.picture.exists():
             raise InputError(f"question {item.id}: picture {item.picture} is missing: give --data the benchmark with "
                              "its pictures")
-    part = out / f"answers-{rank}.jsonl"
+    part = out / f"answers-{rank()}.jsonl"
     lines_to(part, map(json.dumps, whole_lines([part]).values()))
     said = whole_lines(out.glob("answers-*.jsonl"))
-    if todo := [item for item in items[rank::world] if item.id not in said]:
+    if todo := [item for item in items[rank()::processes()] if item.id not in said]:
         m, text = load_asked(settings, mine)
         preparer = data.Preparer(m, text, training=False)
         if settings.prompt_style == "vlmevalkit":
@@ -178,7 +178,7 @@ def ask_all(settings, items):
                     lines.write(json.dumps({"id": item.id, "prompt": item.prompt, "response": response}) + "\n")
                 lines.flush()
     all_done()
-    if rank == 0:
+    if rank() == 0:
         said = whole_lines(parts := [*out.glob("answers-*.jsonl")])
         if absent := [item.id for item in items if item.id not in said]:
             raise InputError(f"{out} lacks {len(absent)} answers, such as {absent[0]!r}: all processes need one folder "
@@ -212,7 +212,7 @@ def ask_group(settings, preparer, items):
         samples.append(preparer.template.understanding([([0, asked], None)], codes and codes[i:i + 1]))
     device = next(m.parameters()).device
     ids, mask = evaluation.left_padded(samples, preparer.text.ids["pad"], device)
-    pixels = preparer.reading(pictures)["pixels"].to(device) if janus else None
+    pixels = preparer.seen(pictures)["pixels"].to(device) if janus else None
     longest = 1 if (settings.bench, settings.variant) == ("mme", "aia") else MAX_NEW_TOKENS[settings.prompt_style]
     return [preparer.text.decode(row) for row in m.generate_text(ids, pixels, mask, longest).tolist()]
 
@@ -253,11 +253,11 @@ def read_predictions(file, items):
 def draw_all(settings, prompts, files):
     """Draw {name: prompt} into {name: [picture files]}, where they are not there yet; a single file takes four pictures
     as a grid. Every prompt has its own seed, so a resumed or shared run draws the same."""
-    (rank, world), names = my_share(), [*prompts]
+    names = [*prompts]
     mine, seeds = settings_of(settings, prompts), {name: settings.seed + i for i, name in enumerate(names)}
-    if todo := [name for name in names[rank::world] if not all(file.exists() for file in files[name])]:
+    if todo := [name for name in names[rank()::processes()] if not all(file.exists() for file in files[name])]:
         m, text = load_asked(settings, mine)
-        if rank == 0:
+        if rank() == 0:
             write_json(seeds, Path(settings.out) / "seeds.json")
         for name in tqdm(todo, desc=settings.bench, unit="prompt", disable=None):
             pixels = evaluation.draw(m, text, [prompts[name]] * settings.pictures, seeds[name],

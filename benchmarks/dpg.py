@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.common import average, draw_all, find_file, table
-from parts.processes import my_share
+from parts.processes import rank
 from parts.settings import InputError, lines_to, text_lines
 
 DPGQuestion = namedtuple("DPGQuestion", "id parents l1 l2 text")
@@ -122,7 +122,7 @@ def run_dpg(settings, judge):
         if not prompts:
             raise InputError(f"{settings.data} holds no prompts/*.txt to draw: give --data the folder of DPG-Bench")
         draw_all(settings, prompts, {name: [folder / f"{name}.png"] for name in prompts})
-    if my_share()[0]:
+    if rank():
         return None
     pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not pictures:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from parts.pictures import to_tensor
-from parts.processes import my_share
+from parts.processes import rank
 from parts.settings import InputError, device_of, first_line, stream
 from parts.world import draw_scenes, prompt_text, world_of
 
@@ -126,7 +126,7 @@ def tokenizer_features(m, pixels):
 def run_fid(settings, judge):
     """Frechet distance of two sets. "world": of held-out scenes and drawings of their prompts, in the features of the
     model's own picture tokenizer, which no other FID can be compared with."""
-    if my_share()[0]:
+    if rank():
         return None
     if settings.variant != "world":
         network = functools.cache(lambda: fid_network(settings.variant, device_of(settings.device)))

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from benchmarks.common import average, draw_all, find_file
-from parts.processes import my_share
+from parts.processes import rank
 from parts.settings import InputError, json_lines, lines_to, read_json, text_lines
 
 # A box is x1, y1, x2, y2 in pixels, in a detector's row followed by its score. An object is (row, mask or None).
@@ -142,7 +142,7 @@ def run_geneval(settings, judge):
     if not settings.preds:
         draw_all(settings, {name: row["prompt"] for name, row in rows.items()},
                  {name: [folder / name / f"samples/{i:05d}.png" for i in range(settings.pictures)] for name in rows})
-    if my_share()[0]:
+    if rank():
         return None
     for name, row in () if settings.preds else rows.items():
         lines_to(folder / name / "metadata.jsonl", [json.dumps(row)])

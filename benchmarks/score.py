@@ -17,7 +17,7 @@ from benchmarks.mmmu import judge_mmmu, read_mmmu
 from benchmarks.mmvet import judge_mmvet, read_mmvet
 from benchmarks.mmvp import judge_mmvp, read_mmvp
 from benchmarks.pope import judge_pope, read_pope
-from parts.processes import my_share
+from parts.processes import rank
 from parts.settings import InputError, lines_to, opt, write_json
 
 ANSWERED = {"mmmu": (read_mmmu, judge_mmmu), "mmbench": (read_mmbench, judge_mmbench), "mmvp": (read_mmvp, judge_mmvp),
@@ -86,7 +86,7 @@ def score_answers(settings, judge):
         raise InputError(f"{settings.data} holds no questions: download it again")
     if not settings.preds:
         ask_all(settings, items)
-    if my_share()[0]:
+    if rank():
         return None
     file = settings.preds or Path(settings.out) / "predictions.jsonl"
     scores = judged(settings, items, read_predictions(file, items), judge)

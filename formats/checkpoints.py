@@ -11,13 +11,16 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 import model
-from parts.processes import first_decides, rank
-from parts.settings import InputError, read_json, write_json
+from parts.processes import first_decides, processes, rank
+from parts.settings import InputError, first_line, read_json, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -65,6 +68,28 @@ def newest_checkpoint(folder):
             print(f"{error}: looking for an earlier one", file=sys.stderr)
     whole = "whole " if folders else ""
     raise InputError(f"{folder} holds no {whole}checkpoint: give the folder of a run that has saved one")
+
+
+def resumed_from(folder, resume, check):
+    """(checkpoint folder, manifest) that a run continues from with `resume`; (None, None) at its start. check(settings)
+    refuses those of another run. Damaged checkpoints are moved aside: their names are needed again."""
+    used = folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir()))
+    if used and not (resume and (folder / "settings.json").exists()):
+        remedy = "is no run folder:" if resume else "is not empty: continue it with --resume, or"
+        raise InputError(f"{folder} {remedy} choose another --out")
+    if not checkpoint_folders(folder):
+        if resume and used:
+            check(read_json(folder / "settings.json"))
+        if resume:
+            print(f"{folder} holds no checkpoint yet: starting")
+        return None, None
+    newest, manifest = newest_checkpoint(folder)
+    check(manifest["settings"])
+    for newer in checkpoint_folders(folder):
+        if newer.name > newest.name:
+            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
+            os.replace(newer, f"{newer}.damaged")
+    return newest, manifest
 
 
 def tensor_names(folder):
@@ -180,3 +205,48 @@ def save_checkpoint(tensors, manifest, folder, keep=0, group=None, stager=None):
         return None
     return dcp.async_save(tensors, storage_writer=Writer(folder, manifest, keep), process_group=group,
                           async_stager=stager, no_dist=alone)
+
+
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time. sharded: every process writes its part, else
+    the first one writes all. pinned: the tensors come from a GPU."""
+
+    def __init__(self, sharded, pinned):
+        self.sharded, self.pinned = sharded, pinned
+        self.group = dist.new_group(backend="gloo") if processes() > 1 else None        # a channel of its own
+        self.stager, self.staged = None, None       # memory for copies of tensors, and the names it was made for
+        self.future, self.folder = None, None       # what is being written
+
+    def begin(self, tensors, manifest, folder, keep=0):
+        """Start writing, once the last checkpoint is on disk."""
+        self.finish()
+        # Copies into pinned memory run at the full speed of the bus, but allocating it is slow: it is kept for
+        # checkpoints of the same tensors.
+        if self.pinned and self.staged != set(tensors):
+            self.stager = BlockingAsyncStager(cache_staged_state_dict=True)
+            self.staged = set(tensors)
+        self.folder = folder
+        self.future = save_checkpoint(tensors, manifest, folder, keep, self.group, self.stager)
+
+    def finish(self):
+        """Wait for the checkpoint that is being written; all processes learn what went wrong with it."""
+        if self.sharded:
+            self.wait()
+        else:
+            first_decides(self.wait)
+
+    def wait(self):
+        """Wait for what this process writes."""
+        try:
+            if self.future:
+                self.future.result()
+        except (CheckpointException, OSError) as error:
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise InputError(f"checkpoint {self.folder} could not be written ({first_line(cause)}): make room, then "
+                             "continue with --resume; earlier checkpoints are untouched") from error
+        finally:
+            self.future = None
+
+    def release(self):
+        """Give the memory for copies back."""
+        self.stager, self.staged = None, None

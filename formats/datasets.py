@@ -24,7 +24,8 @@ from tqdm import tqdm
 import aia
 from formats.records import SKIP_HINT, Record, parse_record
 from parts.pictures import janus_reading, load_picture, open_picture, written
-from parts.settings import InputError
+from parts.processes import processes, rank
+from parts.settings import InputError, aside
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files, and where their records lie
@@ -235,6 +236,28 @@ def load_index(path, files):
     return {"gen": rows[:gen], "und": rows[gen:]}, bad
 
 
+def store_index(path):
+    """One pass over a data set -> its index file, and {task: number of records}. What cannot be used is listed beside
+    it, in PATH.bad.txt."""
+    form, files = data_files(path)
+    stored = index_file(path)
+    listed = stored.with_suffix("").with_suffix(".bad.txt")
+    seen = stamps(files, stored.parent)              # before reading: a change meanwhile will show
+    rows, bad = make_index(form, files, "janus")     # the wider limits; reading checks those of its model
+    listed.unlink(missing_ok=True)
+    if bad:
+        with aside(listed) as part:
+            part.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
+        print(f"{bad_report(bad, [path])}\nall are in {listed}")
+    if not any(map(len, rows.values())):
+        raise InputError(f"data set {path} holds no usable record: see formats/README.md")
+    count = {task: len(part) for task, part in rows.items()}
+    with aside(stored) as part, open(part, "wb") as out:
+        np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
+        out.write(json.dumps({"files": seen, "count": count, "bad": bad}).encode())
+    return stored, count
+
+
 def note_bad(text, bad, stop):
     """Add a record that cannot be used to a list, or stop at it."""
     bad.append(text)
@@ -353,6 +376,11 @@ def picture_key(file):
 ENCODING = 2                                     # raised whenever the same weights encode a picture otherwise
 
 
+BYTES_A_FILE = 2**28                             # of encoded pictures, and at most ...
+PICTURES_A_FILE = 1000                           # ... so many of them, so that a kill loses little
+TOGETHER = 32                                    # pictures that are encoded at once
+
+
 class Encoded:
     """What frozen towers made of pictures, stored by `data.py encode`: safetensors files of codes/KEY, as encode_images
     gives them, and features/KEY (N, vit_width), KEY as in picture_key. Files made with other weights, or by another
@@ -402,7 +430,43 @@ class Encoded:
         return self.parts[key].get_tensor(key) if key in self.parts else None
 
     def add(self, tensors, name):
-        """Write tensors into a new file, whole or not at all."""
-        aside = self.folder / f"{name}.part"
-        save_file(tensors, aside, {tower: self.fingerprints[tower] for tower in {key.split("/")[0] for key in tensors}})
-        os.replace(aside, self.folder / f"{name}.safetensors")
+        """Write tensors into a new file."""
+        towers = {key.split("/")[0] for key in tensors}
+        with aside(self.folder / f"{name}.safetensors") as part:
+            save_file(tensors, part, {tower: self.fingerprints[tower] for tower in towers})
+
+    def fill(self, name, source, tasks, make, stop):
+        """Store make(pictures) of all pictures of some tasks that are not there yet; under torchrun, this process's
+        share of them. A picture that cannot be encoded is added to source.bad, or stops the command."""
+        # Where each picture is: their bytes would not fit into memory.
+        mine = {f"{name}/{picture_key(picture)}": (task, i, j) for task in tasks
+                for i in range(rank(), source.count(task), processes())
+                for j, picture in enumerate(source.record(task, i).pictures)}
+        todo = [(key, where) for key, where in mine.items() if key not in self.parts]
+        number = 1 + max((int(file.stem[4:]) for file in self.folder.glob(f"{rank():03d}-*.safetensors")), default=-1)
+        made, missing = {}, 0
+        for first in tqdm(range(0, len(todo), TOGETHER), desc=name, unit="batch", disable=None):
+            good, bad = self.encode_some(todo[first:first + TOGETHER], source, make, stop)
+            made |= good
+            missing += bad
+            full = len(made) >= PICTURES_A_FILE or sum(one.nbytes for one in made.values()) >= BYTES_A_FILE
+            if full or first + TOGETHER >= len(todo):
+                self.add(made, f"{rank():03d}-{number:05d}")
+                number, made = number + 1, {}
+        if mine:
+            print(f"{name}: {len(todo) - missing} pictures encoded, {len(mine) - len(todo)} were there")
+
+    def encode_some(self, todo, source, make, stop):
+        """make() of some pictures, or where it fails, of each by itself -> {key: tensor}, how many were bad."""
+        keys = [key for key, _ in todo]
+        pictures = [source.record(task, i).pictures[j] for _, (task, i, j) in todo]
+        try:
+            return dict(zip(keys, make(pictures), strict=True)), 0
+        except InputError:
+            good = {}
+            for (key, (task, i, _)), picture in zip(todo, pictures, strict=True):
+                try:
+                    good[key], = make([picture])
+                except InputError as error:
+                    note_bad(f"{source.record(task, i).origin}: {error}", source.bad, stop)
+            return good, len(todo) - len(good)

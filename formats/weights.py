@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import model
 from formats.checkpoints import configured, from_manifest, newest_checkpoint, read_manifest
-from parts.settings import InputError, first_line, read_json
+from parts.settings import InputError, aside, first_line, read_json
 from parts.text import SPECIAL, TOKENIZER_NOTES, TOKENIZERS, find_tokenizer, special_ids, token_ids
 from parts.vision import Emu3VQ
 
@@ -361,41 +361,60 @@ SHARD_BYTES = 5e9
 def save(m, folder):
     """Write the layout of transformers, which AutoModelForImageTextToText reads: json files of the configuration,
     safetensors, and the tokenizer's files where they are known. A folder that holds anything is refused."""
-    folder, config, described = Path(folder), m.config, public_files(m)
-    if config.fork_layer:
+    folder, described = Path(folder), public_files(m)
+    if m.config.fork_layer:
         raise InputError("a forked model has no layout in transformers: keep its run folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another folder to save to")
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with aside(folder) as part:
+        part.mkdir()
+        files = save_shards(m, part)
+        if len(files) > 1:
+            described["model.safetensors.index"] = {
+                "metadata": {"total_size": sum(size for _, size in files.values())},
+                "weight_map": {name: file for file, (names, _) in files.items() for name in names}}
+        if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
+            ends = {f"{role}_token": SPECIAL[m.config.kind][role] for role in ("bos", "eos", "pad")}
+            described["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
+        for name, content in described.items():
+            (part / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if m.tokenizer_file:
+            for name in TOKENIZERS + TOKENIZER_NOTES:
+                beside = Path(m.tokenizer_file).with_name(name)
+                if beside.exists():
+                    shutil.copy(beside, part / name)
+
+
+def save_shards(m, folder):
+    """Write all weights by their names in transformers -> {file: (names, bytes)}."""
     shards, size = [{}], 0
-    for name, value in model.merged(m).items():
-        for part, tensor in to_transformers(name, value, config).items():
+    for name, value in merged(m).items():
+        for part, tensor in to_transformers(name, value, m.config).items():
             if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-                shards, size = [*shards, {}], 0
-            part = renamed(part, EMU3_TO_DISK) if config.kind == "emu3" else part
-            shards[-1][part], size = tensor.contiguous(), size + tensor.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else \
-        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, aside / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        described["model.safetensors.index"] = {
-            "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
-    ends = {f"{role}_token": SPECIAL[config.kind][role] for role in ("bos", "eos", "pad")}
-    if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
-        described["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
-    for name, content in described.items():
-        (aside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside = Path(m.tokenizer_file or "").parent
-    for name in TOKENIZERS + TOKENIZER_NOTES if m.tokenizer_file else ():
-        if (beside / name).exists():
-            shutil.copy(beside / name, aside / name)
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
+                shards.append({})
+                size = 0
+            if m.config.kind == "emu3":
+                part = renamed(part, EMU3_TO_DISK)
+            shards[-1][part] = tensor.contiguous()
+            size += tensor.nbytes
+    files = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        files[file] = [*shard], sum(tensor.nbytes for tensor in shard.values())
+    return files
+
+
+@torch.no_grad()
+def merged(m):
+    """The weights of a model with W + (alpha / R) B A in place of W, A and B; of one without LoRA as they are."""
+    state = m.state_dict()
+    for name in [name for name in state if name.endswith("lora_a")]:
+        a, b = state.pop(name), state.pop(name[:-1] + "b")
+        key = name.replace("lora_a", "weight")
+        state[key] = (state[key].float() + model.LORA_ALPHA / len(a) * (b.float() @ a.float())).to(state[key].dtype)
+    return state
 
 
 def public_files(m):

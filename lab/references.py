@@ -153,7 +153,7 @@ def hf_curves(settings):
     if not result:
         raise InputError(f"--data {settings.data} has nothing to measure: give questions about pictures, or token ids")
     stages = {task: aia.stages_from_curve(row["intensity"], task) for task, row in result.items()}
-    kept = {task: [(first / 32, *rest) for first, *rest in rows] for task, rows in aia.STAGES.items()}
+    kept = {task: aia.stages_of(aia.DEPTH, task) for task in aia.TASKS}
     out = Path(settings.out).with_suffix(".json")
     write_json(result | {"stages": kept | stages}, out)
     return {"out": str(out), "stages": stages}

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from dataclasses import field, fields
@@ -117,15 +118,16 @@ def run_command(command):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
-def read_json(file):
-    """The object in a json file."""
+def read_json(file, what=""):
+    """The object in a JSON file. what: what the file is, for the message."""
+    name = f"{what}: {file}" if what else str(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file} cannot be read ({reason}): is it the right folder, and complete?") from error
+        raise InputError(f"{name} cannot be read ({reason}): is it the right file, and complete?") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object: is it the right folder, and complete?")
+        raise InputError(f"{name} holds no JSON object: is it the right file, and complete?")
     return content
 
 
@@ -164,17 +166,19 @@ def whole_lines(*files):
 
 
 @contextlib.contextmanager
-def aside(file):
-    """A second name to write a file under; it is renamed at the end, so that no one ever sees half of it."""
-    part = Path(f"{file}.part")
+def aside(path):
+    """A second name to write a file or a folder under; it is renamed at the end, so nobody ever sees half of it."""
+    part = Path(f"{path}.part")
+    if part.is_dir():
+        shutil.rmtree(part)                         # of a command that was killed
     try:
         yield part
-        os.replace(part, file)
+        os.replace(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise InputError(f"{file} cannot be written ({error.strerror or error}): give a file in a folder that exists, "
-                         "with room") from error
+        raise InputError(f"{path} cannot be written ({error.strerror or error}): choose a place that exists, with room"
+                         ) from error
 
 
 def write_json(content, file):

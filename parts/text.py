@@ -182,3 +182,32 @@ def store_tokenizer(text, folder):
     for name in (text.file.name, "added_tokens.json"):
         if text.file.with_name(name).exists():
             shutil.copy(text.file.with_name(name), folder / name)
+
+
+def train_bpe(file, lines, words, frames, size, special):
+    """A byte-level BPE of `size` tokens made from lines of text, with special tokens behind them, saved as file.
+
+    No merge crosses the edge of one of `words`; what stands between words may become one token, so conversations are
+    short. Each of `frames`, which begin and end turns, is cut out first, and numbers, line ends and * are apart.
+    """
+    words = "|".join(sorted(words, key=len, reverse=True))
+    frames = "|".join(map(re.escape, frames))
+    cut = rf"{frames}| ?\b({words})\b|[0-9]+|\s*\n|\*"
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(cut), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, show_progress=False, min_frequency=1,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(lines, trainer)
+    if core.get_vocab_size() != size:
+        raise RuntimeError(f"the text gives {core.get_vocab_size()} tokens, not {size}")
+    core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    core.save(str(file))
+
+
+def special_tokens(kind, codebook):
+    """All special tokens of a small tokenizer, in the order of their ids; Emu3 has one for each picture code."""
+    codes = range(1, codebook) if kind == "emu3" else ()                        # code 0 is the last of SPECIAL
+    return [*SPECIAL[kind].values(), *(f"<|visual token {code:06d}|>" for code in codes)]

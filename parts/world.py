@@ -372,3 +372,23 @@ def choice_question(stem, options, right):
     """Four lettered options, answered by the letter (in the manner of MMBench)."""
     text = stem + "".join(f" {letter} {option}" for letter, option in zip("ABCD", options, strict=True))
     return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words for a tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+def words_of(world):
+    """Words and phrases of a world that mean something by themselves."""
+    return [*world.shapes, *map(plural, world.shapes), *world.colours, *NUMBERS, "at the top", "at the bottom", "left",
+            "right", *RELATIONS, "yes", "no", "nothing", *"ABCD"]
+
+
+def sentences(world, n):
+    """n times a caption, a question, its answer, the same answer inside a sentence, and the sides of a code grid."""
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        scene = world.scene(rng)
+        asked = make_question(world, scene, TOPICS[rng.integers(len(TOPICS))], rng)
+        said = caption(scene, rng)
+        sides = f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"
+        yield said, asked.text, asked.answer, " " + asked.answer, sides

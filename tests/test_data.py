@@ -1123,8 +1123,8 @@ def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, 
 def test_encoding_goes_on_where_it_stopped(saved, album, tmp_path, monkeypatch, capsys):
     """Files are written whole or not at all, and what they hold is not made again."""
     (_, init), file = saved("emu3"), album(*ALBUM)
-    monkeypatch.setattr(data, "TOGETHER", 1)
-    monkeypatch.setattr(data, "PICTURES_A_FILE", 1)
+    monkeypatch.setattr(formats.datasets, "TOGETHER", 1)
+    monkeypatch.setattr(formats.datasets, "PICTURES_A_FILE", 1)
     save = save_file
 
     def killed(tensors, path, metadata):

@@ -368,7 +368,7 @@ def test_a_run_killed_between_stages_goes_on_the_same(whole, tmp_path, unscored,
         def killed(run, phase, step, *rest, stop=index):
             save(run, phase, step, *rest)
             if (phase, step) == (stop, 0):
-                run.finish_saving()
+                run.saver.finish()
                 raise MemoryError("killed")
         monkeypatch.setattr(train.Run, "save", killed)
         with pytest.raises(MemoryError):
@@ -437,7 +437,7 @@ def killed_at(phase, step):
 
     def dies(run, *now):
         if now[:2] == (phase, step):
-            run.finish_saving()
+            run.saver.finish()
             raise MemoryError("killed")
         save(run, *now)
     return dies
@@ -495,7 +495,7 @@ def refused(capsys, *argv, main=train.main):
     (["--preset", "emu3-8b"], "needs --init FOLDER"), (["--init", "nowhere"], "nowhere holds no checkpoint"),
     (["--data", "none.jsonl"], "data set none.jsonl cannot be read"), (["--ratio", "0:0"], "--ratio '0:0'.*GEN:UND"),
     (["--aia-weight", "lots"], "--aia-weight 'lots'"), (["--aia-targets", "S4"], "32 layers, this model has"),
-    (["--aia-targets", "none.json"], "cannot read none.json"), (["--device", "toaster"], "--device toaster"),
+    (["--aia-targets", "none.json"], "none.json cannot be read"), (["--device", "toaster"], "--device toaster"),
     (["--keep", "0"], "--keep 0: give at least 1"), (["--lora-rank", "8"], "--lora-rank 8 needs --init FOLDER"),
     (["--lora-rank", "8", "--init", "x", "--pure-bf16"], "--pure-bf16: give --dtype bfloat16"),
     (["--lr", "nan"], "--lr nan: give at least 0"), (["--weight-decay", "-0.5"], "--weight-decay -0.5: give"),
