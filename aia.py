@@ -86,9 +86,9 @@ def lambda_for_ratio(ntp, aia, rho=RHO):
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's targets
 # ---------------------------------------------------------------------------------------------------------------------
-# A stage is a range of layers with one target: first layer (from 0), Huber delta, target share.      Table S4 (Emu3)
+# A stage is a range of layers with one target. Rows: first layer (from 0, of 32), Huber delta, target share. Table S4
 # delta limits the pull too, |dL_AIA / dI_l| <= delta_l / L, so the first layers of generation are pulled hardest.
-DEPTH = 32                                        # layers of Emu3, for which the table is printed
+DEPTH = 32
 STAGES = {
     "gen": ((0, 0.20, 0.40), (10, 0.10, 0.40), (20, 0.10, 0.40), (25, 0.05, 0.20), (31, 0.05, 0.20)),
     "und": ((0, 0.05, 0.10), (10, 0.05, 0.15), (20, 0.05, 0.30), (25, 0.05, 0.30), (31, 0.05, 0.20)),
@@ -190,8 +190,7 @@ RULE_STAGES = {"gen": ((0, 0.20), (10, 0.10), (25, 0.05)),
 def stages_from_curve(curve, task="gen"):
     """Rows of a reference curve for `targets`: mean of its layers in each stage of RULE_STAGES, rounded to 0.05.
 
-    A stage without a layer of a short model is left out, and the stage before it continues.
-    """
+    A stage without a layer of a short model is left out, and the one before it continues."""
     starts = [first / DEPTH for first, _ in RULE_STAGES[task]]
     rows = []
     for start, end, (_, delta) in zip(starts, [*starts[1:], 1.0], RULE_STAGES[task], strict=True):

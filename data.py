@@ -10,7 +10,6 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 
 import concurrent.futures
 import functools
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +22,10 @@ from PIL import Image
 import aia
 import formats.weights
 import model
-from formats.datasets import (
-    Encoded,
-    FileSource,
-    Mixture,
-    bad_report,
-    store_index,
-)
+from formats import datasets
 from formats.records import SKIP_HINT, Record, question_parts
 from parts.kernels import indices
-from parts.pictures import janus_reading, load_picture, written
+from parts.pictures import load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
 from parts.text import Text, special_tokens, train_bpe
 from parts.world import (
@@ -99,7 +92,8 @@ class Emu3Template:
 
     def understanding(self, turns, pictures):
         """turns [(question, answer or None)], question a list of text and picture numbers; None: up to the answer."""
-        pieces, before = [([self.ids["bos"]], TEXT)], EMU3_SYSTEM + EMU3_USER
+        pieces = [([self.ids["bos"]], TEXT)]
+        before = EMU3_SYSTEM + EMU3_USER
         for asked, answer in turns:
             for part in asked:                       # text between two pictures is one piece: tokenizers may join
                 if isinstance(part, str):            # the end of a question with the template's full stop
@@ -139,8 +133,8 @@ class JanusTemplate:
 
     def understanding(self, turns, pictures):
         """As Emu3Template.understanding; a picture is followed by a line break."""
-        n = (self.config.image_size // self.config.vit_patch) ** 2
-        picture = [([self.ids["boi"]], CONTROL), ([self.ids["placeholder"]] * n, IMAGE), ([self.ids["eoi"]], CONTROL)]
+        placeholders = [self.ids["placeholder"]] * self.config.picture_tokens
+        picture = [([self.ids["boi"]], CONTROL), (placeholders, IMAGE), ([self.ids["eoi"]], CONTROL)]
         system = self.text.encode(self.system + JANUS_TURN) if self.system else []
         pieces = [([self.ids["bos"], *system], TEXT)]
         for asked, answer in turns:
@@ -178,7 +172,7 @@ class Batch:
     queries: torch.Tensor                    # (B, T) bool: rows that are averaged
     aia_valid: torch.Tensor                  # (B,) bool: false for a dropped prompt, or without keys or queries
     pixels: torch.Tensor | None = None       # Janus-Pro understanding: (n, 3, S, S)
-    features: torch.Tensor | None = None     # the same, already read by SigLIP: (n, N, vit_width)
+    features: torch.Tensor | None = None     # the same, as SigLIP has seen it: (n, N, vit_width)
     codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
     origins: tuple = ()                      # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
@@ -223,9 +217,15 @@ class Preparer:
     """Records -> Batch for one model: pictures through its transforms and tokenizer, texts through its template."""
 
     def __init__(self, m, text, training=True, encoded=None):
-        self.m, self.config, self.text, self.training, self.encoded = m, m.config, text, training, encoded
+        self.m = m
+        self.config = m.config
+        self.text = text
+        self.training = training
+        self.encoded = encoded
         self.template = text and TEMPLATES[m.config.kind](m.config, text, training)    # None: for pictures only
-        self.known = {}                                                         # codes of world pictures, by content
+        # Codes of world pictures by content. They are never forgotten, so nothing may be prepared before the picture
+        # tokenizer is trained.
+        self.known = {}
         self.device = next(m.vq.parameters()).device
 
     def recall(self, name, source):
@@ -236,10 +236,11 @@ class Preparer:
 
     def codes(self, pictures):
         """Codes of pictures, each a CPU tensor; equal-sized ones are encoded together, known ones are not."""
-        found, shapes = [self.recall("codes", p) for p in pictures], {}
+        found = [self.recall("codes", p) for p in pictures]
+        shapes = {}
         for i, source in enumerate(pictures):
             if found[i] is None:
-                pixels = written(load_picture(source, self.config.kind), self.config, self.training)
+                pixels = tokenizer_picture(load_picture(source, self.config.kind), self.config, self.training)
                 shapes.setdefault(pixels.shape, {})[i] = pixels
         for (_, height, width), group in shapes.items():
             parts = torch.stack(list(group.values())).split(max(1, PIXELS_AT_ONCE // (height * width)))
@@ -251,13 +252,13 @@ class Preparer:
         return found
 
     def seen(self, pictures):
-        """What Janus-Pro reads of the pictures of questions, as fields of a Batch: pixels, or where all pictures have
-        stored features, those."""
+        """Pictures of questions as Janus-Pro sees them, as fields of a Batch: pixels, or if all of them have stored
+        features, those."""
         features = [self.recall("features", p) for p in pictures]
         if pictures and all(one is not None for one in features):
             return {"features": torch.stack(features)}
-        return {"pixels": torch.stack([janus_reading(load_picture(p, "janus"), self.config) for p in pictures])
-                if pictures else None}
+        pixels = [siglip_picture(load_picture(p, "janus"), self.config) for p in pictures]
+        return {"pixels": torch.stack(pixels) if pixels else None}
 
     def batch(self, records, rngs=None, drop=0.0):
         """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
@@ -266,7 +267,7 @@ class Preparer:
                        origins=tuple(record.origin for record in records), **pictures)
 
     def nothing(self, task):
-        """A Batch of one sample without labels: all modules take part, and no gradient comes of it."""
+        """A dummy batch without labels, so that every process runs the same modules."""
         side = self.config.image_size
         said = (("nothing", "<image>" if task == "gen" else "nothing"),)
         batch = self.batch([Record("nothing", task, said, (np.zeros((side, side, 3), np.uint8),))])
@@ -275,12 +276,17 @@ class Preparer:
 
     def pieces(self, records, rngs=None, drop=0.0):
         """Records of one task -> pieces of each, whether its prompt was kept, and fields of a Batch that Janus-Pro has
-        beside the tokens: what it reads for questions, codes (B, N) of drawings. An answer None ends a prompt."""
-        task, janus = records[0].task, self.config.kind == "janus"
+        besides tokens: what it sees of questions, codes (B, N) of drawings. An answer None ends a prompt."""
+        task = records[0].task
         sources = [p for r in records for p in r.pictures]
-        codes = self.codes(sources) if task == "gen" or not janus else None
-        pictures = {} if not janus else self.seen(sources) if task == "und" else {"codes": torch.stack(codes)}
-        samples, kept, first = [], [], 0
+        codes, pictures = None, {}
+        if task == "gen" or self.config.kind == "emu3":
+            codes = self.codes(sources)
+        if self.config.kind == "janus":
+            pictures = self.seen(sources) if task == "und" else {"codes": torch.stack(codes)}
+        samples = []
+        kept = []
+        first = 0
         for i, record in enumerate(records):
             dropped = task == "gen" and drop > 0 and bool(rngs[i].random() < drop)
             mine = None if codes is None else codes[first:first + len(record.pictures)]
@@ -344,39 +350,11 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
             if len(good) == len(positions):
                 raise
             return usable_batch(preparer, get, good, drop, bad)
-        origin = pairs[0][0].origin if pairs else ""  # reading names it itself
+        origin = pairs[0][0].origin if pairs else ""            # an error of reading names it already
         text = str(error) if origin in str(error) else f"{origin}: {error}"
         if bad is None:
             raise InputError(f"{text} ({SKIP_HINT})") from error
         bad += [text] if text not in bad else []
-
-
-def shuffled(i, n, key):
-    """Where the permutation of range(n) that belongs to a key sends i: no list is held, whatever n.
-
-    A Feistel network permutes the numbers of 2 h bits, at least n of them; whoever lands outside range(n) walks on.
-    """
-    h, key = max((n - 1).bit_length() + 1, 2) // 2, repr(key).encode()
-    while True:
-        left, right = i >> h, i & (1 << h) - 1
-        for turn in range(4):
-            mixed = hashlib.blake2b(b"%d %d" % (turn, right), key=key, digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(mixed, "little") & (1 << h) - 1
-        i = left << h | right
-        if i < n:
-            return i
-
-
-def deal(position, weights):
-    """Which of several streams serves a position, and which position of its own: shares follow the weights, over any
-    window less than len(weights) away. The first stream takes its share of the running total, the next of the rest."""
-    rest = sum(weights)
-    for number, weight in enumerate(weights[:-1]):
-        mine = position * weight // rest
-        if (position + 1) * weight // rest > mine:
-            return number, int(mine)
-        position, rest = position - mine, rest - weight
-    return len(weights) - 1, int(position)
 
 
 def check_tasks(source, ratio):
@@ -389,12 +367,12 @@ def check_tasks(source, ratio):
 
 def beside(device):
     """Set up a thread that prepares batches while another trains. On a GPU it encodes pictures on a stream of its own,
-    behind what the weights still wait for, and not behind each step."""
+    which waits for the weights but not for each step."""
     torch.set_num_threads(1)
     if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.default_stream(device))
-        torch.cuda.set_stream(stream)               # and of this thread the device, which would else be the first
+        own = torch.cuda.Stream(device)
+        own.wait_stream(torch.cuda.default_stream(device))
+        torch.cuda.set_stream(own)                  # also makes the device current, which a thread else takes as 0
 
 
 class Schedule:
@@ -405,30 +383,35 @@ class Schedule:
         self.source, self.preparer, self.seed, self.batch_size = source, preparer, seed, batch_size
         self.ratio, self.micro_batch, self.on_bad_record = ratio, micro_batch, on_bad_record
         self.drop = DROP[preparer.config.kind] if drop is None else drop
-        self.bad, self.rank, self.processes, self.drawn = [], rank, processes, seed if mix == "drawn" else None
-        mixed = isinstance(source, Mixture) and source.weights
-        parts = list(zip(source.sources, source.weights, strict=True)) if mixed else [(source, 1)]
+        self.bad = []
+        self.rank = rank
+        self.processes = processes
+        self.drawn = seed if mix == "drawn" else None
+        parts = [(source, 1)]
+        if isinstance(source, datasets.Mixture) and source.shares:
+            parts = list(zip(source.sources, source.shares, strict=True))
         self.parts = {task: [part for part in parts if part[0].count(task)] for task in aia.TASKS}
         check_tasks(source, ratio)
 
     def record(self, task, position):
         """The record at a position of the task's endless stream, and its random numbers."""
-        sources, weights = zip(*self.parts[task], strict=True)
-        number, own = deal(position, weights)
+        sources, shares = zip(*self.parts[task], strict=True)
+        number, own = datasets.deal(position, shares)
         n = sources[number].count(task)
         epoch, own = divmod(own, n)
-        index = shuffled(own, n, (self.seed, aia.TASKS.index(task), epoch, number))
+        index = datasets.shuffled(own, n, (self.seed, aia.TASKS.index(task), epoch, number))
         rng = stream(self.seed, "record", aia.TASKS.index(task), position)
         return sources[number].record(task, index, rng), rng
 
     def length(self, task, position):
         """Length of a record in characters, a picture token counted as four: good enough to sort by."""
         try:
-            record, config = self.record(task, position)[0], self.preparer.config
+            record = self.record(task, position)[0]
+            config = self.preparer.config
         except InputError:
-            return 0                                # told, or left out, when its batch is made
-        picture = (config.image_size // (config.vit_patch if config.kind == "janus" else config.factor)) ** 2
-        return 4 * picture * len(record.pictures) + sum(len(asked) + len(answer) for asked, answer in record.turns)
+            return 0                                # reported, or left out, when its batch is made
+        words = sum(len(asked) + len(answer) for asked, answer in record.turns)
+        return words + 4 * config.picture_tokens * len(record.pictures)
 
     def groups(self, step):
         """[(task, this process's positions)] of the micro-batches of a step: generation first, then understanding.
@@ -437,7 +420,8 @@ class Schedule:
         come first, so that what does not fit into memory fails at once. Every process has the same tasks in turn.
         """
         start, end = (samples_before(s, self.batch_size, self.ratio, self.drawn) for s in (step, step + 1))
-        groups, n = [], self.micro_batch
+        groups = []
+        n = self.micro_batch
         for task in aia.TASKS:
             positions = range(start[task], end[task])
             mine = list(positions[self.rank::self.processes])
@@ -450,7 +434,9 @@ class Schedule:
     def step(self, step):
         """The micro-batches of a step, each of one task. One without a usable record counts nothing, or where no other
         process waits for it, is left out."""
-        bad, batches, cuda = self.bad if self.on_bad_record == "skip" else None, [], self.preparer.device.type == "cuda"
+        bad = self.bad if self.on_bad_record == "skip" else None
+        batches = []
+        cuda = self.preparer.device.type == "cuda"
         for task, positions in self.groups(step):
             try:
                 batch = usable_batch(self.preparer, functools.partial(self.record, task), positions, self.drop, bad)
@@ -483,9 +469,12 @@ class WorldSource:
 
     def __init__(self, world, n, seed):
         rng = stream(seed, "pool")
-        self.world, self.bad, self.paths = world, [], []
+        self.world = world
+        self.bad = []
+        self.paths = []
         self.scenes = [world.scene(rng) for _ in range(n)]
-        self.pictures, self.rng = draw_scenes(self.scenes, world.cell_side), rng
+        self.pictures = draw_scenes(self.scenes, world.cell_side)
+        self.rng = rng
 
     @functools.cached_property
     def crowded(self):
@@ -574,7 +563,7 @@ def index(settings):
         raise InputError("index needs a data set: python data.py index train.jsonl")
     for path in settings.paths:
         started = time.time()
-        stored, count = store_index(path)
+        stored, count = datasets.store_index(path)
         print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")
 
 
@@ -605,7 +594,7 @@ def encode(settings):
         raise InputError("--features: Emu3 sees pictures as codes, there is no SigLIP; leave it out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder")
-    source = FileSource(settings.data, m.config.kind, settings.on_bad_record)
+    source = datasets.FileSource(settings.data, m.config.kind, settings.on_bad_record)
     preparer = Preparer(m, None)
 
     @torch.inference_mode()
@@ -613,13 +602,13 @@ def encode(settings):
         pixels = preparer.seen(paths)["pixels"]
         return [one.clone() for one in m.vision(pixels.to(m.vision.pos_embed.device)).cpu()]
     folder.mkdir(parents=True, exist_ok=True)
-    store = Encoded(folder, m, new=True)
+    store = datasets.Encoded(folder, m, new=True)
     stop = settings.on_bad_record == "stop"
     store.fill("codes", source, aia.TASKS[:1 if janus else 2], preparer.codes, stop)
     if settings.features:
         store.fill("features", source, ("und",), features, stop)
     if source.bad:
-        print(bad_report(source.bad, [settings.data]))
+        print(datasets.bad_report(source.bad, [settings.data]))
 
 
 COMMANDS = {"export": (Export, export), "index": (Index, index), "encode": (Encode, encode)}

@@ -11,6 +11,7 @@ POPE, MME and MMBench. Everything is asked about held-out combinations (data.Wor
 """
 
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import formats.weights
 from formats.checkpoints import checkpoint_folders
 from formats.datasets import FileSource
 from formats.records import Record
-from parts.pictures import MAX_RATIO, load_picture, to_picture, to_tensor
+from parts.pictures import grid_for, load_picture, to_picture, to_tensor
 from parts.settings import (
     InputError,
     aside,
@@ -69,7 +70,8 @@ def left_padded(samples, pad, device):
 
 def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, negative=None, batch=128, roles="tags"):
     """Prompts -> pixels (n, 3, S, S) in [-1, 1], on the CPU. Same seed and prompts, same pictures."""
-    generator, pixels = torch.Generator(next(m.parameters()).device).manual_seed(seed), []
+    generator = torch.Generator(next(m.parameters()).device).manual_seed(seed)
+    pixels = []
     for start in range(0, len(prompts), batch):
         codes = draw_codes(m, text, prompts[start:start + batch], generator, guidance, temperature, size, negative,
                            roles)
@@ -80,10 +82,12 @@ def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, ne
 def draw_codes(m, text, prompts, generator=None, guidance=None, temperature=1.0, size=None, negative=None,
                roles="tags"):
     """Prompts -> codes as m.generate_images gives them. negative None: the model's own negative prompt."""
-    template, device = data.TEMPLATES[m.config.kind](m.config, text, training=False), next(m.parameters()).device
+    template = data.TEMPLATES[m.config.kind](m.config, text, training=False)
+    device = next(m.parameters()).device
     if roles == "plain":
         template.plain()
-    size, away = size or m.config.grid, None
+    size = size or m.config.grid
+    away = None
     if m.config.kind == "emu3" and guidance != 1:
         away = template.prompt(m.config.negative if negative is None else negative, size)
         away = left_padded([away], text.ids["pad"], device)[0]
@@ -96,7 +100,8 @@ def draw_codes(m, text, prompts, generator=None, guidance=None, temperature=1.0,
 
 def answer(m, text, asked, max_new_tokens=16, temperature=0.0, batch=128):
     """Questions [(picture, question)] -> answers. A picture is a path or an array (S, S, 3) uint8."""
-    preparer, answers = data.Preparer(m, text, training=False), []
+    preparer = data.Preparer(m, text, training=False)
+    answers = []
     for start in range(0, len(asked), batch):
         records = [conversation([(question, None)], (picture,)) for picture, question in asked[start:start + batch]]
         ids, mask, pixels = ask(preparer, records)[1:]
@@ -163,12 +168,12 @@ def score_understanding(m, text, world, n, seed=0):
     topics = {topic: plain[topic] for topic in TOPICS}
     pairs = [(reply == "yes", question.answer == "yes") for (measure, _, _, question), reply
              in zip(asked, said, strict=True) if measure == "existence"]
-    hits, claimed, true = (sum(x) for x in ([a and b for a, b in pairs], [a for a, _ in pairs], [b for _, b in pairs]))
+    hits = sum(claimed and true for claimed, true in pairs)
+    circular = [all(right["choice"][number] + turned) for number, turned in right["turned"].items()]
     return {"und": float(np.mean(list(topics.values()))), "und_by_topic": topics,
-            "f1": 2 * hits / max(claimed + true, 1),
+            "f1": 2 * hits / max(sum(map(sum, pairs)), 1),
             "acc_plus": float(np.mean([strict[topic] for topic in ("count", "position", "colour")])),
-            "circular": float(np.mean([all(right["choice"][number] + turned)
-                                       for number, turned in right["turned"].items()])), "open": plain["open"]}
+            "circular": float(np.mean(circular)), "open": plain["open"]}
 
 
 def rotations(asked):
@@ -190,6 +195,14 @@ def score_generation(m, text, world, n, seed=0):
              for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
     skills = {skill: float(np.mean(right[i * n:(i + 1) * n])) for i, skill in enumerate(world.skills)}
     return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills}, (prompts, pictures, right)
+
+
+def score_both(m, text, world, n, seed=0):
+    """Scores of answers and drawings, printed -> scores, samples."""
+    drawn, samples = score_generation(m, text, world, n, seed)
+    scores = score_understanding(m, text, world, n, seed) | drawn
+    print_scores(scores)
+    return scores, samples
 
 
 def score_tokenizer(m, world, n, seed=0):
@@ -222,8 +235,9 @@ class HeldOut:
             scene, combination = self.world.held_out_scene(self.world.skills[i % len(self.world.skills)], rng)
             topics = [TOPICS[k] for k in rng.permutation(len(TOPICS))[:4]]
             asked = [make_question(self.world, scene, topic, rng) for topic in topics]
-            turns = [(q.text, q.answer) for q in asked] if task == "und" else [(prompt_text(combination, rng),
-                                                                                "<image>")]
+            turns = [(q.text, q.answer) for q in asked]
+            if task == "gen":
+                turns = [(prompt_text(combination, rng), "<image>")]
             picture = draw_scenes([scene], self.world.cell_side)[0]
             records.append(Record(f"held-out picture {i}", task, tuple(turns), (picture,)))
         for start in range(0, n, batch):
@@ -259,7 +273,8 @@ class FreeDecoding(data.Preparer):
         self.max_new_tokens = max_new_tokens
 
     def batch(self, records, rngs=None, drop=0.0):
-        task, pixels, codes = records[0].task, None, None
+        task = records[0].task
+        pixels, codes = None, None
         if task == "gen":
             prompts = [record.turns[0][0] for record in records]
             drawn = draw_codes(self.m, self.text, prompts, self.generator).cpu()
@@ -288,7 +303,8 @@ def measure(m, batches, target, delta):
     """Batches of one task: intensity per layer (mean and standard deviation over samples), attention on the first token
     of the sequence (a sink) and intensity without it, share of keys, next-token loss and L_AIA."""
     device = next(m.parameters()).device
-    found, sink, sinkless, uniform, ntp, tokens = [], [], [], [], 0.0, 0
+    found, sink, sinkless, uniform = [], [], [], []
+    ntp, tokens = 0.0, 0
     for batch in filter(None, batches):
         batch = batch.to(device)
         out = m(batch)
@@ -330,89 +346,112 @@ def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of results
 # ---------------------------------------------------------------------------------------------------------------------
-COLOUR = {"before": "#999999", "control": "#56B4E9", "after": "#D55E00", "target": "#0072B2",
-          "public": "#D55E00"}                      # Okabe and Ito
+VERMILION, BLUE, GREEN, SKY = "#D55E00", "#0072B2", "#009E73", "#56B4E9"
+PALETTE = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", SKY)                   # Okabe and Ito
+COLOUR = {"gen": VERMILION, "und": BLUE, "target": "black",
+          "before": "#999999", "control": SKY, "after": VERMILION, "public": VERMILION}
+ARMS = ("before", "control", "after", "public")     # models of a run in the order of training, or public weights
 LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": "with AIA", "target": "target",
          "public": "the model"}
 WITHOUT = "at the end, without AIA"
 
 
 def final_label(folder):
-    """What the final weights of a run folder are called: its last phase had AIA, or it did not."""
+    """Label of the final weights of a run folder, which depends on whether its last phase had AIA."""
     *_, last = [None, *checkpoint_folders(folder)]
-    if last is None:                                # only results were copied
+    if last is None:                                # a folder of results only
         return LABEL["after"]
     manifest = read_json(last / "manifest.json")
-    lambdas = manifest.get("lambdas") or manifest.get("weights") or {}          # the latter in older runs
+    lambdas = manifest.get("lambdas") or manifest.get("weights") or {}          # older runs: weights
     return LABEL["after"] if any(lambdas.values()) else WITHOUT
 
 
 def label_of(name, row):
-    """How a model is called beside its curve."""
+    """Label of a model beside its curve: the one stored with it, or the usual one."""
     return row.get("label", LABEL[name])
 
 
 PANEL = {"gen": "generation: image tokens look at text", "und": "understanding: answers look at the image"}
 
 
-def plot_curves(result, file):
-    """Intensity per layer of both tasks: before, after and target, with the share of keys as a dotted line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for panel, task in zip(panels, aia.TASKS, strict=True):
-        rows = result[task]
-        layers = range(len(rows["target"]))
-        panel.step(layers, rows["target"], where="mid", color=COLOUR["target"], linestyle="--", label=LABEL["target"])
-        for name in ("before", "control", "after", "public"):
-            if rows.get(name):
-                mean, std = np.array(rows[name]["intensity"]), np.array(rows[name]["std"])
-                panel.plot(layers, mean, color=COLOUR[name], marker="o", markersize=4, label=label_of(name, rows[name]))
-                panel.fill_between(layers, mean - std, mean + std, color=COLOUR[name], alpha=0.15, linewidth=0)
-        last = rows.get("after") or rows.get("public")
-        if last:
-            even = last["uniform"]
-            panel.axhline(even, color="black", linewidth=0.8, linestyle=":", label="share of the keys")
-        panel.set(title=PANEL[task], xlabel="layer")
+def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1)):
+    """Panels, two in a row, in the one look of all figures. ends: of the x axis; None: those of the data."""
+    from matplotlib.figure import Figure
+    columns = min(len(titles), 2)
+    rows = (len(titles) + 1) // 2
+    figure = Figure((4.5 * columns, 3.4 * rows + 0.5), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel(ylabel)
+    for panel in panels.flat[len(titles):]:
+        panel.remove()
+    panels = panels.flat[:len(titles)]
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel(xlabel)
+        if ends:
+            panel.set_xlim(ends)
         panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save_figure(figure, panels, file, bottom=0, legend=True):
+    """Write the file, with a legend below all panels that names each label once. bottom: of the y axis; None: that of
+    the data."""
+    entries = {}                                                                # {label: handle}
+    for panel in panels:
+        panel.set_ylim(bottom=bottom)
+        handles, labels = panel.get_legend_handles_labels()
+        entries |= zip(labels, handles, strict=True)
+    if legend and entries:
+        width = 0.6 + 0.075 * max(map(len, entries))                            # of a column, in inches
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False, fontsize=9,
+                      ncols=max(int(figure.get_figwidth() / width), 1))
+    with aside(file) as part:
+        figure.savefig(part, format=Path(file).suffix[1:] or "png")
+
+
+def plot_arms(panel, x, rows):
+    """One task over x (L,): the target, the intensity of each arm, and what even attention would give the last one."""
+    panel.step(x, rows["target"], where="mid", color=COLOUR["target"], linewidth=1.5, label=LABEL["target"])
+    even = None
+    for name in filter(rows.get, ARMS):
+        row = rows[name]
+        panel.plot(x, row["intensity"], color=COLOUR[name], marker="o", markersize=4, label=label_of(name, row))
+        even = row.get("uniform")                   # older files have none
+    if even is not None:
+        panel.axhline(even, color="black", linewidth=0.8, linestyle="--", alpha=0.5, label="share of the keys")
+
+
+def plot_curves(result, file):
+    """Intensity per layer of both tasks; result: what `curves` returned."""
+    figure, panels = canvas([PANEL[task] for task in aia.TASKS], "attention on the other modality", "layer", None)
+    for panel, task in zip(panels, aia.TASKS, strict=True):
+        plot_arms(panel, range(len(result[task]["target"])), result[task])
         panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set(ylabel="attention on the other modality", ylim=(0, panels[0].get_ylim()[1]))
-    panels[1].legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    save_figure(figure, panels, file)
 
 
 def plot_samples(samples, skills, file, per_skill=4):
     """Drawn pictures under their prompts, a row per skill; framed green and ticked if right, red and crossed if not."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     prompts, pictures, right = samples
     n = len(prompts) // len(skills)
     per_skill = min(per_skill, n)
-    figure, panels = plt.subplots(len(skills), per_skill, figsize=(2.2 * per_skill, 2.35 * len(skills)),
-                                  layout="constrained", squeeze=False)
+    figure = Figure((2.2 * per_skill, 2.35 * len(skills)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(skills), per_skill, squeeze=False)
     for row, skill in enumerate(skills):
         for column in range(per_skill):
-            i, panel = row * n + column, panels[row, column]
+            i = row * n + column
+            panel = panels[row, column]
             panel.imshow(pictures[i], interpolation="nearest")
-            colour, mark = ("#009E73", "\N{CHECK MARK}") if right[i] else ("#D55E00", "\N{BALLOT X}")
-            panel.set_title(f"{wrap(prompts[i])}\n{mark}", fontsize=8, color=colour)
+            colour, mark = (GREEN, "\N{CHECK MARK}") if right[i] else (VERMILION, "\N{BALLOT X}")
+            panel.set_title(f"{textwrap.fill(prompts[i], 26)}\n{mark}", fontsize=8, color=colour)
             panel.set(xticks=[], yticks=[])
             for spine in panel.spines.values():
                 spine.set(color=colour, linewidth=2)
         panels[row, 0].set_ylabel(skill, fontsize=9)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def wrap(text, width=26):
-    """Break a prompt into lines for a picture's title."""
-    lines = [""]
-    for word in text.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
-    return "\n".join(lines)
+    save_figure(figure, (), file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,7 +478,8 @@ def load_run(settings, part=""):
                              settings.rope_bf16, part=part)
     if not m.tokenizer_file:
         raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
-    run, own = None, Path(settings.checkpoint) / "settings.json"
+    run = None
+    own = Path(settings.checkpoint) / "settings.json"
     if (Path(settings.checkpoint) / "checkpoints").exists():
         run = read_json(own)
     return m, Text(m.tokenizer_file, m.config.kind, settings.allow_special), run
@@ -457,22 +497,6 @@ class Generate(Loaded):
     temperature: float = opt(1.0, "0 takes the likeliest code")
     seed: int = opt(0, "draws the codes")
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
-
-
-def grid_for(aspect, config):
-    """Sides (h, w) of the code grid of a drawn picture with an aspect W:H, its area that of the model's square one."""
-    try:
-        w, h = (int(part) for part in aspect.split(":"))
-    except ValueError:
-        w = h = 0
-    limit = MAX_RATIO["emu3"]
-    if min(w, h) < 1 or max(w, h) > limit * min(w, h):
-        raise InputError(f"--aspect {aspect!r}: give two whole numbers as WIDTH:HEIGHT, up to {limit}:1")
-    side = config.image_size * (w * h) ** -0.5                                  # of one unit of W:H, in pixels
-    grid = tuple(round(n * side / config.factor) for n in (h, w))               # half to even, as the authors round
-    if config.kind == "janus" and grid != config.grid:
-        raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
-    return grid
 
 
 def generate(settings):
@@ -561,7 +585,10 @@ def converse(reply, kind, waiting):
                     raise InputError(f"{marks} <image> marks for {len(waiting)} new pictures: write one each, or none")
                 asked = line if marks else "<image>" * len(waiting) + line
                 said = reply([*turns, (asked, None)], [*pictures, *waiting])
-                turns, pictures, waiting, answered = [*turns, (asked, said)], [*pictures, *waiting], [], answered + 1
+                turns = [*turns, (asked, said)]
+                pictures = [*pictures, *waiting]
+                waiting = []
+                answered = answered + 1
         except InputError as error:                  # of one line: the conversation goes on
             print(f"error: {error}")
         except KeyboardInterrupt:                    # of one answer
@@ -652,15 +679,13 @@ class ScoreWorld(Loaded):
 
 
 def score_world(settings):
-    """Scores of one run on the built-in world, printed, and stored where --out says: its own scores.json stays."""
+    """Scores of one run on the built-in world, printed, and stored if --out says where: its own scores.json stays."""
     m, text, run = load_run(settings)
     if run is None:
         raise InputError(f"{settings.checkpoint} never saw the built-in world: score takes the folder of a run")
     world = world_of(run)
-    scores = {**score_understanding(m, text, world, settings.n, settings.seed),
-              **score_generation(m, text, world, settings.n, settings.seed)[0],
-              **score_tokenizer(m, world, 2 * settings.n, settings.seed)}
-    print_scores(scores)
+    scores, _ = score_both(m, text, world, settings.n, settings.seed)
+    scores |= score_tokenizer(m, world, 2 * settings.n, settings.seed)
     if settings.out:
         write_json(scores, settings.out)
     return scores

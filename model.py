@@ -19,17 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import aia
-from parts.kernels import (
-    Recorded,
-    attend_columns,
-    attention_and_mass,
-    chunked_cross_entropy,
-    indices,
-    kernel_for,
-    kernel_of,
-    no_planning,
-    try_lse,
-)
+from parts import kernels
 from parts.settings import InputError
 from parts.text import SPECIAL
 from parts.vision import Emu3VQ, JanusVQ, SigLIP
@@ -90,6 +80,11 @@ class Config:
     def factor(self):
         """Pixels per side that one picture code stands for."""
         return 2 ** (len(self.vq_mult) - 1)
+
+    @property
+    def picture_tokens(self):
+        """Image tokens of a picture in a question: SigLIP's patches, or codes of a picture as large as drawn ones."""
+        return (self.image_size // (self.vit_patch if self.kind == "janus" else self.factor)) ** 2
 
     @property
     def grid(self):
@@ -199,12 +194,12 @@ def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     """The same through a kernel of plain attention: rows of the rectangle get their mass from its log-sum-exp
     (kernels.MassFromLse), the others 0, which Eq. 1 does not read. It is `attend_fused` under a mask, and where no
     kernel has been tried and found right (kernels.try_lse)."""
-    if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernel_for(q):
+    if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernels.kernel_for(q):
         return attend_fused(q, k, v, visible, condition)
     if rectangle is None:
-        rectangle = indices(torch.ones_like(condition)), indices(condition)
+        rectangle = kernels.indices(torch.ones_like(condition)), kernels.indices(condition)
     # mass(q) = sum_{k in condition} exp(q.k / sqrt(D) - lse(q))
-    return attention_and_mass(q, k, v, *rectangle)                              # (B, H, T, D), (B, H, T)
+    return kernels.attention_and_mass(q, k, v, *rectangle)                      # (B, H, T, D), (B, H, T)
 
 
 # "auto" is the fused body until training, which knows its device, settles it (train.settle_attention). On CUDA "lse" is
@@ -221,7 +216,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         y = aia.at_least_float32(x)
@@ -236,73 +232,26 @@ def rotate(x, rope):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-class Cache:
-    """Keys and values of all layers in columns that are allocated once: those of prompts with mask (B, T) bool, then
-    `new` more. A step fills the same columns for all rows.
-
-    A row may stand still while others go on: its columns are masked, and its position stays. Column, position and mask
-    are tensors, so a step of fixed shape can be recorded and replayed (`recorded`).
-    """
-
-    def __init__(self, lm, mask, new):
-        c, like, device = lm.config, lm.embed_tokens.weight, mask.device
-        self.mask = F.pad(mask, (0, new), value=True)                           # (B, U): who is real in each column
-        self.even = bool(mask.all())                # no row has a masked column so far: attention needs no mask
-        self.used, self.whole = 0, False            # columns in use; whether a step reads all of them, under the mask
-        self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
-        self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
-        shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
-        # Zeros: a masked column weighs nothing, but nothing times whatever lay in memory may be NaN.
-        self.k, self.v = ([like.new_zeros(shape) for _ in range(c.layers)] for _ in range(2))
-        self.rope = lm.rotations(torch.arange(shape[2], device=device)[None])   # (1, 1, U, D) each
-
-    def enter(self, new, moving=None):
-        """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
-        Where moving (B,) bool is false, a row stands still."""
-        first, self.used = self.used, self.used + new
-        end = self.mask.shape[1] if self.whole else self.used
-        self.now = first, self.used
-        if self.even and moving is None and new == 1:                           # nearly all steps of most answers
-            return [part[:, :, first:end] for part in self.rope], None
-        self.columns = columns = torch.arange(first, self.used, device=self.mask.device)        # (new,)
-        if self.even and moving is None:
-            return [part[:, :, first:end] for part in self.rope], visibility(None, columns, end)
-        if self.whole:
-            self.columns = columns = self.column + columns - first
-            self.column += new
-        self.leave_even(first)
-        if moving is not None:
-            self.mask.index_copy_(1, columns, moving[:, None].expand(-1, new))
-        real = self.mask.index_select(1, columns)                               # (B, new)
-        position = (self.position[:, None] + real.cumsum(1) - 1).clamp(min=0)   # (B, new)
-        self.position += real.sum(1)
-        rope = [part[0, 0].index_select(0, position.flatten()).view(*position.shape, -1)[:, None] for part in self.rope]
-        return rope, visibility(self.mask[:, :end], columns, end)
-
-    def leave_even(self, used):
-        """Where all rows were in step so far, their position is the number of columns."""
-        if self.even:
-            self.position.fill_(used)
-        self.even = False
-
-    def add(self, layer, k, v):
-        """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
-        if self.whole:
-            k, v = k.to(self.k[layer].dtype), v.to(self.v[layer].dtype)         # autocast may give another
-            return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
-        first, end = self.now
-        self.k[layer][:, :, first:end], self.v[layer][:, :, first:end] = k, v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-    def recorded(self, step):
-        """step(x), which calls the decoder with this cache, as CUDA graphs (kernels.Recorded)."""
-        self.leave_even(self.used)
-        self.whole = True
-        self.column.fill_(self.used)
-        return Recorded(step, (self.column, self.position))
+def positions(mask):
+    """Positions (B, T), counted from the first real token of a mask (B, T)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-LORA_ALPHA = 16.0                               # with R = 16 the addition counts as it is, with another R by 16 / R
+def visibility(mask, columns, end):
+    """Which of `end` keys the tokens in columns (T,) see: (B or 1, 1, T, U) bool, or None: causal where the columns are
+    all there are, everything where one token is new. mask (B, U) bool or None: no padding."""
+    if mask is None and len(columns) in (1, end):
+        return None
+    keys = torch.arange(end, device=columns.device)                             # (U,)
+    causal = keys <= columns[:, None]                                           # (T, U)
+    if mask is None:
+        return causal[None, None]
+    # A padded row sees at least itself, else its softmax is 0/0 and poisons everything.
+    itself = keys == columns[:, None]                                           # (T, U)
+    return ((causal & mask[:, None]) | itself)[:, None]                         # (B, 1, T, U)
+
+
+LORA_ALPHA = 16.0                               # the low-rank branch is scaled by 16 / R
 
 
 class LoRA(nn.Linear):
@@ -346,7 +295,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.add(self.index, k, v)                                  # (B, G, U, D)
         if cache is not None and cache.whole:
-            out, mass = attend_columns(q, k, v, visible), None                  # (B, H, T, D)
+            out, mass = kernels.attend_columns(q, k, v, visible), None          # (B, H, T, D)
         else:
             out, mass = self.attend(q, k, v, visible, condition, rectangle)     # (B, H, T, D), (B, H, T)
         return self.o_proj(out.transpose(1, 2).reshape(len(x), -1)), mass       # (B T, C), (B, H, T)
@@ -417,7 +366,9 @@ class Decoder(nn.Module):
         The frequencies are made here each time, in float32: a buffer would be rounded by model.to(bfloat16), which at
         theta 1e6 and position 9216 is wrong by 10 radians. rope_bf16 repeats that slip, to match published scripts.
         """
-        c, dtype, kind = self.config, self.embed_tokens.weight.dtype, positions.device.type
+        c = self.config
+        dtype = self.embed_tokens.weight.dtype
+        kind = positions.device.type
         if torch.is_autocast_enabled(kind):         # else q and k would become float32 again, twice the traffic
             dtype = torch.get_autocast_dtype(kind)
         steps = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
@@ -465,23 +416,71 @@ class Decoder(nn.Module):
         return layer(*inputs)
 
 
-def positions(mask):
-    """Positions (B, T), counted from the first real token of a mask (B, T)."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+class Cache:
+    """Keys and values of all layers in columns that are allocated once: those of prompts with mask (B, T) bool, then
+    `new` more. A step fills the same columns for all rows.
 
+    A row may stand still while others go on: its columns are masked, and its position stays. Column, position and mask
+    are tensors, so a step of fixed shape can be recorded and replayed (`recorded`).
+    """
 
-def visibility(mask, columns, end):
-    """Which of `end` keys the tokens in columns (T,) see: (B or 1, 1, T, U) bool, or None: causal where the columns are
-    all there are, everything where one token is new. mask (B, U) bool or None: no padding."""
-    if mask is None and len(columns) in (1, end):
-        return None
-    keys = torch.arange(end, device=columns.device)                             # (U,)
-    causal = keys <= columns[:, None]                                           # (T, U)
-    if mask is None:
-        return causal[None, None]
-    # A padded row sees at least itself, else its softmax is 0/0 and poisons everything.
-    itself = keys == columns[:, None]                                           # (T, U)
-    return ((causal & mask[:, None]) | itself)[:, None]                         # (B, 1, T, U)
+    def __init__(self, lm, mask, new):
+        c, like, device = lm.config, lm.embed_tokens.weight, mask.device
+        self.mask = F.pad(mask, (0, new), value=True)                           # (B, U): who is real in each column
+        self.even = bool(mask.all())                # no row has a masked column so far: attention needs no mask
+        self.used, self.whole = 0, False            # columns in use; whether a step reads all of them, under the mask
+        self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
+        self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
+        shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
+        # Zeros: a masked column weighs nothing, but nothing times whatever lay in memory may be NaN.
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(c.layers)] for _ in range(2))
+        self.rope = lm.rotations(torch.arange(shape[2], device=device)[None])   # (1, 1, U, D) each
+
+    def enter(self, new, moving=None):
+        """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
+        Where moving (B,) bool is false, a row stands still."""
+        first = self.used
+        self.used = self.used + new
+        end = self.mask.shape[1] if self.whole else self.used
+        self.now = first, self.used
+        if self.even and moving is None and new == 1:                           # nearly all steps of most answers
+            return [part[:, :, first:end] for part in self.rope], None
+        self.columns = columns = torch.arange(first, self.used, device=self.mask.device)        # (new,)
+        if self.even and moving is None:
+            return [part[:, :, first:end] for part in self.rope], visibility(None, columns, end)
+        if self.whole:
+            self.columns = columns = self.column + columns - first
+            self.column += new
+        self.leave_even(first)
+        if moving is not None:
+            self.mask.index_copy_(1, columns, moving[:, None].expand(-1, new))
+        real = self.mask.index_select(1, columns)                               # (B, new)
+        position = (self.position[:, None] + real.cumsum(1) - 1).clamp(min=0)   # (B, new)
+        self.position += real.sum(1)
+        rope = [part[0, 0].index_select(0, position.flatten()).view(*position.shape, -1)[:, None] for part in self.rope]
+        return rope, visibility(self.mask[:, :end], columns, end)
+
+    def leave_even(self, used):
+        """Where all rows were in step so far, their position is the number of columns."""
+        if self.even:
+            self.position.fill_(used)
+        self.even = False
+
+    def add(self, layer, k, v):
+        """Write the newest keys and values (rows, G, T, D); return all of this layer so far."""
+        if self.whole:
+            k, v = k.to(self.k[layer].dtype), v.to(self.v[layer].dtype)         # autocast may give another
+            return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
+        first, end = self.now
+        self.k[layer][:, :, first:end], self.v[layer][:, :, first:end] = k, v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def recorded(self, step):
+        """step(x), which calls the decoder with this cache, as CUDA graphs (kernels.Recorded)."""
+        self.leave_even(self.used)
+        self.whole = True
+        self.column.fill_(self.used)
+        return kernels.Recorded(step, (self.column, self.position))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,7 +491,7 @@ def next_token_loss(x, head, target):
     *before, last = head if isinstance(head, nn.Sequential) else [head]
     for layer in before:
         x = layer(x)
-    return chunked_cross_entropy(x, last.weight, last.bias, target)
+    return kernels.chunked_cross_entropy(x, last.weight, last.bias, target)
 
 
 @dataclass
@@ -523,34 +522,27 @@ class Unified(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.vq = {"emu3": Emu3VQ, "janus": JanusVQ}[config.kind](config)
 
-    # What Emu3 and Janus-Pro define.
+    # What Emu3 and Janus-Pro define, each in its way:
     def head(self, task):
         """The layers that turn x (n, C) into logits of what a task predicts: words (V) or, in Janus-Pro, codes (K)."""
-        raise NotImplementedError
 
     def embed(self, batch):
         """Embeddings (B, T, C) of a data.Batch, pictures included."""
-        raise NotImplementedError
 
     def embed_text(self, ids, pixels=None):
         """Embed ids (B, T) -> (B, T, C); placeholders are filled, in order, with pictures (n, 3, S, S)."""
-        raise NotImplementedError
 
     def embed_code(self, code, row_end):
         """Embeddings (B, 1 or 2, C) of what follows when code (B,) was drawn, at the end of a row of codes or not."""
-        raise NotImplementedError
 
     def code_logits(self, x):
         """Logits (..., K) of the picture codes from x (..., C)."""
-        raise NotImplementedError
 
     def image_logits(self, ids, codes):
         """Teacher-forced logits (B, N, K) of codes after prompts ids (B, T) that end before the first code."""
-        raise NotImplementedError
 
     def guided_rows(self, ids, mask, negative):
         """Conditional and unconditional prompts in turn, padded on the left: ids and mask, (2 B, T) each."""
-        raise NotImplementedError
 
     def forward(self, batch, intensity=True, hidden=False):
         """Loss and intensities of one data.Batch: padding on the right, one task."""
@@ -567,6 +559,11 @@ class Unified(nn.Module):
         """Text logits (B, T, V). ids (B, T) hold one placeholder per image token, filled in order from pixels
         (n, 3, S, S); mask (B, T) bool, True = real token, padding on either side."""
         return self.lm_head(self.lm(self.embed_text(ids, pixels), mask)[0])
+
+    def chance_loss(self, task):
+        """Next-token loss of a model that finds every word, or code, equally likely."""
+        head = self.head(task)
+        return math.log((head[-1] if isinstance(head, nn.Sequential) else head).out_features)
 
     @torch.inference_mode()
     def encode_images(self, pixels):
@@ -595,9 +592,12 @@ class Unified(nn.Module):
         h, w = size or self.config.grid
         guidance = self.config.guidance if guidance is None else guidance
         top_k = self.config.top_k if top_k is None else top_k
-        mask, guided = left_padding(ids, mask), guidance != 1
+        mask = left_padding(ids, mask)
+        guided = guidance != 1
         rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
-        step, x, codes = self.steps(mask, h * (w + 1), "gen"), self.embed_text(rows), []
+        step = self.steps(mask, h * (w + 1), "gen")
+        x = self.embed_text(rows)
+        codes = []
         for i in range(h * w):
             logits = self.code_logits(step(x)).float()                          # (rows, K)
             if guided:
@@ -617,8 +617,10 @@ class Unified(nn.Module):
         temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended. watch is called with the
         tokens (B,) of each step, as they come.
         """
-        step, x = self.steps(left_padding(ids, mask), max_new_tokens, "und"), self.embed_text(ids, pixels)
-        done, new = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), []
+        step = self.steps(left_padding(ids, mask), max_new_tokens, "und")
+        x = self.embed_text(ids, pixels)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        new = []
         ask = 1 if ids.device.type == "cpu" else ASK_EVERY
         while len(new) < max_new_tokens and (len(new) % ask or not done.all()):
             logits = self.lm_head(step(x)).float()                              # (B, V)
@@ -638,7 +640,8 @@ class Unified(nn.Module):
     def steps(self, mask, new, task):
         """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
         tokens -> the last hidden state (rows, C). After the prompts CUDA replays it: a step is 1,000 small kernels."""
-        cache, replayed = Cache(self.lm, mask, new), None
+        cache = Cache(self.lm, mask, new)
+        replayed = None
 
         def step(x):
             return self.lm(x, cache=cache, task=task)[0][:, -1]                 # (rows, C)
@@ -647,7 +650,7 @@ class Unified(nn.Module):
             nonlocal replayed
             if replayed is None and cache.used and new >= REPLAY_FROM:
                 replayed = cache.recorded(step)
-            with no_planning(x.device.type):
+            with kernels.no_planning(x.device.type):
                 return (replayed or step)(x)
         return run if mask.device.type in REPLAYED else step
 
@@ -707,7 +710,7 @@ class Emu3(Unified):
         return torch.stack(rows, 1).flatten(0, 1), torch.stack(masks, 1).flatten(0, 1)
 
 
-READ_AT_ONCE = 32                               # pictures that pass through SigLIP together
+SEEN_AT_ONCE = 32                               # pictures that pass through SigLIP together
 
 
 class Janus(Unified):
@@ -729,11 +732,12 @@ class Janus(Unified):
         if batch.task == "gen":
             return self.fill(batch.tokens, self.embed_codes(batch.codes))
         if batch.features is not None:
-            return self.fill(batch.tokens, self.read(batch.features))
+            return self.fill(batch.tokens, self.align(batch.features))
         return self.fill(batch.tokens, None if batch.pixels is None else self.see(batch.pixels))
 
     def embed_text(self, ids, pixels=None):
-        holes, features = int((ids == self.ids["placeholder"]).sum()), None if pixels is None else self.see(pixels)
+        holes = int((ids == self.ids["placeholder"]).sum())
+        features = None if pixels is None else self.see(pixels)
         given = 0 if features is None else features.shape[0] * features.shape[1]
         if given != holes:
             raise InputError(f"{holes} placeholders in the text, but {given} image tokens: "
@@ -746,9 +750,9 @@ class Janus(Unified):
         # A frozen SigLIP beside sharded weights is held in float32 and has no autocast: it is given one here.
         alone = held is torch.float32 and half is torch.bfloat16
         with torch.autocast(pixels.device.type, half) if alone else nullcontext():
-            return torch.cat([self.read(self.vision(part.to(held))) for part in pixels.split(READ_AT_ONCE)])
+            return torch.cat([self.align(self.vision(part.to(held))) for part in pixels.split(SEEN_AT_ONCE)])
 
-    def read(self, features):
+    def align(self, features):
         """Features of SigLIP (n, N, vit_width) -> (n, N, C). A frozen SigLIP may be more exact than what follows."""
         return self.aligner(features.to(self.aligner[0].weight.dtype))
 
@@ -866,7 +870,8 @@ def unforked(name, config):
 def fresh_lora(m, device="cpu"):
     """{name: tensor} of what LoRA adds, before training: A normal, B zero. It follows from torch.manual_seed alone, and
     processes that share out the weights make the whole and keep their part: all layouts begin the same."""
-    generator, made = torch.Generator("cpu").manual_seed(torch.initial_seed()), {}
+    generator = torch.Generator("cpu").manual_seed(torch.initial_seed())
+    made = {}
     for name, like in m.state_dict().items():
         if "lora_" in name:
             value = torch.zeros(like.shape, device="cpu")       # as the generator, whatever torch.device says
@@ -896,7 +901,7 @@ def attention_kernel(m, device, dtype):
         return "explicit, every map is kept"
     q, k = (torch.zeros(1, heads, 64, c.head_dim, device=device, dtype=dtype) for heads in (c.heads, c.kv_heads))
     asked = torch.ones(1, 64, dtype=torch.bool, device=device)
-    plain, measured = (kernel_of(attend(q.requires_grad_(), k, k, condition=condition)[0].grad_fn)
+    plain, measured = (kernels.kernel_of(attend(q.requires_grad_(), k, k, condition=condition)[0].grad_fn)
                        for condition in (None, asked))
     return plain if plain == measured else f"{plain}; with AIA {measured}"
 
@@ -911,7 +916,7 @@ def settle_attention(m, device, dtype):
     if chosen != "lse":
         return
     for kind in dict.fromkeys((dtype, torch.float32)):          # the latter in evaluations
-        found, faults = try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)
+        found, faults = kernels.try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)
         for fault in faults:
             print(f"attention by log-sum-exp in {kind}: {fault}")
         if not found:

@@ -1,17 +1,15 @@
-"""Train a unified model with next-token prediction and Attention Interaction Alignment: one loop, three stages.
+"""Train a unified model with next-token prediction and Attention Interaction Alignment: one loop, a few phases.
 
-Without flags this is the whole story on a laptop: (1) a picture tokenizer, then frozen; (2) training without AIA, first
-of answering alone, then of drawing and answering; (3) fine-tuning with AIA. It ends with scores on held-out
-combinations, curves and samples.
+Without flags this is the whole story on a laptop: a picture tokenizer, then frozen; training without AIA, first of
+answering alone, then of drawing and answering; then tuning with AIA. It ends with scores on held-out combinations,
+curves and samples.
 
     python train.py                                   # tiny-emu3 on the built-in world
     python train.py --preset tiny-janus --seed 1
     python train.py --preset small-emu3               # larger, in a harder world: for one GPU
     python train.py --data train.jsonl --val val.jsonl
-    python train.py --resume                          # go on where the same run stopped
+    python train.py --resume                          # continue where the same run stopped
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
-    python -m lab.dry_run --world 64 --preset emu3-8b           # what a step on 64 GPUs would take, without any
-    python -m lab.study --quick                       # the paper's claims in miniature, with UniFork beside it
 """
 
 import contextlib
@@ -46,8 +44,8 @@ from formats import checkpoints
 from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, every, note_bad, open_sources
 from parts import settings
-from parts.pictures import janus_drawing, load_picture, to_picture
-from parts.processes import first_decides, gathered, join, over_processes, processes, rank
+from parts.pictures import janus_picture, load_picture, to_picture
+from parts.processes import first_decides, gathered, interruptible, join, over_processes, processes, rank
 from parts.settings import InputError, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
 from parts.vision import tokenizer_step
@@ -173,10 +171,7 @@ SHARED = ("vq", "lm_head", "lm.embed_tokens", *(f"lm.layers.{i}" for i in range(
 BRANCHES = (Phase("branch-gen", 200, 32, 1e-3, 30, (*SHARED, "lm.layers", "lm.norm"), ratio="1:0", weight_decay=0.3),
             Phase("branch-und", 200, 32, 1e-3, 30, (*SHARED, "lm.gen_layers", "lm.gen_norm"), ratio="0:1",
                   weight_decay=0.3))
-# For one GPU, estimated to take ten minutes on an H100; it has never run on one. With 14.7 M parameters in the
-# decoder, 37 tokens a drawing and 74 a conversation a joint step is 1.3e12 FLOP: 13 ms at a tenth of 989e12 FLOP/s.
-# Launching its kernels (25 ms) and preparing samples (0.15 ms a drawing, 0.25 a conversation, in a thread beside it)
-# weigh more. At 30, 55, 60 and 70 ms a step the phases take 30, 165, 240 and 70 s, scores perhaps 80.
+# For one GPU: ten minutes on an H100 by an estimate (lab/README.md) that has not been tried.
 SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(ANSWERS, steps=3000, batch_size=128, lr=1e-3, warmup=100),
          replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
@@ -208,17 +203,6 @@ RECIPES = {
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
          "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "weight_decay": -1, "lora_rank": 0,
          "fork_layer": 0}
-
-
-def parse_ratio(text):
-    """--ratio GEN:UND as two numbers."""
-    try:
-        gen, und = (int(part) for part in text.split(":"))
-    except ValueError:
-        gen = und = -1
-    if min(gen, und) < 0 or gen + und == 0:
-        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
-    return gen, und
 
 
 def fixed_lambdas(text):
@@ -253,11 +237,7 @@ def check_numbers(config):
         raise InputError(f"--weight-decay {config.weight_decay}: give at least 0, or -1 for that of the plan")
     world_of(asdict(config))
     fixed_lambdas(config.aia_weight)
-    parse_ratio(config.ratio)
-    if config.lora_rank and not config.init:
-        raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
-    if config.fork_layer and not config.init:
-        raise InputError(f"--fork-layer {config.fork_layer} needs --init FOLDER: it copies weights that have learned")
+    settings.parse_ratio(config.ratio)
     if config.encoded and not (config.data or config.val):
         raise InputError("--encoded holds pictures of your own: the built-in world needs none, leave it out")
     if config.pure_bf16 and config.dtype == "float32":
@@ -269,6 +249,10 @@ def check_numbers(config):
 
 def plan(config):
     """The phases of a run, flags applied."""
+    if config.lora_rank and not config.init:
+        raise InputError(f"--lora-rank {config.lora_rank} needs --init FOLDER: it adds to weights that have learned")
+    if config.fork_layer and not config.init:
+        raise InputError(f"--fork-layer {config.fork_layer} needs --init FOLDER: it copies weights that have learned")
     phases = (RECIPES[config.recipe][0],) if config.recipe else PLANS.get(config.preset, LARGE)
     if config.init:
         phases = [phase for phase in phases if not phase.fresh]
@@ -276,9 +260,9 @@ def plan(config):
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
     if config.data:
         phases = [phase for phase in phases if not phase.world]
-    shares = parse_ratio(config.ratio)              # a phase for a task without a share has nothing to train on
+    shares = settings.parse_ratio(config.ratio)     # a phase for a task without a share has nothing to train on
     phases = [phase for phase in phases if not phase.ratio or any(
-        own and share for own, share in zip(parse_ratio(phase.ratio), shares, strict=True))]
+        own and share for own, share in zip(settings.parse_ratio(phase.ratio), shares, strict=True))]
     if config.arms == "both":
         if not has_aia(config, phases):
             raise InputError("--arms both compares with and without AIA: tiny-unifork and --aia-weight off are without")
@@ -402,8 +386,8 @@ def accumulate(net, batches, targets, lambdas, scale=True, autocast=contextlib.n
     for i, batch in enumerate(batches):
         tokens, valid = (max(n, 1) for n in total[batch.task])
         batch = batch.to(device)
-        # Gradients are summed over processes once a task. Once a step would do in float32; in half precision, those of
-        # the last pass are bfloat16 and those kept from earlier ones float32, which fully_shard cannot sum together.
+        # ddp sums gradients of the modules that a pass has used. Those of Janus-Pro's tasks differ, so it sums in the
+        # last pass of each task.
         last = i + 1 == len(batches) or batches[i + 1].task != batch.task
         with reducing(net, last), torch.set_grad_enabled(scale):
             with autocast():
@@ -491,10 +475,15 @@ class Run:
             self.folder, config.resume, lambda stored: check_settings(stored, config, self.folder)))
         self.began = time.time() - (self.manifest["seconds"] if self.manifest else 0.0)
         self.bf16 = uses_bf16(config, self.device)
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32             # of activations
         print(f"device {self.device}, {'bfloat16' if self.bf16 else 'float32'} activations, {torch.get_num_threads()} "
               f"threads, process 1 of {processes()}, torch {torch.__version__}, Python {platform.python_version()}")
         torch.manual_seed(config.seed)
         self.prepare()
+
+    def stop(self, number):
+        """A signal asks for an end: after this step."""
+        self.stopping = number
 
     def sharded(self):
         """Whether each process holds a part of the weights."""
@@ -514,10 +503,8 @@ class Run:
         self.m = self.open(min(self.manifest["phase"], len(self.phases) - 1) if self.manifest else 0)
         self.check_model()
         if self.world:
-            self.check_pictures()
-        if self.world and config.init and not self.manifest:
             self.check_world()
-        print(f"attention: {model.attention_kernel(self.m, self.device, self.dtype())}")
+        print(f"attention: {model.attention_kernel(self.m, self.device, self.dtype)}")
         self.targets = {}
         for task in aia.TASKS:
             pair = aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
@@ -532,10 +519,6 @@ class Run:
         self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
         print("settings " + json.dumps(asdict(config)))
 
-    def dtype(self):
-        """Of activations."""
-        return torch.bfloat16 if self.bf16 else torch.float32
-
     def open_data(self):
         """The world, or the user's records; a resumed run must find as many as before."""
         config = self.config
@@ -549,7 +532,7 @@ class Run:
         if self.manifest and self.manifest["records"] != self.records():
             raise InputError(f"{self.folder} was started with {self.manifest['records']} records, now there are "
                              f"{self.records()}: resume with the same data, or choose another --out")
-        data.check_tasks(self.source, parse_ratio(config.ratio))
+        data.check_tasks(self.source, settings.parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
 
@@ -569,29 +552,30 @@ class Run:
             raise InputError(f"--preset {config.preset} has branches from layer {branch} on, --init from layer "
                              f"{found.fork_layer} (0: none): add --fork-layer {branch}, or use another --init")
 
-    def check_pictures(self):
-        """Refuse a world whose pictures have another size than those that the model draws: they could not be read."""
-        size, side = self.m.config.image_size, self.world.side
+    def check_world(self):
+        """Refuse a world whose pictures differ in size from those that the model draws, which could not be read; and
+        weights that have learned from what this world holds out."""
+        config, size, side = self.config, self.m.config.image_size, self.world.side
         if size != side:
             fitting = [cell for cell in CELL_SIDES if GRID * cell == size]
             remedy = f"--cell {fitting[0]}" if fitting else "--data with pictures of your own"
             raise InputError(f"the model draws pictures of {size} x {size} pixels, those of the built-in world have "
                              f"{side} x {side}: give {remedy}")
-
-    def check_world(self):
-        """Refuse weights that have met what this run would hold out."""
+        if self.manifest or not config.init:
+            return
         file = self.m.tokenizer_file.with_name("settings.json")
         made = asdict(TrainConfig()) | settings.read_json(file) if file.exists() else {}
         if not made or made["data"]:                # public weights, or own pictures: nothing is known
             return
         for name in WORLD:
-            if made[name] != getattr(self.config, name):
-                raise InputError(f"--init {self.config.init} learned the world of --{name} {made[name]} and has met "
-                                 f"what that of {getattr(self.config, name)} holds out: give --{name} {made[name]}")
+            if made[name] != getattr(config, name):
+                raise InputError(f"--init {config.init} learned the world of --{name} {made[name]} and has met what "
+                                 f"that of {getattr(config, name)} holds out: give --{name} {made[name]}")
 
     def open(self, index):
         """The model of a phase: from the checkpoint of this run, from --init, or fresh."""
-        config, phase = self.config, self.phases[index]
+        config = self.config
+        phase = self.phases[index]
 
         def shard(m):
             freeze(m, phase)                        # what needs gradients is fixed at the first step of sharded weights
@@ -619,7 +603,7 @@ class Run:
                 shard(m)
         for name in {"vq", *phase.frozen} & {name for name, _ in m.named_children()}:
             getattr(m, name).to(self.device)
-        model.settle_attention(m, self.device, self.dtype())
+        model.settle_attention(m, self.device, self.dtype)
         if config.compile:
             for layer in m.lm.all_layers():
                 layer.compile()
@@ -695,7 +679,7 @@ class Run:
             try:
                 for picture in record.pictures:
                     if picture not in drawn:
-                        pixels = janus_drawing(load_picture(picture, self.kind), self.m.config)
+                        pixels = janus_picture(load_picture(picture, self.kind), self.m.config)
                         drawn[picture] = to_picture(pixels)
             except InputError as error:
                 note_bad(f"{record.origin}: {error}", self.bad, self.config.on_bad_record == "stop")
@@ -720,6 +704,9 @@ GONE = {"dry_run_world": 0, "tokens": 0, "tflops": 989.0, "utilisation": 0.4, "s
 def check_settings(stored, config, folder):
     """A resumed run keeps its settings, except FREE ones. Settings that are newer than the run had their defaults."""
     plain, given = (json.loads(json.dumps(asdict(one))) for one in (TrainConfig(), config))     # tuples become lists
+    if config.mix == "drawn" and "clip" in stored:
+        raise InputError(f"{folder} is of an older version, which drew the tasks of steps differently: start anew in "
+                         "another folder")
     for name, value in (plain | stored).items():
         flag = "--" + name.replace("_", "-")
         if name in GONE and GONE[name] not in (None, value):
@@ -740,7 +727,7 @@ def train(config, phases=None):
     manifest = run.manifest
     begin, step = (manifest["phase"], manifest["step"]) if manifest else (0, 0)
     first_decides(lambda: trim_log(run.folder / "metrics.jsonl", begin, step))
-    with interruptible(run):
+    with interruptible(run.stop):
         for index in range(begin, len(run.phases)):
             run_phase(run, index, manifest)
             manifest = None
@@ -787,7 +774,7 @@ class Progress:
         """The samples of every step. Both arms meet the same ones, the phases before them others of the same seed."""
         run, phase = self.run, self.phase
         return data.Schedule(run.source, run.preparer, 3 * run.config.seed + phase.order, phase.batch_size,
-                             parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
+                             settings.parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
                              on_bad_record=run.config.on_bad_record, rank=rank(), processes=processes(), mix=mix)
 
     def calibrate(self):
@@ -868,7 +855,7 @@ def take_step(now, step):
             metrics, norm = metrics_of(sums, norm)
         check_finite(norm, metrics, phase, step, batches, run)
     if step == 0 and not phase.pictures:
-        first = (f"{task} {row['ntp']:.2f} (chance: {chance_loss(run.m, task):.2f})" for task, row in metrics.items())
+        first = (f"{task} {row['ntp']:.2f} (chance: {run.m.chance_loss(task):.2f})" for task, row in metrics.items())
         print("first loss " + ", ".join(first))
     now.bar.update()
     return metrics, float(norm)
@@ -888,14 +875,6 @@ def check_finite(norm, metrics, phase, step, batches, run):
                      f"records: {shown or 'tokenizer pictures'}; {good}; try a lower --lr or remove the records")
 
 
-def chance_loss(m, task):
-    """Loss of a model that finds every word, or code, equally likely."""
-    last = m.head(task)
-    if isinstance(last, torch.nn.Sequential):
-        last = last[-1]
-    return math.log(last.out_features)
-
-
 def held_batches(run):
     """Up to 64 records of --val, always the same."""
     ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
@@ -908,7 +887,8 @@ def held_batches(run):
 
 def held_out(now, step):
     """Losses on the records of held_batches; in the log under "val". Their time does not count in the rates."""
-    run, start = now.run, time.time()
+    run = now.run
+    start = time.time()
     metrics = metrics_of(accumulate(now.net, run.held, run.targets, {}, False, run.autocast, run.device))
     rows = {task: {key: row[key] for key in ("ntp", "aia")} for task, row in metrics.items()}
     run.log({"phase": now.index, "name": now.phase.name, "step": step + 1, "val": rows})
@@ -926,7 +906,8 @@ def report_step(run, index, step, metrics, norm, now):
     phase = now.phase
     seconds = time.time() - now.start
     rate = seconds / (step + 1 - now.since)                                     # seconds per step
-    lr, memory = learning_rate(step, phase), settings.memory_gb()
+    lr = learning_rate(step, phase)
+    memory = settings.memory_gb()
     entry = {"phase": index, "name": phase.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
              "seconds": run.elapsed(), "samples_per_second": phase.batch_size / rate}
     parts = []
@@ -957,23 +938,6 @@ def trim_log(path, index, step):
                 if (row.get("phase", row.get("stage")), row["step"]) <= (index, step)]          # older runs: stage
         with settings.aside(path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def interruptible(run):
-    """Ctrl-C, SIGTERM and SLURM's USR1 finish the step, save, and say how to continue; Ctrl-C pressed twice stops at
-    once (but not under torchrun, which repeats it)."""
-    def stop(number, frame):
-        run.stopping = number
-        if number == signal.SIGINT and processes() == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]        # Windows has no USR1
-    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1013,11 +977,6 @@ def finish(run):
     return result
 
 
-def final_label(run):
-    """What curves and scores call the final weights."""
-    return evaluation.LABEL["after"] if has_aia(run.config, run.phases) else evaluation.WITHOUT
-
-
 def curves_of(run, m):
     """Measure, draw and print the curves of all arms."""
     skipped = run.bad if run.config.on_bad_record == "skip" else None
@@ -1025,7 +984,8 @@ def curves_of(run, m):
     if run.world:
         samples = evaluation.HeldOut(run.world, run.config.seed)
     targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
-    curves = evaluation.curves(arms(run, m), data.Preparer(m, run.text), samples, targets, final=final_label(run))
+    curves = evaluation.curves(arms(run, m), data.Preparer(m, run.text), samples, targets,
+                               final=evaluation.final_label(run.folder))
     evaluation.plot_curves(curves, run.folder / "curves.png")
     settings.write_json(curves, run.folder / "curves.json")
     evaluation.print_curves(curves)
@@ -1046,14 +1006,11 @@ def arms(run, m):
 
 def score_arm(run, name, m):
     """Held-out scores of one arm; draws samples.png of the final weights."""
-    config = run.config
-    understood = evaluation.score_understanding(m, run.text, run.world, config.eval_n, config.seed)
-    drawn, samples = evaluation.score_generation(m, run.text, run.world, config.eval_n, config.seed)
-    print("-- " + (final_label(run) if name == "after" else evaluation.LABEL[name]))
-    evaluation.print_scores(understood | drawn)
+    print("-- " + (evaluation.final_label(run.folder) if name == "after" else evaluation.LABEL[name]))
+    scores, samples = evaluation.score_both(m, run.text, run.world, run.config.eval_n, run.config.seed)
     if name == "after":
         evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png")
-    return understood | drawn
+    return scores
 
 
 def settings_from(argv, cls=TrainConfig, prog="train.py", more=()):

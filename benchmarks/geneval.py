@@ -1,4 +1,9 @@
-"""GenEval: does a drawing show what its prompt says? (arXiv 2310.11513)."""
+"""GenEval: does a drawing show what its prompt says? (arXiv 2310.11513). Score: mean over the skills ("tags") of the
+share of correct pictures, in [0, 1].
+
+A detector and a colour judge look at the pictures, see benchmarks/judge.py. Without them the command only draws.
+    python eval.py score geneval --data GenEval --checkpoint RUN --out scores/geneval
+"""
 
 import itertools
 import json
@@ -13,12 +18,15 @@ from benchmarks.common import average, draw_all, find_file
 from parts.processes import rank
 from parts.settings import InputError, json_lines, lines_to, read_json, text_lines
 
-# A box is x1, y1, x2, y2 in pixels, in a detector's row followed by its score. An object is (row, mask or None).
+# Legend: a box is x1, y1, x2, y2 in pixels; a detector's row is a box and its score; an object is (row, mask or None).
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes and colours: evaluate_images.py of GenEval
+# ---------------------------------------------------------------------------------------------------------------------
 def geneval_iou(a, b):
-    """Overlap of two boxes in 0..1, both borders counted as inside (evaluate_images.py of GenEval)."""
+    """Intersection over union of two boxes, in [0, 1]. Both borders count as inside."""
     def area(x1, y1, x2, y2):
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
 
@@ -28,57 +36,63 @@ def geneval_iou(a, b):
 
 
 def geneval_position(a, b, threshold=0.1):
-    """Where box a lies as seen from box b: up to two of left of, right of, above, below (evaluate_images.py)."""
-    a, b = (np.asarray(box)[:4].reshape(2, 2) for box in (a, b))               # two corners, each x, y
+    """Where box a lies as seen from box b: a set of up to two of left of, right of, above, below."""
+    a, b = (np.asarray(box)[:4].reshape(2, 2) for box in (a, b))    # two corners, each x, y
     offset = a.mean(0) - b.mean(0)
     slack = threshold * (np.abs(a[1] - a[0]) + np.abs(b[1] - b[0]))
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0)
     if (np.abs(shrunk) < 1e-3).all():
         return set()
-    x, y = shrunk / np.linalg.norm(offset)                       # official: by the length before shrinking
+    x, y = shrunk / np.linalg.norm(offset)                          # official: by the length before shrinking
     checks = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {relation for relation, holds in checks.items() if holds}
 
 
 def geneval_crop(image, box, mask):
-    """What the colour judge looks at: the box of a picture, with grey outside the mask (evaluate_images.py).
+    """What the colour judge gets: the part of a picture inside a box, grey outside the mask.
 
-    image PIL of W x H; box in pixels; mask (H, W) bool or None. What lies outside the picture is black.
+    image: PIL, W x H; box in pixels; mask (H, W) bool or None. Parts outside the picture are black.
     """
     image = ImageOps.exif_transpose(image).convert("RGB")
     if mask is not None:
         grey = Image.new("RGB", image.size, "#999999")
         image = Image.composite(image, grey, Image.fromarray(np.asarray(mask, bool)))
-    return image.crop(tuple(round(float(edge)) for edge in box[:4]))           # halves go to the even number
+    return image.crop(tuple(round(float(edge)) for edge in box[:4]))            # official: half to even
 
 
 def geneval_color_texts(class_name, color, variant="official"):
-    """The three texts whose CLIP embeddings stand for a colour of a class; variant "official" or "ulmevalkit"."""
-    named = "{c}" if variant == "ulmevalkit" else color          # ULMEvalKit forgets to fill in the third text
+    """The three texts whose mean CLIP embedding represents a colour of a class; variant "official" or "ulmevalkit"."""
+    named = "{c}" if variant == "ulmevalkit" else color             # in ULMEvalKit the f of an f-string is missing
     return [f"a photo of a {color} {class_name}", f"a photo of a {color}-colored {class_name}",
             f"a photo of a {named} object"]
 
 
 def geneval_keep(rows, masks, threshold, max_objects, max_overlap):
-    """Rows (N, 5) and masks of one class -> the objects that count, best score first."""
+    """Rows (N, 5) and masks of one class -> the objects that count, highest score first."""
     rows = np.asarray(rows).reshape(-1, 5)
-    scores = rows[:, 4].astype(np.float32)                       # so 0.3 is not above 0.3, however it is stored
-    best, kept = [i for i in np.argsort(-scores, kind="stable") if scores[i] > np.float32(threshold)], []
+    scores = rows[:, 4].astype(np.float32)                          # so that a stored 0.3 is never above 0.3
+    best = [i for i in np.argsort(-scores, kind="stable") if scores[i] > np.float32(threshold)]
+    kept = []
     for i in best[:max_objects]:
         if max_overlap >= 1 or all(geneval_iou(rows[i], rows[k]) < max_overlap for k in kept):
             kept.append(i)
     return [(rows[i], None if masks is None else masks[i]) for i in kept]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------------
 def geneval_fault(clause, found, targets, color, image, threshold):
-    """What is wrong with the objects found for an include clause, "" if nothing. targets: those of earlier clauses."""
+    """What is wrong with the objects found for an include clause, "" if nothing. targets: objects of earlier clauses,
+    None for a clause that failed."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"
     if "color" in clause:
         if color is None:
             raise InputError(f"GenEval, color of {name}: there is no colour judge; give one with --judge")
-        wanted, seen = clause["color"], Counter(color(image, found, name))
+        wanted = clause["color"]
+        seen = Counter(color(image, found, name))
         if seen[wanted] < count:
             listed = ", ".join(f"{seen[other]} {other}" for other in GENEVAL_COLORS if seen[other])
             return f"expected {wanted} {name}>={count}, found {seen[wanted]} {wanted}; and {listed}"
@@ -87,42 +101,47 @@ def geneval_fault(clause, found, targets, color, image, threshold):
         if targets[index] is None:
             return f"no target for {name} to be {relation}"
         for (box, _), (target, _) in itertools.product(found, targets[index]):
-            seen = geneval_position(box, target, threshold)
-            if relation not in seen:
-                return f"expected {name} {relation} target, found {' and '.join(sorted(seen))} target"
+            relations = geneval_position(box, target, threshold)
+            if relation not in relations:
+                return f"expected {name} {relation} target, found {' and '.join(sorted(relations))} target"
     return ""
 
 
 def geneval_evaluate(boxes, metadata, color, threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0,
                      position_threshold=0.1, masks=None, image=None):
-    """Does a picture show what its prompt asks for? -> correct, reason (a line a fault), details {class: kept rows}.
+    """Does a picture show what its prompt asks for? -> correct, reason (one line for each fault), details {class: kept
+    rows}.
 
     boxes {class: rows (N, 5)}, masks {class: N masks (H, W) bool} or None; metadata: the prompt's line of the metadata
-    file; color(image, [(row, mask or None), ...], class name) -> [colour name], asked only about colour clauses, where
-    InputError says that it is missing. Source: evaluate_images.py of GenEval.
+    file; color(image, [(row, mask or None), ...], class name) -> [colour name], called for colour clauses only, where
+    None is an InputError. Source: evaluate_images.py of GenEval.
     """
     least = counting_threshold if metadata.get("tag") == "counting" else threshold
-    kept = {name: geneval_keep(rows, (masks or {}).get(name), least, max_objects, max_overlap)
-            for name, rows in boxes.items()}
-    faults, targets = [], []
+    masks = masks or {}
+    kept = {name: geneval_keep(rows, masks.get(name), least, max_objects, max_overlap) for name, rows in boxes.items()}
+    faults = []
+    targets = []
     for clause in metadata.get("include", []):
-        found = kept.get(clause["class"], [])[:clause["count"]]  # official: the rest is never looked at
+        found = kept.get(clause["class"], [])[:clause["count"]]     # official: further objects are ignored
         fault = geneval_fault(clause, found, targets, color, image, position_threshold)
-        faults += [fault] if fault else []
+        if fault:
+            faults.append(fault)
         targets.append(None if fault else found)
     for clause in metadata.get("exclude", []):
-        name, count, found = clause["class"], clause["count"], len(kept.get(clause["class"], []))
-        faults += [f"expected {name}<{count}, found {found}"] if found >= count else []
+        found = kept.get(clause["class"], [])
+        if len(found) >= clause["count"]:
+            faults.append(f"expected {clause['class']}<{clause['count']}, found {len(found)}")
     details = {name: [row.tolist() for row, _ in group] for name, group in kept.items() if group}
     return {"correct": not faults, "reason": "\n".join(faults), "details": details}
 
 
 def geneval_summary(results):
-    """[(tag, prompt key, correct)], one a picture -> shares in 0..1 (summary_scores.py of GenEval).
+    """[(tag, prompt key, correct)], one for each picture -> shares in [0, 1] (summary_scores.py of GenEval).
 
-    overall is the mean over tags, whatever their sizes; a prompt is correct when one of its pictures is.
+    overall is the mean over tags, whatever their sizes; a prompt is correct if one of its pictures is.
     """
-    tags, prompts = {}, {}
+    tags = {}
+    prompts = {}
     for tag, prompt, correct in results:
         tags.setdefault(tag, []).append(bool(correct))
         prompts.setdefault(prompt, []).append(bool(correct))
@@ -132,54 +151,66 @@ def geneval_summary(results):
             "correct_prompts": average(map(any, prompts.values()))}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def geneval_pictures(folder, file, rows):
+    """(picture, metadata) of all pictures in NUMBER/samples. Folder names are digits; file names begin with digits and
+    .png."""
+    for home in sorted(path for path in folder.glob("*") if path.name.isdigit()):
+        metadata = read_json(home / "metadata.jsonl")
+        if metadata != rows.get(f"{int(home.name):05d}"):
+            raise InputError(f"{home / 'metadata.jsonl'} is not line {int(home.name)}, from 0, of {file.name}: give "
+                             "--data the file that these pictures were drawn from")
+        for picture in sorted(home.glob("samples/*")):
+            if re.match(r"\d+\.png", picture.name):
+                yield picture, metadata
+
+
+def geneval_line(folder, file, metadata, classes, judge):
+    """A line of results.jsonl: what detector and colour judge say about one picture."""
+    name = file.relative_to(folder).as_posix()
+    boxes, masks = judge.detect(name)
+    if len(boxes) != len(classes):
+        raise InputError(f"{judge.file}: the reply about {name} has {len(boxes)} lists of boxes; give one for each of "
+                         f"the {len(classes)} classes of object_names.txt")
+    boxes = dict(zip(classes, boxes, strict=True))
+    masks = dict(zip(classes, masks, strict=True)) if masks else None
+    result = geneval_evaluate(boxes, metadata, judge.color, masks=masks, image=name)
+    return {"filename": str(file), "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": result["correct"],
+            "reason": result["reason"], "metadata": json.dumps(metadata), "details": json.dumps(result["details"])}
+
+
+def draw_geneval(settings, rows, folder):
+    """The pictures in GenEval's layout: FOLDER/NUMBER/metadata.jsonl and samples/."""
+    prompts = {name: row["prompt"] for name, row in rows.items()}
+    files = {name: [folder / name / f"samples/{i:05d}.png" for i in range(settings.pictures)] for name in rows}
+    draw_all(settings, prompts, files)
+    if rank() == 0:
+        for name, row in rows.items():
+            lines_to(folder / name / "metadata.jsonl", [json.dumps(row)])
+
+
 def run_geneval(settings, judge):
-    """Pictures of IMAGES/NUMBER/samples, and what detector and colour judge make of them."""
+    """Draw the pictures unless they are given, and score them with detector and colour judge. Writes results.jsonl."""
     file = Path(settings.data)
     if not file.is_file():
         file = find_file(file, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
     rows = {f"{i:05d}": row for i, (_, row) in enumerate(json_lines(file, "tag", "include", "prompt"))}
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
-        draw_all(settings, {name: row["prompt"] for name, row in rows.items()},
-                 {name: [folder / name / f"samples/{i:05d}.png" for i in range(settings.pictures)] for name in rows})
+        draw_geneval(settings, rows, folder)
     if rank():
         return None
-    for name, row in () if settings.preds else rows.items():
-        lines_to(folder / name / "metadata.jsonl", [json.dumps(row)])
     pictures = [*geneval_pictures(folder, file, rows)]
     if not pictures:
         raise InputError(f"{folder} holds no NUMBER/samples/*.png: give --preds the folder of pictures of GenEval")
     if judge is None:
-        return {"score": None, "reason": f"a detector looks at {folder}: --judge-export FILE writes what to ask it"}
+        return {"score": None, "reason": f"a detector must look at {folder}: --judge-export FILE writes the requests"}
     classes = [line for _, line in text_lines(find_file(file.parent, "object_names.txt"))]
-    results = judge.each(pictures, lambda one: geneval_judged(folder, *one, classes, judge))
+    results = judge.each(pictures, lambda pair: geneval_line(folder, *pair, classes, judge))
     if judge.wanted:
         return None
     lines_to(Path(settings.out) / "results.jsonl", map(json.dumps, results))
     summary = geneval_summary([(row["tag"], row["metadata"], row["correct"]) for row in results])
     return {"score": summary["overall"], **summary, "prompts": file.name, "pictures": len(results)}
-
-
-def geneval_pictures(folder, file, rows):
-    """(picture, metadata) of all folders whose names are digits; pictures begin with digits and .png."""
-    for home in sorted(p for p in folder.glob("*") if p.name.isdigit()):
-        metadata = read_json(home / "metadata.jsonl")
-        if metadata != rows.get(f"{int(home.name):05d}"):
-            raise InputError(f"{home / 'metadata.jsonl'} is not line {int(home.name)}, from 0, of {file.name}: give "
-                             "--data the file these pictures were drawn from")
-        for picture in sorted(home.glob("samples/*")):
-            if re.match(r"\d+\.png", picture.name):
-                yield picture, metadata
-
-
-def geneval_judged(folder, file, metadata, classes, judge):
-    """A line of results.jsonl."""
-    name = file.relative_to(folder).as_posix()
-    boxes, masks = judge.detect(name)
-    if len(boxes) != len(classes):
-        raise InputError(f"{judge.file}: the reply about {name} has {len(boxes)} lists of boxes, not one for each of "
-                         f"the {len(classes)} classes of object_names.txt")
-    by_class, masks = dict(zip(classes, boxes, strict=True)), masks and dict(zip(classes, masks, strict=True))
-    result = geneval_evaluate(by_class, metadata, judge.color, masks=masks, image=name)
-    return {"filename": str(file), "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": result["correct"],
-            "reason": result["reason"], "metadata": json.dumps(metadata), "details": json.dumps(result["details"])}

@@ -1,4 +1,9 @@
-"""Judges: another model that grades answers or looks at drawings, as recorded replies."""
+"""Judges: other models that grade answers or look at drawings, replaced here by recorded replies.
+
+MM-Vet needs a judge, and so do MMVP's official variant, GenEval and DPG-Bench; MMBench may have one. Two commands:
+    python eval.py score mmvet ... --judge-export open.jsonl    # write the open requests, and stop
+    python eval.py score mmvet ... --judge replies.jsonl        # score with the replies
+"""
 
 import contextlib
 import hashlib
@@ -11,22 +16,26 @@ from parts.settings import InputError, json_lines
 
 
 class NoReply(Exception):
-    """A request that was written down to be answered elsewhere."""
+    """A request without a reply, collected to be answered elsewhere."""
 
 
 class Judge:
-    """Recorded replies of another model: a line each, {"key": sha256 of the request, "request", "replies": [text]}.
+    """Recorded replies, one line per request: {"key": SHA-256 of the request, "request": {...}, "replies": [text]}.
 
-    The n-th call with one request gets its n-th reply, the last one repeats. With `export`, requests without a reply
-    are collected in `wanted` (and raise NoReply); without, they are an error. A live judge is a subclass whose ask()
-    asks.
+    The n-th call with the same request gets its n-th reply; the last reply repeats. A request without a reply is an
+    error, or with `export` is collected in `wanted` and raises NoReply. For a live judge, write a subclass whose ask()
+    calls the model.
     """
 
     def __init__(self, file="", export=""):
-        self.file, self.export, self.wanted, self.calls, self.replies = file, export, {}, Counter(), {}
+        self.file = file
+        self.export = export
+        self.wanted = {}                        # {key: request}, still to be answered
+        self.calls = Counter()                  # {key: number of calls so far}
+        self.replies = {}                       # {key: [text]}
         for origin, row in json_lines(file, "key", "replies") if file else ():
             if not isinstance(row["replies"], list) or not all(isinstance(reply, str) for reply in row["replies"]):
-                raise InputError(f"{origin}: replies are a list of texts, one a call")
+                raise InputError(f"{origin}: replies must be a list of strings, one for each call")
             self.replies.setdefault(row["key"], []).extend(row["replies"])
 
     def ask(self, **request):
@@ -46,58 +55,65 @@ class Judge:
         return self.ask(kind="text", prompt=prompt, temperature=temperature, max_tokens=max_tokens, system=system)
 
     def vqa(self, image, question):
-        """VQA judge. image: (name of the file, box of the crop in it)."""
-        return self.ask(kind="vqa", image=image[0], box=[*image[1]], question=question)
+        """VQA judge: the answer to a question about a crop. image: (name of the file, box of the crop in pixels)."""
+        name, box = image
+        return self.ask(kind="vqa", image=name, box=[*box], question=question)
 
     def detect(self, path):
-        """Detector: a list of [x1, y1, x2, y2, score] for each class; a recording holds no masks."""
+        """Detector -> an array (N, 5) of x1, y1, x2, y2, score for each class; and None: recordings hold no masks."""
         boxes = self.decoded(path, self.ask(kind="detect", image=path))
         try:
             return [np.array(rows, np.float32).reshape(-1, 5) for rows in boxes], None
         except (TypeError, ValueError) as error:
-            raise InputError(f"{self.file}: the boxes of {path} are no lists of five numbers: {error}") from error
+            raise InputError(f"{self.file}: the boxes of {path} must be lists of five numbers: {error}") from error
 
     def color(self, image, boxes, name):
-        """Colour judge: a colour name for each box; image is the name of the file."""
-        reply = self.decoded(image, self.ask(kind="color", image=image, class_name=name,
-                                             boxes=[[*map(float, box)] for box, _ in boxes]))
+        """Colour judge: a colour name for each box of class `name`. image: name of the file; boxes: [(box, mask)]."""
+        numbers = [[float(value) for value in box] for box, _ in boxes]
+        reply = self.decoded(image, self.ask(kind="color", image=image, class_name=name, boxes=numbers))
         if not isinstance(reply, list) or len(reply) != len(boxes):
-            raise InputError(f"{self.file}: the colours of {name} in {image} are no list of {len(boxes)} names")
+            raise InputError(f"{self.file}: the colours of {name} in {image} must be a list of {len(boxes)} names")
         return reply
 
     def decoded(self, image, reply):
         try:
             return json.loads(reply)
         except ValueError as error:
-            raise InputError(f"{self.file}: the reply {reply[:40]!r} about {image} is not JSON") from error
+            raise InputError(f"{self.file}: the reply {reply[:40]!r} about {image} is not JSON: record it again"
+                             ) from error
 
-    def each(self, things, judged):
-        """judged(thing) of all things whose replies are known."""
+    def each(self, things, grade):
+        """[grade(thing)] of all things whose replies are known; the requests of the others are collected."""
         results = []
         for thing in things:
             with contextlib.suppress(NoReply):
-                results.append(judged(thing))
+                results.append(grade(thing))
         return results
 
 
-# Official judge prompts are given by the user; they are known by length and SHA-256, MMBench's after {q}, {o}, {p} have
-# become U+0001, U+0002, U+0003.
+# The user brings the official judge prompts; we know them by length and SHA-256. MMBench's are taken after its fields
+# {q}, {o}, {p} have become U+0001, U+0002, U+0003.
 PROMPTS = {"mmbench": (761, "c43f2c868ec5c557796b973a7178990240d996db37d65f75092839874d11ec09"),
            "mmvet": (2290, "d1b3e0a5b4e72c888b77164489d705bba4dd149934fff564dfba6443d81afe3f")}
 
 
 def judge_prompt(settings):
-    """Text of --judge-prompt and what it is: "official", or its SHA-256."""
+    """Text of the --judge-prompt file, and its name in the scores: "official", or else its SHA-256."""
     try:
         with open(settings.judge_prompt, encoding="utf-8", newline="") as file:
-            text = marked = file.read()
+            text = file.read()
     except (OSError, ValueError) as error:
         raise InputError(f"--judge-prompt {settings.judge_prompt!r} cannot be read: a judge of {settings.bench} needs "
-                         "the official text in a file") from error
-    for name, mark in zip("qop", "\1\2\3", strict=True) if settings.bench == "mmbench" else ():
-        marked = marked.replace("{" + name + "}", mark)
-    what = len(marked), hashlib.sha256(marked.encode()).hexdigest()
-    if what != PROMPTS[settings.bench] and not settings.force:
-        raise InputError(f"{settings.judge_prompt} is not the official judge prompt of {settings.bench} ({what[0]} "
-                         f"characters for {PROMPTS[settings.bench][0]}, SHA-256 {what[1][:8]}...): --force takes it")
-    return text, "official" if what == PROMPTS[settings.bench] else what[1]
+                         "a file with the official text") from error
+    marked = text
+    if settings.bench == "mmbench":
+        marked = marked.replace("{q}", "\1").replace("{o}", "\2").replace("{p}", "\3")
+    size = len(marked)
+    digest = hashlib.sha256(marked.encode()).hexdigest()
+    official = PROMPTS[settings.bench]
+    if (size, digest) == official:
+        return text, "official"
+    if not settings.force:
+        raise InputError(f"{settings.judge_prompt} is not the official judge prompt of {settings.bench} ({size} "
+                         f"characters instead of {official[0]}, SHA-256 {digest[:8]}...): --force accepts it")
+    return text, digest

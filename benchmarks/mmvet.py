@@ -1,4 +1,8 @@
-"""MM-Vet: open answers, graded by a language model (arXiv 2308.02490)."""
+"""MM-Vet: open questions whose answers a language model grades (arXiv 2308.02490). Score: mean grade in percent.
+
+Without a judge there is no score: results.json can be uploaded to the official online evaluator instead.
+    python eval.py score mmvet --data MM-Vet --checkpoint RUN --out scores/mmvet
+"""
 
 import csv
 from pathlib import Path
@@ -9,30 +13,33 @@ from benchmarks.common import Item, find_file
 from benchmarks.judge import judge_prompt
 from parts.settings import InputError, aside, read_json, write_json
 
-# --- MM-Vet ----------------------------------------------------------------------------------------------------------
-MMVET_TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)     # official: the first retry is at 0 again
+MMVET_TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)                 # official: the first retry is at 0 again
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Grading
+# ---------------------------------------------------------------------------------------------------------------------
 def mmvet_prompt(question, answer, prediction, template, retry=False):
-    """The judge's table (template) with one more line, whose last cell the judge fills."""
+    """The judge's table (template) with one more row, whose last column the judge fills in."""
     answer = answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = template + "\n" + " | ".join([question, answer, prediction, ""])
     return prompt + "\nPredict the correctness of the answer (digit): " if retry else prompt
 
 
 def mmvet_grade(question, answer, prediction, judge, template):
-    """-> score in 0..1, the judge's last reply, number of calls (at most 6). MM-Vet's own evaluator, but for `nan`."""
+    """-> (score in [0, 1], the judge's last reply, number of calls, at most 6). MM-Vet's own evaluator, except that
+    `nan` is unreadable."""
     for calls, temperature in enumerate(MMVET_TEMPERATURES, 1):
-        reply = judge(mmvet_prompt(question, answer, prediction, template, retry=calls > 1),
-                      temperature=temperature, max_tokens=3, system=None)
+        prompt = mmvet_prompt(question, answer, prediction, template, retry=calls > 1)
+        reply = judge(prompt, temperature=temperature, max_tokens=3, system=None)
         if calls == len(MMVET_TEMPERATURES):
-            break                                       # official: the sixth reply is never read
-        reply = reply.split(" ")[0].strip()             # official: up to the first blank, so " 0.5" is unreadable
+            break                               # official: the sixth reply is never read
+        reply = reply.split(" ")[0].strip()     # official: up to the first blank, so " 0.5" is unreadable
         try:
             score = float(reply)
         except ValueError:
             continue
-        if 0 <= score <= 1:                             # not for nan, which the official test lets into the mean
+        if 0 <= score <= 1:                     # false for nan, which passes the official test and spoils the mean
             return score, reply, calls
     return 0.0, reply, calls
 
@@ -40,58 +47,81 @@ def mmvet_grade(question, answer, prediction, judge, template):
 def mmvet_score(scores, metadata, decimals=1):
     """{id: [score of each run]}, mm-vet.json -> percents: total, its std over runs, runs, capabilities, sets.
 
-    MM-Vet's own evaluator: means over the questions of the metadata. A question without scores raises KeyError, unequal
-    numbers of runs ValueError; scores of other ids are ignored.
+    MM-Vet's own evaluator: means over the questions of the metadata; a set is a combination of capabilities. Raises
+    KeyError for a question without scores, ValueError for unequal numbers of runs; ignores other ids.
     """
-    table = np.array([scores[name] for name in metadata], float)                # (questions, runs)
-    groups = {"capabilities": {}, "sets": {}}
-    for question, row in zip(metadata.values(), table, strict=True):
-        has = sorted(set(question["capability"]))
-        for kind, name in [("sets", "+".join(has)), *(("capabilities", capability) for capability in has)]:
-            groups[kind].setdefault(name, []).append(row)
-
-    def percents(rows):                                 # one of each run
+    def percents(rows):                         # one for each run
         return sum(rows) / len(rows) * 100
 
     def rounded(value):
-        return float(np.round(value, decimals))         # official: numpy's rounding, 0.15 becomes 0.2
+        return float(np.round(value, decimals))                     # official: numpy rounds 0.15 to 0.2
 
-    runs = percents(table)
+    grades = np.array([scores[name] for name in metadata], float)                   # (questions, runs)
+    capabilities = {}
+    sets = {}
+    for question, row in zip(metadata.values(), grades, strict=True):
+        needs = sorted(set(question["capability"]))
+        sets.setdefault("+".join(needs), []).append(row)
+        for capability in needs:
+            capabilities.setdefault(capability, []).append(row)
+    runs = percents(grades)                                                         # (runs,)
     return {"total": rounded(runs.mean()), "std": rounded(runs.std()), "runs": [rounded(run) for run in runs],
-            **{kind: {name: rounded(percents(rows).mean()) for name, rows in found.items()}
-               for kind, found in groups.items()}}
+            "capabilities": {name: rounded(percents(rows).mean()) for name, rows in capabilities.items()},
+            "sets": {name: rounded(percents(rows).mean()) for name, rows in sets.items()}}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 def read_mmvet(folder, settings):
-    """mm-vet.json, {id: fields}."""
-    file, items, needed = find_file(folder, "mm-vet.json"), [], ("imagename", "question", "answer", "capability")
+    """mm-vet.json: {id: fields}."""
+    file = find_file(folder, "mm-vet.json")
+    items = []
     for name, row in read_json(file).items():
-        if absent := [field for field in needed if not isinstance(row, dict) or field not in row]:
-            raise InputError(f"{file}, {name}: there is no {absent[0]!r}: download it again")
-        items.append(Item(name, row["question"] + " ", Path(folder) / "images" / row["imagename"], row))
+        for field in ("imagename", "question", "answer", "capability"):
+            if not isinstance(row, dict) or field not in row:
+                raise InputError(f"{file}, {name} has no {field!r}: download it again")
+        picture = Path(folder) / "images" / row["imagename"]
+        items.append(Item(name, row["question"] + " ", picture, row))           # AIA: an empty suffix after a blank
     return items
 
 
-def judge_mmvet(settings, items, texts, judge):
-    """Mean grade of a text judge; results.json is what the official online evaluator takes."""
-    said, out = {item.id: text for item, text in zip(items, texts, strict=True)}, Path(settings.out)
-    write_json(said, out / "results.json")
+def mmvet_grades(rows, responses, judge, template, runs):
+    """{id: {"model": [judge], "content": [last reply], "score": [in [0, 1]]}}, one entry for each run."""
+    grades = {name: {"model": [], "content": [], "score": []} for name in rows}
+
+    def grade(name):
+        question, answer = rows[name]["question"], rows[name]["answer"]
+        score, reply, _ = mmvet_grade(question, answer, responses[name], judge, template)
+        grades[name]["model"].append(Path(judge.file).stem)
+        grades[name]["content"].append(reply)
+        grades[name]["score"].append(score)
+
+    for _ in range(runs):
+        judge.each(rows, grade)
+    return grades
+
+
+def mmvet_result(settings, items, texts, judge):
+    """Mean grade by a text judge. Writes results.json for the official online evaluator, and with a judge the grades
+    and tables of MM-Vet's own evaluator."""
+    out = Path(settings.out)
+    rows = {item.id: item.row for item in items}
+    responses = dict(zip(rows, texts, strict=True))
+    write_json(responses, out / "results.json")
     if judge is None:
-        return {"score": None, "reason": "a judge grades it: give --judge FILE, or upload results.json to its server"}
-    (template, name), rows = judge_prompt(settings), {item.id: item.row for item in items}
-    grader, graded = Path(judge.file).stem, {i: {"model": [], "content": [], "score": []} for i in rows}
-    for _ in range(settings.runs):
-        for i, (score, reply, _) in judge.each(rows, lambda i: (i, mmvet_grade(
-                rows[i]["question"], rows[i]["answer"], said[i], judge, template))):
-            for key, value in (("model", grader), ("content", reply), ("score", score)):
-                graded[i][key].append(value)
+        return {"score": None, "reason": "answers need a judge: give --judge FILE, or upload results.json"}
+    template, name = judge_prompt(settings)
+    grades = mmvet_grades(rows, responses, judge, template, settings.runs)
     if judge.wanted:
         return None
-    result = mmvet_score({i: row["score"] for i, row in graded.items()}, rows)
-    asked, runs = Path(settings.checkpoint or "model").name, f"{settings.runs}runs"
-    write_json(graded, out / f"{asked}_{grader}-grade-{runs}.json")
-    for kind, columns in (("cap-score", result["capabilities"]), ("cap-int-score", result["sets"])):
-        columns = columns | {key: result[key] for key in ("total", "std", "runs")}
-        with aside(out / f"{asked}_{grader}-{kind}-{runs}.csv") as part, open(part, "w", newline="") as lines:
-            csv.writer(lines).writerows([["", *columns], [asked, *columns.values()]])
+    result = mmvet_score({key: row["score"] for key, row in grades.items()}, rows)
+    model = Path(settings.checkpoint or "model").name
+    stem = f"{model}_{Path(judge.file).stem}"
+    write_json(grades, out / f"{stem}-grade-{settings.runs}runs.json")
+    for kind, means in (("cap-score", result["capabilities"]), ("cap-int-score", result["sets"])):
+        columns = means | {key: result[key] for key in ("total", "std", "runs")}
+        file = out / f"{stem}-{kind}-{settings.runs}runs.csv"
+        with aside(file) as part, open(part, "w", newline="") as lines:
+            csv.writer(lines).writerows([["", *columns], [model, *columns.values()]])
     return {"score": result["total"], **result, "judge_prompt": name}

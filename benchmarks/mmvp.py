@@ -1,4 +1,8 @@
-"""MMVP: pairs of pictures that differ in one thing (arXiv 2401.06209)."""
+"""MMVP: pairs of pictures that differ in one thing (arXiv 2401.06209). Score: percent of pairs with both answers right.
+
+Variants: "aia" (lettered options, read by rule), "official" (MMVP's own prompt; a judge grades the free answers).
+    python eval.py score mmvp --data MMVP --checkpoint RUN --out scores/mmvp
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +10,6 @@ from pathlib import Path
 from benchmarks.common import LETTER_ONLY, Item, find_file, mmbench_letter, table
 from parts.settings import InputError, lines_to
 
-# --- MMVP ------------------------------------------------------------------------------------------------------------
 MMVP_JUDGE_SYSTEM = ("You are a helpful and precise assistant for checking the quality of the answer. "
                      "Please answer in only yes or no.")
 
@@ -18,7 +21,7 @@ def mmvp_options(text):
 
 
 def mmvp_prompt(row, variant="aia"):
-    """Row -> user text, of the AIA program or of MMVP's own ("official", answered freely and read by a judge)."""
+    """Row -> user text of the AIA program, or of MMVP's own ("official"), which asks for a free answer."""
     if variant == "official":
         return row["Question"] + " " + row["Options"]
     lines = [f"{letter}. {text}" for letter, text in mmvp_options(row["Options"]).items()]
@@ -26,56 +29,66 @@ def mmvp_prompt(row, variant="aia"):
 
 
 def mmvp_score(preds, golds, size=2):
-    """Letters in file order -> share of whole pairs with both rows right; size=1 gives the share of single rows."""
+    """Letters in file order -> share of pairs with both rows right; with size=1, share of single rows."""
     hits = [pred == gold for pred, gold in zip(preds, golds, strict=True)]
-    whole = [all(hits[i:i + size]) for i in range(0, len(hits) - size + 1, size)]   # official: an odd row is dropped
+    starts = range(0, len(hits) - size + 1, size)                   # official: an odd last row is dropped
+    whole = [all(hits[i:i + size]) for i in starts]
     return sum(whole) / len(whole) if whole else float("nan")
 
 
 def mmvp_judge_prompt(prompt, gold, response):
-    """The question of MMVP's own grader; prompt is that of the official variant, gold `(a)` or `(b)`."""
+    """The question of MMVP's own grader. prompt: that of the official variant; gold: `(a)` or `(b)`."""
     return (f"Given the following question {prompt}, the correct answer is {gold}. "
             f"Does the following answer correctly answers the question, answer:{response}?")
 
 
 def mmvp_grade(prompt, gold, response, judge):
-    """Is a free answer right by the judge? Official: the reply has to be exactly yes, and `yes.` is a no."""
+    """Does the judge accept a free answer? Official: its reply must be exactly yes, so `yes.` is a no."""
     asked = mmvp_judge_prompt(prompt, gold, response)
-    # The official grader sets no limit of tokens; 16 are enough, since a longer reply is not yes.
+    # The official grader sets no limit. 16 tokens are enough: a longer reply is not yes.
     return judge(asked, temperature=0.2, max_tokens=16, system=MMVP_JUDGE_SYSTEM).lower() == "yes"
 
 
 def read_mmvp(folder, settings):
-    """Questions.csv in file order: two rows are a pair."""
-    file, items = find_file(folder, "Questions.csv"), []
+    """Questions.csv in file order: two successive rows are a pair."""
+    file = find_file(folder, "Questions.csv")
+    items = []
     for origin, row in table(file, "Question", "Options", "Correct Answer"):
-        index = row.get("Index") or row.get("lndex")                            # so spelled in some copies
+        index = row.get("Index") or row.get("lndex")                # some copies spell it with a small L
         if not index or "(b)" not in row["Options"] or row["Correct Answer"] not in ("(a)", "(b)"):
-            raise InputError(f"{origin}: it needs an Index, Options (a) ... (b) ..., and one of the two as Correct "
-                             "Answer: download it again")
-        items.append(Item(index, mmvp_prompt(row, settings.variant), Path(folder) / f"MMVP Images/{index}.jpg", row))
+            raise InputError(f"{origin} needs an Index, Options (a) ... (b) ..., and (a) or (b) as Correct Answer: "
+                             "download it again")
+        picture = Path(folder) / f"MMVP Images/{index}.jpg"
+        items.append(Item(index, mmvp_prompt(row, settings.variant), picture, row))
     if len(items) < 2:
         raise InputError(f"{file} holds no pair of questions: download it again")
     return items
 
 
-def judge_mmvp(settings, items, texts, judge):
-    """Share of pairs with both answers right; results.jsonl and results.txt."""
-    golds, texts = [item.row["Correct Answer"][1].upper() for item in items], [said.strip() for said in texts]
+def mmvp_result(settings, items, texts, judge):
+    """Percent of pairs with both answers right. Writes results.jsonl and results.txt."""
+    golds = [item.row["Correct Answer"][1].upper() for item in items]
+    texts = [text.strip() for text in texts]
+
+    def accepted(pair):
+        item, text = pair
+        return mmvp_grade(item.prompt, item.row["Correct Answer"], text, judge)
+
     if settings.variant == "official":
         if judge is None:
-            return {"score": None, "reason": "the official way of MMVP needs --judge FILE"}
-        right = judge.each(zip(items, texts, strict=True), lambda one: mmvp_grade(
-            one[0].prompt, one[0].row["Correct Answer"], one[1], judge))
+            return {"score": None, "reason": "the official variant of MMVP needs --judge FILE"}
+        right = judge.each(zip(items, texts, strict=True), accepted)
         if judge.wanted:
             return None
         letters = [gold if ok else "" for gold, ok in zip(golds, right, strict=True)]
     else:
-        letters = texts = [mmbench_letter(said, mmvp_options(item.row["Options"]))
-                           for item, said in zip(items, texts, strict=True)]
-    rows = [{"question": item.prompt, "answer": said, "gt_answers": gold, "data_id": item.id}
-            for item, said, gold in zip(items, texts, golds, strict=True)]
-    share, single = mmvp_score(letters, golds), mmvp_score(letters, golds, 1)
+        texts = [mmbench_letter(text, mmvp_options(item.row["Options"]))
+                 for item, text in zip(items, texts, strict=True)]
+        letters = texts
+    rows = [{"question": item.prompt, "answer": text, "gt_answers": gold, "data_id": item.id}
+            for item, text, gold in zip(items, texts, golds, strict=True)]
+    pairs = mmvp_score(letters, golds)
+    single = mmvp_score(letters, golds, size=1)
     lines_to(Path(settings.out) / "results.jsonl", map(json.dumps, rows))
-    lines_to(Path(settings.out) / "results.txt", [f"The accuracy is {share}"])
-    return {"score": 100 * share, "rows": 100 * single}
+    lines_to(Path(settings.out) / "results.txt", [f"The accuracy is {pairs}"])
+    return {"score": 100 * pairs, "rows": 100 * single}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import aia
 from formats.records import SKIP_HINT, Record, parse_record
-from parts.pictures import janus_reading, load_picture, open_picture, written
+from parts.pictures import load_picture, open_picture, siglip_picture, tokenizer_picture
 from parts.processes import processes, rank
 from parts.settings import InputError, aside
 
@@ -326,10 +326,10 @@ class FileSource:
 
 
 class Mixture:
-    """Several sources as one: joined, or with weights (see Schedule) each by its share and in its own epochs."""
+    """Several sources as one: joined, or with shares (see Schedule) each by its share and in its own epochs."""
 
-    def __init__(self, sources, weights=()):
-        self.sources, self.weights = sources, weights
+    def __init__(self, sources, shares=()):
+        self.sources, self.shares = sources, shares
         self.bad = [text for source in sources for text in source.bad]
         self.paths = [path for source in sources for path in source.paths]
 
@@ -344,21 +344,53 @@ class Mixture:
 
 
 def open_sources(texts, kind, on_bad_record="stop"):
-    """The source that --data names, each text a PATH or PATH=WEIGHT."""
+    """The source that --data names, each text a PATH or PATH=SHARE."""
     found = [(text, None) if Path(text).exists() or "=" not in text else text.rsplit("=", 1) for text in texts]
     try:
-        weights = [Fraction(weight) for _, weight in found if weight]
+        shares = [Fraction(share) for _, share in found if share]
     except (ValueError, ZeroDivisionError):
-        weights = [0]
-    if min(weights, default=1) <= 0 or len(weights) not in (0, len(found)):
-        raise InputError(f"--data {' '.join(texts)}: give each data set a weight above 0 (PATH=WEIGHT), or none")
+        shares = [0]
+    if min(shares, default=1) <= 0 or len(shares) not in (0, len(found)):
+        raise InputError(f"--data {' '.join(texts)}: give each data set a share above 0 (PATH=SHARE), or none")
     sources = [FileSource(path, kind, on_bad_record) for path, _ in found]
-    return Mixture(sources, weights) if sources[1:] else sources[0]
+    return Mixture(sources, shares) if sources[1:] else sources[0]
 
 
 def every(source, task):
     """All records of a task, one at a time."""
     return (source.record(task, i) for i in range(source.count(task)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order: nothing is stored, whatever the size
+# ---------------------------------------------------------------------------------------------------------------------
+def shuffled(i, n, key):
+    """Position of item i in a keyed permutation of range(n), computed without storing it.
+
+    A Feistel network permutes the numbers of 2 h bits, at least n of them; a result outside range(n) is permuted again.
+    """
+    h = max((n - 1).bit_length() + 1, 2) // 2
+    key = repr(key).encode()
+    while True:
+        left, right = i >> h, i & (1 << h) - 1
+        for turn in range(4):
+            mixed = hashlib.blake2b(b"%d %d" % (turn, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(mixed, "little") & (1 << h) - 1
+        i = left << h | right
+        if i < n:
+            return i
+
+
+def deal(position, shares):
+    """Which of several streams serves a position, and which position of its own: shares follow the shares, over any
+    window less than len(shares) away. The first stream takes its share of the running total, the next of the rest."""
+    rest = sum(shares)
+    for number, share in enumerate(shares[:-1]):
+        mine = position * share // rest
+        if (position + 1) * share // rest > mine:
+            return number, int(mine)
+        position, rest = position - mine, rest - share
+    return len(shares) - 1, int(position)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,9 +440,9 @@ class Encoded:
     def fingerprints(self):
         """{"codes", "features": hash of the tower's weights, and of what the resizing makes of a small and of a large
         picture of noise}."""
-        towers = {"codes": (self.m.vq, written)}
+        towers = {"codes": (self.m.vq, tokenizer_picture)}
         if self.m.config.kind == "janus":
-            towers["features"] = (self.m.vision, janus_reading)
+            towers["features"] = (self.m.vision, siglip_picture)
         found = {}
         for name, (tower, resize) in towers.items():
             mix = hashlib.blake2b(b"encoding %d" % ENCODING, digest_size=8)

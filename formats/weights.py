@@ -445,7 +445,7 @@ def public_files(m):
         "num_hidden_layers": 2}
     vision = {theirs: getattr(c, ours) for ours, theirs in VIT.items()} | {
         "mlp_ratio": c.vit_ffn / c.vit_width, "projection_dim": c.width, "depth": 2,
-        "num_image_tokens": (c.image_size // c.vit_patch) ** 2}
+        "num_image_tokens": c.picture_tokens}
     config |= {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
                "text_config": text | {"model_type": "llama"}, "vision_config": vision}
     drawing = {"generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": c.guidance} if "boi" in ids else {}

@@ -1,5 +1,8 @@
 """A cluster that is not there: one step of a large model, predicted on a laptop.
 
+The real model takes one step through the real code, with as many processes as you like, on tensors that have shapes but
+no memory, in a process group that sends nothing. Every number is predicted, none is measured.
+
     python -m lab.dry_run --world 64 --preset emu3-8b
 """
 
@@ -25,79 +28,98 @@ from parts.settings import InputError, at_least, opt, run_command, tell, write_j
 
 @dataclass(frozen=True)
 class DryRun(train.TrainConfig):
-    """Predict a step of many GPUs without any. Every flag of train.py that shapes a step counts."""
+    """Predict a training step on many GPUs without any. All flags of train.py that shape a step apply."""
 
     world: int = opt(8, "GPUs", section="the dry run")
     node: int = opt(8, "GPUs of a node, with --parallel hsdp")
     tokens: int = opt(0, "tokens of each sample; 0: 8282 for Emu3, 3000 for Janus-Pro, at most its context")
-    tflops: float = opt(989.0, "1e12 FLOP/s of one GPU in bfloat16 (989: the data sheet of an H100)")
-    utilisation: float = opt(0.4, "share of --tflops that a step reaches, recomputation counted as work")
+    tflops: float = opt(989.0, "peak of one GPU in bfloat16, in 1e12 FLOP/s (989: data sheet of an H100)")
+    utilisation: float = opt(0.4, "share of --tflops that a step reaches, with recomputation counted as work")
     out: str = opt("", "JSON file to write; empty: printed only")
 
 
 DRY = {"parallel": "fsdp", "dtype": "bfloat16", "checkpoint_activations": True, "micro_batch": 1}
-SAMPLES, EPOCHS, GIB = 3_000_000, 4, 2**30          # the paper's data, and our reading of how often (RECIPES)
-# Kernels of attention: place of q among their arguments, of is_causal, products of size T x T x D.
+SAMPLES, EPOCHS = 3_000_000, 4                      # the paper's data, and our reading of how often (train.RECIPES)
+GIB = 2**30
+# Kernels of attention: index of q among their arguments, index of is_causal, products of size T x T x D.
 ATTENTION_KERNELS = {"_scaled_dot_product_flash_attention_for_cpu": (0, 4, 2),
                      "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 7, 5)}
-# What a process of a ring of k sends: (k - 1) / k of a whole tensor; the sum of whole tensors takes two rounds.
+# In a ring of k, a process sends (k - 1) / k of a whole tensor; summing whole tensors takes two rounds.
 COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting instead of computing
+# ---------------------------------------------------------------------------------------------------------------------
 def storages(x):
-    """{key: storage} of the tensors in x, of sharded ones this process's part."""
-    found = [t._local_tensor if isinstance(t, DTensor) else t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-    return {storage._cdata: storage for storage in (t.untyped_storage() for t in found)}
+    """{key: storage} of the tensors in x; of a sharded one, the part that this process holds."""
+    tensors = [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+    own = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+    return {storage._cdata: storage for storage in (t.untyped_storage() for t in own)}
 
 
 class Ledger(TorchDispatchMode):
-    """Within `with ledger.fake, ledger:` nothing is computed, but every operation is written down: its FLOPs, the bytes
-    that it sends to other processes, and which storages live at the worst moment.
+    """Within `with ledger.fake, ledger:` nothing is computed, but every operation is recorded: its FLOPs, the bytes it
+    sends to other processes, and which storages are alive at the worst moment.
 
-    Weights are fake, shapes without memory. A batch made before is real, and so is what follows from it alone: masks
-    pick as many rows as they would in earnest. A number read from fake tensors, such as a loss for the log, is 1.
+    Weights are fake: shapes without memory. A batch made before is real, and so is whatever follows from it alone, so
+    masks select as many rows as they would in earnest. A number read from fake tensors, such as a loss for the log,
+    is 1.
     """
 
     def __init__(self):
         super().__init__()
-        self.fake, self.flop, self.sent = FakeTensorMode(allow_non_fake_inputs=True), 0, dict.fromkeys(COLLECTIVES, 0)
-        self.live, self.count, self.gathered, self.worst = {}, 0, set(), {}
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.flop = 0
+        self.sent = dict.fromkeys(COLLECTIVES, 0)   # bytes
+        self.live = {}                              # {key: (number, weak reference to the storage)}
+        self.count = 0                              # storages so far
+        self.gathered = set()                       # numbers of storages that took part in communication
+        self.worst = {}                             # {number: bytes} at the worst moment
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
         if {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} == {torch.Tensor}:
-            with unset_fake_temporarily():
+            with unset_fake_temporarily():          # all of it is real
                 return function(*args, **kwargs)
         if name == "_local_scalar_dense":
             return 1
         if name == "index" and args[1][0].dtype is torch.bool:
             with unset_fake_temporarily():
                 args = (args[0], list(args[1][0].nonzero().unbind(1)))
-        if name in COLLECTIVES:                     # they have no form without numbers before torch 2.10
-            least = min(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
-            with unset_fake_temporarily():
-                numbers = tree_map_only(torch.Tensor, lambda x: torch.zeros(x.numel() // least, dtype=x.dtype), args)
-                out = args[0], function(*numbers, **kwargs)[1]
-        else:
-            out = function(*args, **kwargs)
-        if function.overloadpacket in flop_registry:
-            self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
-        elif name in ATTENTION_KERNELS:
-            q, causal, products = ATTENTION_KERNELS[name]
-            self.flop += 2 * products * args[q].numel() * args[q + 1].shape[2] // (2 if True in args[causal:] else 1)
-        elif name == "allreduce_":
-            k = dist.ProcessGroup.unbox(args[1]).size()
-            self.sent[name] += sum(x.nbytes for x in args[0]) * 2 * (k - 1) // k
-        elif name in COLLECTIVES:
-            self.sent[name] += abs(args[0].nbytes - args[1].nbytes)
+        out = self.collective(function, args, kwargs) if name in COLLECTIVES else function(*args, **kwargs)
+        self.add(function, name, args, kwargs, out)
         self.remember(storages(out), look=torch.is_grad_enabled() or name != "add")
         if function.namespace in ("fsdp", "c10d"):
             self.gathered |= self.numbers((args, kwargs))
         return out
 
+    def collective(self, function, args, kwargs):
+        """Communicate tiny tensors instead: before torch 2.10, collectives do not accept fake ones."""
+        least = min(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        with unset_fake_temporarily():
+            tiny = tree_map_only(torch.Tensor, lambda x: torch.zeros(x.numel() // least, dtype=x.dtype), args)
+            return args[0], function(*tiny, **kwargs)[1]
+
+    def add(self, function, name, args, kwargs, out):
+        """Add an operation's FLOPs, or the bytes it sends."""
+        if function.overloadpacket in flop_registry:
+            self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
+        elif name in ATTENTION_KERNELS:
+            q, causal, products = ATTENTION_KERNELS[name]
+            flop = 2 * products * args[q].numel() * args[q + 1].shape[2]
+            self.flop += flop // 2 if True in args[causal:] else flop
+        elif name == "allreduce_":
+            k = dist.ProcessGroup.unbox(args[1]).size()
+            self.sent[name] += sum(x.nbytes for x in args[0]) * 2 * (k - 1) // k
+        elif name in COLLECTIVES:
+            self.sent[name] += abs(args[0].nbytes - args[1].nbytes)
+
     def remember(self, found, look):
-        """Number new storages. They go when they are freed; FSDP also empties some and fills them again. Sums of
-        gradients are not looked at: autograd makes them in place, but not where somebody writes down operations."""
+        """Number new storages, forget freed ones, and look whether this is the worst moment so far. (FSDP also empties
+        storages and fills them again.) No look at sums of gradients: autograd adds in place, except under a dispatch
+        mode such as this."""
         for key in found.keys() - self.live.keys():
             self.count += 1
             self.live[key] = self.count, weakref.ref(found[key], lambda _, key=key: self.live.pop(key))
@@ -106,99 +128,147 @@ class Ledger(TorchDispatchMode):
             self.worst = max(self.worst, now, key=lambda sizes: sum(sizes.values()))
 
     def numbers(self, x):
+        """Numbers of the live storages in x."""
         return {self.live[key][0] for key in storages(x) if key in self.live}
 
 
-def rehearse(config, attention, recompute, batch=None):
-    """One step of the first process, on samples of the dearer task unless a batch is given: a drawing of Emu3, or a
-    picture and a long answer of Janus-Pro, all labelled -> bytes by kind, bytes sent, FLOPs."""
-    phases = (train.RECIPES[config.recipe][0],) if config.recipe else train.PLANS.get(config.preset, train.LARGE)
-    phase = [phase for phase in phases if not phase.ratio][-1]                  # the last that trains both tasks
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+def unreal_model(config, phase, attention, recompute):
+    """The model as the first process holds it, without memory, and whether activations are in half precision."""
     c = replace(model.PRESETS[config.preset], attention=attention, lora_rank=config.lora_rank,
                 checkpoint_activations=recompute)
+    half = config.pure_bf16 or config.dtype == "bfloat16"
+    frozen_half = config.lora_rank and half         # with LoRA, frozen weights are stored as activations are
+    held = torch.bfloat16 if config.pure_bf16 or frozen_half else torch.float32
     with torch.device("meta"):
         m = model.MODELS[c.kind](c).train()
-    n, ledger = config.micro_batch, Ledger()
-    half = config.pure_bf16 or config.dtype == "bfloat16"
-    held = torch.bfloat16 if config.pure_bf16 or config.lora_rank and half else torch.float32
     for name, parameter in m.named_parameters():
         parameter.data = parameter.data.to(model.held_type(name, held))
     train.freeze(m, phase)
     train.shard_model(m, config, {"vq", *phase.frozen}, "cpu", config.node)
-    if batch is None:
-        task, first = ("gen", config.tokens // 3) if c.kind == "emu3" else ("und", (c.image_size // c.vit_patch) ** 2)
-        condition = (torch.arange(config.tokens) < first).expand(n, -1)
-        labels, pixels = (0, None) if task == "gen" else (-100, torch.zeros(n, 3, c.image_size, c.image_size))
-        batch = data.Batch(task, condition * c.ids["placeholder"], condition * labels, condition, ~condition,
-                           torch.ones(n).bool(), pixels)
+    return m, half
+
+
+def costly_batch(config, c):
+    """Samples of the more expensive task, all labelled: a drawing of Emu3, or a picture and a long answer of
+    Janus-Pro."""
+    n, tokens = config.micro_batch, config.tokens
+    if c.kind == "emu3":
+        task, first, unlabelled, pixels = "gen", tokens // 3, 0, None
+    else:
+        task, first, unlabelled = "und", c.picture_tokens, -100
+        pixels = torch.zeros(n, 3, c.image_size, c.image_size)
+    condition = (torch.arange(tokens) < first).expand(n, -1)                    # (B, T)
+    return data.Batch(task, condition * c.ids["placeholder"], condition * unlabelled, condition, ~condition,
+                      torch.ones(n).bool(), pixels)
+
+
+def rehearse(config, attention, recompute, batch=None):
+    """One step of the first process, on costly_batch unless a batch is given -> bytes by kind, bytes sent, FLOPs."""
+    phases = (train.RECIPES[config.recipe][0],) if config.recipe else train.PLANS.get(config.preset, train.LARGE)
+    phase = [phase for phase in phases if not phase.ratio][-1]                  # the last that trains both tasks
+    m, half = unreal_model(config, phase, attention, recompute)
+    n = config.micro_batch
+    batch = batch or costly_batch(config, m.config)
     passes = max(1, config.batch_size // (n * processes()))
-    targets = {batch.task: aia.targets(c.layers, batch.task)}
-    # Half precision is that of a GPU: its loss is cut as it is there.
+    targets = {batch.task: aia.targets(m.config.layers, batch.task)}
+    ledger = Ledger()
+    # Half precision stands for a GPU, so the loss is cut into chunks as it would be there.
     with chunks_of("cuda" if half else "cpu"), ledger.fake, ledger:
         m.to_empty(device="cpu")
         optimizer = train.make_optimizer(m, phase)
         train.accumulate(m, [batch] * passes, targets, {batch.task: 1.0})
-        moving = [p for p in m.parameters() if p.requires_grad]
-        kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
-                 "frozen": [p for p in m.parameters() if not p.requires_grad] + list(m.buffers())}
-        row = {kind: sum(x.nbytes() for x in storages(tensors).values()) for kind, tensors in kinds.items()}
-        others = ledger.gathered | ledger.numbers(kinds)
-        row["activations"] = sum(size for number, size in ledger.worst.items() if number not in others)
-        # The moments are always there: the first step makes them at its end, and fused AdamW makes nothing else.
-        row["optimizer"] = 2 * row["parameters"]
-        row["peak"] = sum(ledger.worst.values()) + row["optimizer"]
+        row = bytes_by_kind(m, ledger)
         with train.updating(m, optimizer, phase.clip):
             pass
+    numbers = [(p.numel(), p.requires_grad) for p in m.parameters()]
     return row | {"sent": {COLLECTIVES[name]: x for name, x in ledger.sent.items()}, "flop": ledger.flop,
-                  "samples": n * processes() * passes, "all": sum(p.numel() for p in m.parameters()),
-                  "moving": sum(p.numel() for p in moving)}
+                  "samples": n * processes() * passes, "all": sum(number for number, _ in numbers),
+                  "moving": sum(number for number, moves in numbers if moves)}
 
 
-def dry_run(config):
-    """A step of --world processes, four ways, and the days of the paper's training -> the result."""
+def bytes_by_kind(m, ledger):
+    """{kind: bytes} after the last backward pass: what the process holds, and activations and everything at the worst
+    moment."""
+    moving = [p for p in m.parameters() if p.requires_grad]
+    kinds = {"parameters": moving, "gradients": [p.grad for p in moving],
+             "frozen": [p for p in m.parameters() if not p.requires_grad] + list(m.buffers())}
+    row = {kind: sum(x.nbytes() for x in storages(tensors).values()) for kind, tensors in kinds.items()}
+    others = ledger.gathered | ledger.numbers(kinds)
+    row["activations"] = sum(size for number, size in ledger.worst.items() if number not in others)
+    # The first step makes the moments only at its end, all others have them from the start. Fused AdamW makes nothing
+    # else.
+    row["optimizer"] = 2 * row["parameters"]
+    row["peak"] = sum(ledger.worst.values()) + row["optimizer"]
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+def checked(config):
+    """The settings with their defaults filled in; refuses what cannot be predicted."""
     train.check_numbers(config)
     at_least(config, {"world": 1, "node": 1, "tokens": 0})
     for name in ("tflops", "utilisation"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
-    c, n = model.PRESETS[config.preset], config.world
+    c = model.PRESETS[config.preset]
     wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
-             getattr(config, name)] + ["parallel ddp"] * (config.parallel == "ddp")
+             getattr(config, name)]
+    if config.parallel == "ddp":
+        wrong.append("parallel ddp")
     if wrong:
         raise InputError(f"the dry run reads no data and needs weights divided among GPUs: leave out --{wrong[0]}")
     config = replace(config, tokens=config.tokens or min({"emu3": 8282, "janus": 3000}[c.kind], c.context),
-                     node=min(config.node, n))
-    if config.parallel == "hsdp" and n % config.node:
-        raise InputError(f"--node {config.node} does not divide {n} GPUs: choose a divisor")
-    least = 3 if c.kind == "emu3" else (c.image_size // c.vit_patch) ** 2 + 2
+                     node=min(config.node, config.world))
+    if config.parallel == "hsdp" and config.world % config.node:
+        raise InputError(f"--node {config.node} does not divide {config.world} GPUs: choose a divisor")
+    least = 3 if c.kind == "emu3" else c.picture_tokens + 2
     if not least <= config.tokens <= c.context:
         raise InputError(f"--tokens {config.tokens}: {config.preset} takes {least} to {c.context}")
-    dist.init_process_group("fake", rank=0, world_size=n)
+    return config
+
+
+KEPT = {True: "recomputed", False: "kept"}
+
+
+def dry_run(config):
+    """A step of --world processes, four ways, and the days of the paper's training -> the result."""
+    config = checked(config)
+    dist.init_process_group("fake", rank=0, world_size=config.world)
     try:
         ways = [(attention, recompute) for attention in ("explicit", "fused") for recompute in (True, False)]
         rows = {way: rehearse(config, *way) for way in ways}
     finally:
         dist.destroy_process_group()
-    kept = {True: "recomputed", False: "kept"}
     row, explicit = (rows[name, config.checkpoint_activations] for name in ("fused", "explicit"))
-    print(f"predicted from shapes, nothing measured: {config.preset}, {n} processes ({config.parallel}), a step of "
-          f"{row['samples']} samples of {config.tokens:,} tokens; {row['all']:,} parameters, {row['moving']:,} train\n"
-          "GiB of a process: " + ", ".join(f"{kind} {row[kind] / GIB:.2f}" for kind in (
-              "parameters", "gradients", "optimizer", "frozen")))
-    for (name, recompute), way in rows.items():
-        print(f"  {name:8s} attention, layers {kept[recompute]:10s} | peak {way['peak'] / GIB:7.2f}, of which "
-              f"activations {way['activations'] / GIB:7.2f} | {way['flop'] * n / 1e15:.2f} PFLOP a step")
     seconds = row["flop"] / (config.tflops * 1e12 * config.utilisation)
     days = SAMPLES * EPOCHS / row["samples"] * seconds / 86_400
-    print("GiB that a process sends: " + ", ".join(f"{kind} {x / GIB:.2f}" for kind, x in row["sent"].items()) +
-          f"\n{SAMPLES:,} samples x {EPOCHS} epochs, layers {kept[config.checkpoint_activations]}, at "
-          f"{config.tflops:g} TFLOP/s x {config.utilisation:g}: {seconds:.2f} s a step, {days:.1f} days")
+    print_prediction(config, rows, row, seconds, days)
     result = {"parameters": row["all"], "peak_gib": row["peak"] / GIB, "peak_gib_explicit": explicit["peak"] / GIB,
-              "comm_gib": sum(row["sent"].values()) / GIB, "pflop": row["flop"] * n / 1e15, "days": days}
+              "comm_gib": sum(row["sent"].values()) / GIB, "pflop": row["flop"] * config.world / 1e15, "days": days}
     if config.out:
-        write_json({"result": result, "settings": asdict(config), "rows": [
-            {"attention": name, "recompute": recompute} | way for (name, recompute), way in rows.items()]}, config.out)
+        table = [{"attention": name, "recompute": recompute} | way for (name, recompute), way in rows.items()]
+        write_json({"result": result, "settings": asdict(config), "rows": table}, config.out)
     return result
+
+
+def print_prediction(config, rows, row, seconds, days):
+    """All four ways; what a process holds and sends, and the time, in the one that was asked for."""
+    print(f"predicted from shapes, nothing measured: {config.preset}, {config.world} processes ({config.parallel}), a "
+          f"step of {row['samples']} samples of {config.tokens:,} tokens; {row['all']:,} parameters, "
+          f"{row['moving']:,} train")
+    print("GiB of a process: " + ", ".join(
+        f"{kind} {row[kind] / GIB:.2f}" for kind in ("parameters", "gradients", "optimizer", "frozen")))
+    for (name, recompute), way in rows.items():
+        print(f"  {name:8s} attention, layers {KEPT[recompute]:10s} | peak {way['peak'] / GIB:7.2f}, of which "
+              f"activations {way['activations'] / GIB:7.2f} | {way['flop'] * config.world / 1e15:.2f} PFLOP a step")
+    print("GiB that a process sends: " + ", ".join(f"{kind} {x / GIB:.2f}" for kind, x in row["sent"].items()))
+    print(f"{SAMPLES:,} samples x {EPOCHS} epochs, layers {KEPT[config.checkpoint_activations]}, at "
+          f"{config.tflops:g} TFLOP/s x {config.utilisation:g}: {seconds:.2f} s a step, {days:.1f} days")
 
 
 def main(argv=None):

@@ -292,7 +292,7 @@ def made_batch(c, case):
     if c.kind == "emu3":
         first = min(120, t // 3)
         return data.Batch("gen", words, words, position < first, position >= first, **common)
-    pictures = (c.image_size // c.vit_patch) ** 2 if case.task == "und" else c.grid[0] * c.grid[1]
+    pictures = c.picture_tokens if case.task == "und" else c.grid[0] * c.grid[1]
     if case.task == "und":
         seen = position < pictures
         tokens, labels = words.masked_fill(seen, c.ids["placeholder"]), words.masked_fill(seen, -100)

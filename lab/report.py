@@ -1,17 +1,18 @@
-"""Runs on one page that opens from disk.
+"""Runs on one page that opens from disk: pictures, losses, scores and settings, nothing loaded from elsewhere.
 
     python -m lab.report runs/tiny-emu3-seed0
 """
 
 import base64
 import html
-import io
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import aia
-from eval import LABEL, distance, final_label, label_of
-from lab.figures import TASK_NAME, canvas, load_result, named, save_figure, training_log
+from eval import BLUE, LABEL, VERMILION, canvas, distance, final_label, label_of, save_figure
+from lab.figures import TASK_NAME, load_result, named, training_log
 from parts.settings import InputError, aside, opt, parse, read_json, run_command, tell
 
 
@@ -31,11 +32,14 @@ h2 { margin-top: 3rem; border-top: 2px solid #222; padding-top: 1rem } td { font
 summary { cursor: pointer }"""
 REPORT_PICTURES = {"samples": "Drawings of held-out prompts", "curves": "Attention on the other modality, by layer",
                    "alignment": "Alignment of text and picture, by layer"}
-SCORED = {"und": "questions about held-out pictures, share right", "gen": "drawings of held-out prompts, share right",
-          "reader": "pictures that the tokenizer gives back readable, share", "psnr": "picture tokenizer, PSNR in dB",
+SCORED = {"und": "questions about held-out pictures, accuracy", "gen": "drawings of held-out prompts, share correct",
+          "reader": "held-out pictures still readable after encode and decode, share",
+          "psnr": "picture tokenizer, PSNR in dB",
           "val_ntp_gen": "next-token loss on held-out pictures", "val_ntp_und": "next-token loss on held-out answers",
           "aia_gen": "L_AIA of generation", "aia_und": "L_AIA of understanding", "seconds": "training, seconds",
           "rss_gb": "memory, GB"}
+SCORED_BY = {"und_by_topic": "Questions, accuracy", "und_by_kind": "Questions, accuracy",       # the latter: older runs
+             "gen_by_skill": "Drawings, share correct"}
 
 
 def report(settings):
@@ -55,56 +59,72 @@ def report(settings):
     return {"out": settings.out, "runs": len(parts)}
 
 
+def stored(folder, name):
+    """The object in a JSON file of a run; {} if there is no such file yet."""
+    file = folder / f"{name}.json"
+    return read_json(file) if file.exists() else {}
+
+
 def section(name, folder):
-    """What one run left, as HTML: pictures first."""
+    """One run as HTML, pictures first."""
     if not (folder / "settings.json").exists():
         raise InputError(f"{folder} holds no settings.json: give the folder of a run")
-    read = {part: read_json(folder / f"{part}.json") if (folder / f"{part}.json").exists() else {}
-            for part in ("result", "scores", "settings")}
-    result, scores, log = read["result"], read["scores"], training_log(folder / "metrics.jsonl")
+    result = stored(folder, "result")
     text = [f"<h2>{html.escape(name)}</h2>"]
     if not result:
         text.append("<p>This run has no result yet.</p>")
     text.append(html_table({SCORED[key]: result[key] for key in SCORED if result.get(key) is not None}))
     for part, title in REPORT_PICTURES.items():
-        if (folder / f"{part}.png").exists():
-            text.append(html_picture(title, (folder / f"{part}.png").read_bytes()))
+        file = folder / f"{part}.png"
+        if file.exists():
+            text.append(html_picture(title, file.read_bytes()))
         if part == "curves" and (folder / "curves.json").exists():
-            rows = load_result(folder)["curves"]
-            distances = {f"{TASK_NAME[task]}, {label_of(arm, row['arms'][arm])}": distance(row | row["arms"], arm)
-                         for task, row in rows.items() for arm in row["arms"]}
-            text += ["<p>Mean distance to the target:</p>", html_table(distances)]
-    if any(task in row for row in log for task in aia.TASKS):
-        drawn = io.BytesIO()
-        plot_losses(log, drawn)
-        text.append(html_picture("Losses of all stages", drawn.getvalue()))
-    arms = [arm for arm in ("before", "control") if arm in scores]
-    for key, title in (("und_by_topic", "Questions, share right"), ("und_by_kind", "Questions, share right"),
-                       ("gen_by_skill", "Drawings, share right")):              # the second in older runs
-        if key in scores:
-            columns = [scores[arm].get(key, {}) for arm in arms] + [scores[key]]
-            rows = {kind: [column.get(kind) for column in columns] for kind in scores[key]}
-            text += [f"<h3>{title}</h3>", html_table(
-                rows, "", *(LABEL[arm] for arm in arms), final_label(folder))]
-    for file in sorted(folder.glob("*/scores.json")):                           # benchmarks scored into the run folder
-        text += [f"<h3>{html.escape(file.parent.name)}</h3>", html_table(read_json(file))]
-    for title, rows in (("Machine", result.get("machine")), ("Settings", read["settings"])):
+            text += ["<p>Mean distance to the target:</p>", html_table(distances(folder))]
+    log = [row for row in training_log(folder / "metrics.jsonl") if set(aia.TASKS) & set(row)]
+    if log:                                          # without the picture tokenizer, which has other losses
+        text.append(html_picture("Losses of all phases", plot_losses(log)))
+    text += score_tables(folder)
+    for title, rows in (("Machine", result.get("machine")), ("Settings", stored(folder, "settings"))):
         if rows:
             text.append(f"<details><summary>{title}</summary>{html_table(rows)}</details>")
     return "".join(text)
 
 
-def plot_losses(log, file):
-    """Next-token loss and L_AIA of each report, the stages of a run one after the other."""
-    figure, panels = canvas([*TASK_NAME.values()], "loss", "step, all stages", None)
-    start, ends = {}, {}
-    for row in log:                                  # in the order of training; the picture tokenizer has other losses
-        if not set(aia.TASKS) & set(row):
-            continue
+def distances(folder):
+    """{task and model: mean distance of its curve to the target}."""
+    found = {}
+    for task, row in load_result(folder)["curves"].items():
+        for arm, curve in row["arms"].items():
+            found[f"{TASK_NAME[task]}, {label_of(arm, curve)}"] = distance(row | row["arms"], arm)
+    return found
+
+
+def score_tables(folder):
+    """Scores by topic and skill, with a column for each model of the run, and benchmarks scored into its folder."""
+    scores = stored(folder, "scores")
+    arms = [arm for arm in ("before", "control") if arm in scores]
+    text = []
+    for key, title in SCORED_BY.items():
+        if key in scores:
+            columns = [*(scores[arm].get(key, {}) for arm in arms), scores[key]]
+            heads = [*(LABEL[arm] for arm in arms), final_label(folder)]
+            rows = {name: [column.get(name) for column in columns] for name in scores[key]}
+            text += [f"<h3>{title}</h3>", html_table(rows, "", *heads)]
+    for file in sorted(folder.glob("*/scores.json")):
+        text += [f"<h3>{html.escape(file.parent.name)}</h3>", html_table(read_json(file))]
+    return text
+
+
+def plot_losses(log):
+    """Next-token loss and L_AIA of each report, the phases of a run one after the other -> PNG, as bytes."""
+    figure, panels = canvas([*TASK_NAME.values()], "loss", "step, all phases", None)
+    start = {}                                       # {phase: steps before it}
+    ends = {}
+    for row in log:                                  # in the order of training
         start.setdefault(row["name"], max(ends.values(), default=0))
         ends[row["name"]] = start[row["name"]] + row["step"]
     for panel, task in zip(panels, aia.TASKS, strict=True):
-        for key, colour, label in (("ntp", "#0072B2", "next-token loss"), ("aia", "#D55E00", "L_AIA")):
+        for key, colour, label in (("ntp", BLUE, "next-token loss"), ("aia", VERMILION, "L_AIA")):
             for number, (name, first) in enumerate(start.items()):
                 rows = [row for row in log if row["name"] == name and task in row and key in row[task]]
                 panel.plot([first + row["step"] for row in rows], [row[task][key] for row in rows], color=colour,
@@ -114,9 +134,15 @@ def plot_losses(log, file):
         for name, first in start.items():
             panel.axvline(first, color="#bbbbbb", linewidth=0.8)
             panel.annotate(f" {name}", (first, 0.99), xycoords=panel.get_xaxis_transform(), va="top", fontsize=8)
-    save_figure(figure, panels, file, None)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "losses.png"
+        save_figure(figure, panels, file, None)
+        return file.read_bytes()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# HTML
+# ---------------------------------------------------------------------------------------------------------------------
 def html_picture(title, png):
     """A picture that is part of the page."""
     code = base64.b64encode(png).decode()
@@ -124,8 +150,10 @@ def html_picture(title, png):
 
 
 def html_table(rows, *heads):
-    """{first cell: other cell, or list of them} as a table, with heads if there are several columns."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"] if heads else []
+    """{first cell: second cell} as a table, or with heads {first cell: [the other cells]}."""
+    lines = []
+    if heads:
+        lines.append("<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>")
     for key, value in rows.items():
         cells = "".join(f"<td>{cell_text(cell)}</td>" for cell in (value if heads else [value]))
         lines.append(f"<tr><td>{html.escape(str(key))}</td>{cells}</tr>")
@@ -133,14 +161,16 @@ def html_table(rows, *heads):
 
 
 def cell_text(value):
-    """A value as HTML: numbers with four digits, what is nested in one line."""
+    """A value as HTML: numbers with four digits, nested values on one line."""
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{html.escape(str(key))} {cell_text(x)}" for key, x in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(cell_text, value)) or "none"
-    return "none" if value is None else html.escape(str(value))
+    return html.escape(str(value))
 
 
 def main(argv=None):

@@ -1,6 +1,10 @@
-"""The papers in miniature: each row against a baseline of the same seed, several seeds, an interval for every claim.
+"""The papers in miniature: rows of their tables on the built-in world, each against a baseline of the same seed.
 
-    python -m lab.study --quick
+Several seeds, and a 95 % interval for every claim; AIA's Tables 1 and 3 and Fig. 3, and UniFork (arXiv 2506.17202).
+
+    python -m lab.study --quick                 # five rows of one seed
+    python -m lab.study                         # groups 1 and 2, five seeds: hours
+    python -m lab.study --rows 6 --seeds 0      # the search for a conflict between the tasks
 """
 
 from dataclasses import dataclass, replace
@@ -14,22 +18,23 @@ import train
 from eval import distance
 from lab.alignment import Alignment, alignment
 from lab.figures import correlation
-from parts.settings import InputError, machine, opt, parse, read_json, run_command, tell, write_json
+from parts.settings import InputError, machine, opt, parse, parse_ratio, read_json, run_command, tell, write_json
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+# ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Row:
-    """A row: the groups that it belongs to, its flags, the weights of the same seed that it begins from (a row and a
-    folder of its run; "": none, a whole run) and the row that it is compared with."""
+    """A run of train.py for each seed."""
 
-    groups: str
-    flags: dict
-    start: str = "aia/before"
-    baseline: str = "unified"
+    groups: str                                     # a digit for each group it belongs to
+    flags: dict                                     # its settings
+    start: str = "aia/before"                       # weights of the same seed: ROW, or ROW/FOLDER of its run; "": none
+    baseline: str = "unified"                       # the row it is compared with
 
 
 OFF = {"aia_weight": "off"}
-BOTH = ("", OFF), ("+aia", {})
 # Worlds and models in which the tasks may be in each other's way: chosen before any of them was run.
 SETTINGS = {"half": {"preset": "tiny-half"}, "janus": {"preset": "tiny-janus"}, "words": {"shapes": 8, "colours": 8},
             "crowd": {"shapes": 6, "colours": 6, "objects": 4}}
@@ -37,101 +42,129 @@ SETTINGS |= {f"{one}-crowd": SETTINGS[one] | SETTINGS["crowd"] for one in ("half
 EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("und", "0:1"))}
 
 
-def rows_of(name, flags, groups):
-    """A setting without and with AIA, with a fork, and its experts where it is searched for a conflict (group 6). The
-    search itself does without cures: where it found something to cure, they are run by name."""
-    return {name: Row(groups, flags | OFF, "", ""),
+def arms_of(name, groups, flags, start="aia/before", baseline="unified"):
+    """The same flags without AIA, compared with a baseline, and with AIA, compared with the former."""
+    return {name: Row(groups, flags | OFF, start, baseline), f"{name}+aia": Row(groups, flags, start, name)}
+
+
+def setting_rows(name, flags, groups):
+    """A setting from the beginning, with AIA and with a fork from its weights, and its experts if a conflict is
+    searched for (group 6). The search leaves out AIA and fork: where it finds a conflict, they are run by name."""
+    rows = {name: Row(groups, flags | OFF, "", ""),
             f"{name}+aia": Row(groups.strip("6"), flags, f"{name}/before", name),
-            f"{name}+fork": Row("", flags | {"fork_layer": 2} | OFF, f"{name}/before", name),
-            **{f"{name}-{task}": Row("6", flags | own, "", "") for task, own in EXPERTS.items() if "6" in groups}}
+            f"{name}+fork": Row("", flags | {"fork_layer": 2} | OFF, f"{name}/before", name)}
+    if "6" in groups:
+        rows |= {f"{name}-{task}": Row("6", flags | own, "", "") for task, own in EXPERTS.items()}
+    return rows
 
 
-ROWS = {
-    "aia": Row("1", {}, ""), "unified": Row("1", OFF, baseline=""),
-    **{f"expert-{task}": Row("1", flags, "", "") for task, flags in EXPERTS.items()},
-    **{f"unifork-{layer}": Row("1", {"fork_layer": layer} | OFF) for layer in (1, 2)},
-    # Both from the beginning: a preset has a start of its own for the picture tokenizer, these two have the same.
-    "wide": Row("1", {"preset": "tiny-wide"} | OFF, "", ""),
-    "unifork": Row("1", {"preset": "tiny-unifork"} | OFF, "", "wide"),
-    "raw": Row("2", {"aia_variant": "raw"}), "no-huber": Row("2", {"aia_variant": "no-huber"}),
-    **{f"rho-{rho}": Row("2", {"rho": float(rho)}) for rho in (1, 10, 100)},
-    **{name: Row("2", {"aia_weight": name}) for name in ("paper", "released")},
-    **{name: Row("2", {"aia_targets": name}) for name in aia.REFERENCES},
-    "experts-curves": Row("2", {"aia_targets": "experts"}),
-    **{f"{gen}to{und}{arm}": Row("3", {"ratio": f"{gen}:{und}"} | flags, baseline=f"{gen}to{und}" if arm else "unified")
-       for gen, und in ((2, 1), (4, 1), (1, 2)) for arm, flags in BOTH},
-    **{f"tuned{arm}": Row("4", {"preset": "tiny-janus"} | flags, "janus", "tuned" if arm else "janus")
-       for arm, flags in BOTH},
-    **{f"long{arm}": Row("5", {"steps": 3 * train.TUNE.steps} | flags, baseline="long" if arm else "unified")
-       for arm, flags in BOTH},
-    **rows_of("double", {"preset": "tiny-double"}, "5"),
-    **{row: what for name, flags in SETTINGS.items()
-       for row, what in rows_of(name, flags, {"half": "56", "janus": "46"}.get(name, "6")).items()}}
-# Unified model: how the names of its two experts begin, and of the row that joins them.
+def all_rows():
+    """{name: Row}, group by group."""
+    rows = {"aia": Row("1", {}, ""), "unified": Row("1", OFF, baseline="")}
+    rows |= {f"expert-{task}": Row("1", flags, "", "") for task, flags in EXPERTS.items()}
+    rows |= {f"unifork-{layer}": Row("1", {"fork_layer": layer} | OFF) for layer in (1, 2)}
+    # Both from the beginning. The first weights of a picture tokenizer depend on the preset; these two share them.
+    rows["wide"] = Row("1", {"preset": "tiny-wide"} | OFF, "", "")
+    rows["unifork"] = Row("1", {"preset": "tiny-unifork"} | OFF, "", "wide")
+    rows |= {variant: Row("2", {"aia_variant": variant}) for variant in ("raw", "no-huber")}
+    rows |= {f"rho-{rho}": Row("2", {"rho": float(rho)}) for rho in (1, 10, 100)}
+    rows |= {name: Row("2", {"aia_weight": name}) for name in ("paper", "released")}
+    rows |= {name: Row("2", {"aia_targets": name}) for name in aia.REFERENCES}
+    rows["experts-curves"] = Row("2", {"aia_targets": "experts"})
+    for gen, und in ((2, 1), (4, 1), (1, 2)):
+        rows |= arms_of(f"{gen}to{und}", "3", {"ratio": f"{gen}:{und}"})
+    rows |= arms_of("tuned", "4", {"preset": "tiny-janus"}, "janus", "janus")
+    rows |= arms_of("long", "5", {"steps": 3 * train.TUNE.steps})
+    rows |= setting_rows("double", {"preset": "tiny-double"}, "5")
+    for name, flags in SETTINGS.items():
+        groups = {"half": "56", "janus": "46"}.get(name, "6")
+        rows |= setting_rows(name, flags, groups)
+    return rows
+
+
+ROWS = all_rows()
+# {unified model: (how the names of its two experts begin, the row that joins them)}
 PAIRS = {"unified": ("expert", "experts")} | {name: (name, f"{name}-experts") for name in SETTINGS}
 PUBLISHED = Path("assets/study.json")
 QUICK = ("aia", "unified", "unifork-2", "raw", "no-huber")
-# 97.5 % point of Student's t for 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # more seeds: the last, a little too wide
+# 97.5 % point of Student's t for 1, 2, ... degrees of freedom; with more seeds the last, which is a little too wide
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Study:
-    """Run the rows of the study that are not there yet, and write what all finished ones say. It may be stopped at any
-    time."""
+    """Run the rows of the study that are not finished, and write tables of all finished ones. Stop it at any time; the
+    same command goes on."""
 
     rows: tuple = opt(("1", "2"), "groups 1 to 6, or names of rows")
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
-    quick: bool = opt(False, "five rows of one seed: to show how it goes, not what is true")
+    quick: bool = opt(False, "five rows of one seed: shows how it works, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
     out: str = opt("", "JSON file to write; empty: assets/study.json, or study.json in the folder of runs with --quick "
-                   "and where the former knows more runs")
+                   "or if assets/study.json holds runs that are not in that folder")
 
 
 def study(settings):
     """All rows and seeds, one after the other -> {claim: verdict}."""
-    groups = {group for row in ROWS.values() for group in row.groups}
-    names = QUICK if settings.quick else [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
-    unknown, runs = {*settings.rows} - {*ROWS} - groups, Path(settings.runs)
+    names = chosen_rows(settings)
     seeds = settings.seeds[:1] if settings.quick else settings.seeds
-    if unknown or not names:
-        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
-    if not (seeds and all(seed.isdecimal() for seed in seeds)):
-        raise InputError(f"--seeds {' '.join(seeds)}: give whole numbers")
-    if settings.out and not Path(settings.out).parent.is_dir():
-        raise InputError(f"--out {settings.out}: there is no folder {Path(settings.out).parent}")
-    names = dict.fromkeys(needed for name in names for needed in (*needs(name), name))
+    runs = Path(settings.runs)
     todo = [(int(seed), name) for seed in seeds for name in names]
-    published = names_of(read_json(PUBLISHED)["rows"]) if PUBLISHED.exists() else set()
+    published = runs_in(read_json(PUBLISHED)["rows"]) if PUBLISHED.exists() else set()
     for number, (seed, name) in enumerate(todo, 1):
         print(f"== {name}, seed {seed}: row {number} of {len(todo)}")
         run_row(name, seed, runs)
         found = finished_rows(runs)
         content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": machine()}
-        known = published <= names_of(found) and not settings.quick             # nothing that was found is lost
-        out = settings.out or (PUBLISHED if known else runs / "study.json")
+        complete = published <= runs_in(found) and not settings.quick           # nothing published would be lost
+        out = settings.out or (PUBLISHED if complete else runs / "study.json")
         write_json(content, out)
-    print_study(content)
+    print_rows(content["summary"])
+    print_conflicts(content["summary"])
+    print_claims(content["claims"])
     print(f"written to {out}")
     return {claim["claim"]: claim["verdict"] for claim in content["claims"]}
 
 
-def names_of(rows):
-    """Which runs the rows of a study tell of."""
+def chosen_rows(settings):
+    """Names of the rows that were asked for, after those they need; refuses what cannot be run."""
+    groups = {group for row in ROWS.values() for group in row.groups}
+    unknown = {*settings.rows} - {*ROWS} - groups
+    names = QUICK
+    if not settings.quick:
+        names = [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
+    if unknown or not names:
+        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
+    if not (settings.seeds and all(seed.isdecimal() for seed in settings.seeds)):
+        raise InputError(f"--seeds {' '.join(settings.seeds)}: give whole numbers")
+    if settings.out and not Path(settings.out).parent.is_dir():
+        raise InputError(f"--out {settings.out}: there is no folder {Path(settings.out).parent}")
+    return list(dict.fromkeys(needed for name in names for needed in (*needs(name), name)))
+
+
+def runs_in(rows):
+    """{(row, seed)} of the rows of a study."""
     return {(row["row"], row["seed"]) for row in rows}
 
 
 def needs(name):
-    """The rows that one begins from or takes its targets from."""
+    """The rows that must be run before this one, for the weights it starts from or the curves that are its targets."""
     row = ROWS[name]
-    start = row.start.partition("/")[0]
-    experts = [f"expert-{task}" for task in EXPERTS] if row.flags.get("aia_targets") == "experts" else []
-    return [*experts, *([*needs(start), start] if start else [])]
+    rows = []
+    if row.flags.get("aia_targets") == "experts":
+        rows += [f"expert-{task}" for task in EXPERTS]
+    if start := row.start.partition("/")[0]:
+        rows += [*needs(start), start]
+    return rows
 
 
 def run_row(name, seed, runs):
-    """Run one row of one seed, or go on with it, unless it is there."""
-    row, folder = ROWS[name], runs / f"{name}-seed{seed}"
+    """Run one row of one seed, or continue it, unless it is finished."""
+    row = ROWS[name]
+    folder = runs / f"{name}-seed{seed}"
     start, _, part = row.start.partition("/")
     flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
     flags["init"] = str(runs / f"{start}-seed{seed}" / part) if start else ""
@@ -139,12 +172,13 @@ def run_row(name, seed, runs):
         flags["aia_targets"] = str(experts_targets(runs, seed))
     config = train.TrainConfig(**flags)
     if (folder / "result.json").exists():
-        stored = read_json(folder / "settings.json")                            # what it began from may have moved
-        ours = {name: getattr(config, name) for name in ("init", "aia_targets") if stored.get(name)}
+        stored = read_json(folder / "settings.json")
+        # Paths of what it started from: the whole folder may have been moved.
+        ours = {field: getattr(config, field) for field in ("init", "aia_targets") if stored.get(field)}
         train.check_settings(stored | ours, config, folder)
     else:
         phases = train.plan(config)
-        if 0 in train.parse_ratio(config.ratio):    # as many samples of its task a step as a model of both
+        if 0 in parse_ratio(config.ratio):          # an expert: as many samples of its task a step as a unified model
             phases = [phase if phase.ratio or phase.pictures else replace(phase, batch_size=phase.batch_size // 2)
                       for phase in phases]
         train.train(config, phases)
@@ -152,38 +186,53 @@ def run_row(name, seed, runs):
         alignment(Alignment(checkpoint=str(folder), n=512))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what they gave
+# ---------------------------------------------------------------------------------------------------------------------
 def finished_rows(runs):
-    """What each finished run of the folder gave, in the order of ROWS."""
+    """What `read_row` keeps of each finished run in a folder, in the order of ROWS."""
     found = []
     for name, row in ROWS.items():
-        files = ("result.json", "alignment.json") if "1" in row.groups else ("result.json",)
-        folders = {folder.name.removeprefix(f"{name}-seed"): folder for folder in runs.glob(f"{name}-seed*")
-                  if all((folder / file).exists() for file in files)}
-        found += [read_row(name, int(seed), folders[seed]) for seed in sorted(filter(str.isdecimal, folders), key=int)
-                  if read_json(folders[seed] / "settings.json")["seed"] == int(seed)]                    # no copies
+        files = ["result.json", "settings.json"]
+        if "1" in row.groups:
+            files.append("alignment.json")
+        rows = []
+        for folder in runs.glob(f"{name}-seed*"):
+            if all((folder / file).exists() for file in files):
+                seed = read_json(folder / "settings.json")["seed"]
+                if folder.name == f"{name}-seed{seed}":                         # no copy under another name
+                    rows.append(read_row(name, seed, folder))
+        found += sorted(rows, key=itemgetter("seed"))
     return found
 
 
 def read_row(name, seed, folder):
-    """Scores, losses on held-out samples, distance to the targets, seconds; curves and alignment where there are."""
-    result, curves = (read_json(folder / f"{file}.json") for file in ("result", "curves"))
+    """Scores, losses on held-out samples, distances to the targets, seconds and GB; curves, parts of the scores and
+    alignment where there are any."""
+    result = read_json(folder / "result.json")
+    curves = read_json(folder / "curves.json")
     row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
     for task in aia.TASKS:
         tuned, before = curves[task]["after"], curves[task].get("before")
         if tuned:
-            row[task + "_curve"] = tuned["intensity"]
-            row |= {f"{key}_{task}": tuned[key] for key in ("ntp", "aia")} | {
-                f"distance_{task}": distance(curves[task], "after"), f"std_{task}": float(np.mean(tuned["std"]))}
-            row |= {f"aia_before_{task}": before["aia"]} if before else {}
+            row |= {f"{task}_curve": tuned["intensity"], f"ntp_{task}": tuned["ntp"], f"aia_{task}": tuned["aia"],
+                    f"distance_{task}": distance(curves[task], "after"), f"std_{task}": float(np.mean(tuned["std"]))}
+        if tuned and before:
+            row[f"aia_before_{task}"] = before["aia"]
+    scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
+    if "und_by_kind" in scores:                     # older runs
+        scores["und_by_topic"] = scores["und_by_kind"]
+    row |= {key: part[key] for part in (result, scores) for key in DETAILS if key in part}
     if (folder / "alignment.json").exists():
-        alignment = read_json(folder / "alignment.json")
-        row["alignment"] = {task: alignment[task]["score"]["10"] for task in aia.TASKS}
+        aligned = read_json(folder / "alignment.json")
+        row["alignment"] = {task: aligned[task]["score"]["10"] for task in aia.TASKS}
     return row
 
 
 def experts_targets(runs, seed):
-    """Targets made of the curves of this seed's experts."""
-    file, table = runs / f"experts-seed{seed}.json", {}
+    """Write targets made of the curves of this seed's experts -> their file."""
+    file = runs / f"experts-seed{seed}.json"
+    table = {}
     for task in aia.TASKS:
         curve = read_json(runs / f"expert-{task}-seed{seed}/curves.json")[task]["after"]["intensity"]
         table[task] = aia.stages_from_curve(curve, task)
@@ -191,64 +240,92 @@ def experts_targets(runs, seed):
     return file
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Means, intervals, differences
+# ---------------------------------------------------------------------------------------------------------------------
 def interval(values):
-    """Mean and half of its 95 % interval (Student's t); None without at least three seeds."""
+    """Mean and half of its 95 % interval (Student's t); None for fewer than three seeds."""
     mean = float(np.mean(values))
     if len(values) < 3:
         return mean, None
     return mean, float(STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def verdict(mean, interval):
-    """Of a figure that is above zero where a claim holds."""
-    decided = interval is not None and abs(mean) > interval > 0                 # 0: equal by chance, scores have steps
-    return ("holds" if mean > 0 else "does not hold") if decided else "not decided here"
+def mean_of(values):
+    """Mean of numbers, or of each entry of dicts with equal keys."""
+    if isinstance(values[0], dict):
+        return {key: mean_of([value[key] for value in values]) for key in values[0]}
+    return float(np.mean(values))
 
 
 def mean_score(row):
+    """Mean of understanding and generation."""
     return (row["und"] + row["gen"]) / 2
 
 
-MEASURES = ("ntp", "aia_before", "aia", "distance")
+MEASURES = ("ntp", "aia_before", "aia", "distance")                             # of each task
+DETAILS = ("und_by_topic", "gen_by_skill", "reader", "psnr", "rss_gb")          # of a run; older ones may lack some
 COMPARED = {key: itemgetter(key) for key in ("und", "gen", "ntp_und", "ntp_gen")} | {"both": mean_score}
 
 
 def summary_of(rows):
-    """{row: both scores with mean and interval; differences to its baseline, paired by seed, of scores, of their mean
-    ("both") and of next-token losses; means of losses, distances and its own seconds}; two experts are one row more."""
-    table, result = by_row(rows), {}
+    """{row: its seeds and seconds, both scores with mean and interval, means of MEASURES and DETAILS; differences to
+    its baseline, paired by seed, of scores, of their mean ("both") and of next-token losses}. Two experts make one row
+    more."""
+    table = by_row(rows)
     baselines = {name: row.baseline for name, row in ROWS.items()} | {joint: name for name, (_, joint) in PAIRS.items()}
+    result = {}
     for name, seeds in table.items():
         base = table.get(baselines[name], {})
         shared = sorted({*seeds} & {*base})
-        result[name] = {"seeds": sorted(seeds), "seconds": float(np.mean([row["seconds"] for row in seeds.values()])),
-                        "baseline": baselines[name] if shared else "", "paired": shared}
+        runs = [*seeds.values()]
+        summary = {"seeds": sorted(seeds), "seconds": mean_of([row["seconds"] for row in runs]),
+                   "baseline": baselines[name] if shared else "", "paired": shared} | means_of(runs, DETAILS)
         for task in aia.TASKS:
-            mean, half = interval([row[task] for row in seeds.values()])
-            result[name][task] = {"mean": mean, "interval": half} | {
-                key: float(np.mean([row[f"{key}_{task}"] for row in seeds.values()]))
-                for key in MEASURES if all(f"{key}_{task}" in row for row in seeds.values())}
+            mean, half = interval([row[task] for row in runs])
+            summary[task] = {"mean": mean, "interval": half} | means_of(runs, MEASURES, f"_{task}")
         if shared:
-            result[name]["difference"] = {key: dict(zip(("mean", "interval"), interval(
-                [of(seeds[seed]) - of(base[seed]) for seed in shared]), strict=True)) for key, of in COMPARED.items()}
+            summary["difference"] = {}
+            for key, value in COMPARED.items():
+                mean, half = interval([value(seeds[seed]) - value(base[seed]) for seed in shared])
+                summary["difference"][key] = {"mean": mean, "interval": half}
+        result[name] = summary
     return result
 
 
+def means_of(runs, keys, ending=""):
+    """{key: mean of the runs' key + ending}, without keys that some run lacks."""
+    shared = [key for key in keys if all(key + ending in run for run in runs)]
+    return {key: mean_of([run[key + ending] for run in runs]) for key in shared}
+
+
 def by_row(rows):
-    """{row: {seed: row}}; "experts" has understanding of the one and generation of the other, and so have those of each
-    setting."""
+    """{row: {seed: row}}; "experts" joins understanding of one expert and generation of the other, and so do the rows
+    of the other settings."""
     table = {}
     for row in rows:
         table.setdefault(row["row"], {})[row["seed"]] = row
     for prefix, joint in PAIRS.values():
         for seed in sorted({*table.get(f"{prefix}-gen", {})} & {*table.get(f"{prefix}-und", {})}):
-            parts = {task: table[f"{prefix}-{task}"][seed] for task in aia.TASKS}
-            row = {key: value for task, part in parts.items() for key, value in part.items() if key.endswith(task)
-                   or key.startswith(task)} | {"seconds": sum(part["seconds"] for part in parts.values())}
-            if all("alignment" in part for part in parts.values()):
-                row["alignment"] = {task: part["alignment"][task] for task, part in parts.items()}
+            experts = {task: table[f"{prefix}-{task}"][seed] for task in aia.TASKS}
+            row = {"seconds": sum(expert["seconds"] for expert in experts.values())}
+            for task, expert in experts.items():
+                row |= {key: value for key, value in expert.items() if key.startswith(task) or key.endswith(task)}
+            if all("alignment" in expert for expert in experts.values()):
+                row["alignment"] = {task: expert["alignment"][task] for task, expert in experts.items()}
             table.setdefault(joint, {})[seed] = row
     return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims of the papers
+# ---------------------------------------------------------------------------------------------------------------------
+def verdict(mean, interval):
+    """Whether a claim holds, given a figure that is above zero if it does."""
+    decided = interval is not None and abs(mean) > interval > 0                 # 0: equal by chance, scores have steps
+    if not decided:
+        return "not decided here"
+    return "holds" if mean > 0 else "does not hold"
 
 
 def gap(row, other):
@@ -262,12 +339,13 @@ def better(row, *others):
 
 
 def between(experts, shared):
-    """How far understanding's alignment of the last layer is above the shared model's, and generation's below."""
+    """How far, in the last layer, the shared model's alignment is below the experts' in understanding, and above in
+    generation."""
     und, gen = (experts["alignment"][task][-1] - shared["alignment"][task][-1] for task in ("und", "gen"))
     return [und, -gen]
 
 
-# Claim, rows that it needs, and for each seed a number, or several, all above zero where the claim holds.
+# Claim, the rows it needs, and their number for each seed, above zero if the claim holds; or several such numbers.
 CLAIMS = (
     ("the two tasks' curves correlate negatively", ("unified",),
      lambda plain: -(correlation(plain["gen_curve"], plain["und_curve"]) or 0.0)),
@@ -299,54 +377,80 @@ CLAIMS = (
 
 
 def claims_of(rows):
-    """Verdict of each claim: one of several numbers decides against it, all decide for it; the figure is the least of
-    those that decided."""
-    table, found = by_row(rows), []
+    """Verdict of each claim. Of several numbers one clear failure rejects it, and it holds only if all hold; the figure
+    is the smallest of those that decided."""
+    table = by_row(rows)
+    found = []
     for claim, names, number in CLAIMS:
         seeds = sorted(set.intersection(*({*table.get(name, {})} for name in names)))
         values = [np.atleast_1d(number(*(table[name][seed] for name in names))) for seed in seeds]
         parts = [interval(part) for part in zip(*values, strict=True)] or [(None, None)]
-        verdicts = {verdict(*part) for part in parts}
+        verdicts = [verdict(*part) for part in parts]
         decision = next((one for one in ("does not hold", "not decided here") if one in verdicts), "holds")
-        mean, half = min((part for part in parts if verdict(*part) == decision), key=lambda part: part[0])
+        mean, half = min((part for part in parts if verdict(*part) == decision), key=itemgetter(0))
         found.append({"claim": claim, "verdict": decision, "figure": mean, "interval": half, "seeds": len(seeds)})
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables in Markdown
+# ---------------------------------------------------------------------------------------------------------------------
 def with_interval(mean, interval, sign="+"):
-    """Mean with its interval, if there is one."""
-    return f"{mean:{sign}.3f}" + (f" ± {interval:.3f}" if interval is not None else "")
+    """Mean with its interval, if it has one."""
+    text = f"{mean:{sign}.3f}"
+    return text if interval is None else f"{text} ± {interval:.3f}"
 
 
-def print_study(content):
-    """Rows, settings and claims as tables in Markdown."""
-    print("\n| row | seeds | understanding | generation | difference to | und | gen | loss und | gen | L_AIA und | "
-          "gen | distance und | gen | minutes |\n" + "|---" * 14 + "|")
+def print_table(title, heads, rows):
+    """A title, and rows of cells."""
+    print(f"\n{title}\n\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for cells in rows:
+        print(f"| {' | '.join(cells)} |")
+
+
+def print_rows(summary):
+    """Scores, losses and distances of each row; experts only as pairs."""
+    alone = {f"{prefix}-{task}" for prefix, _ in PAIRS.values() for task in EXPERTS}
     tasks = ("und", "gen")
-    alone = {f"{prefix}-{task}" for prefix, _ in PAIRS.values() for task in EXPERTS}         # shown in pairs
-    for name, row in ((name, row) for name, row in content["summary"].items() if name not in alone):
+    rows = []
+    for name, row in summary.items():
+        if name in alone:
+            continue
+        base = row["baseline"] or "-"
+        if row["baseline"] and row["paired"] != row["seeds"]:
+            base += f" ({len(row['paired'])})"
         cells = [name, str(len(row["seeds"]))]
         cells += [with_interval(row[task]["mean"], row[task]["interval"], "") for task in tasks]
-        few = f" ({len(row['paired'])})" if row["baseline"] and row["paired"] != row["seeds"] else ""
-        cells += [row["baseline"] + few or "-"]
+        cells += [base]
         cells += [with_interval(**row["difference"][task]) if row["baseline"] else "-" for task in tasks]
         cells += [f"{row[task]['ntp']:.4f}" if "ntp" in row[task] else "-" for task in tasks]
         cells += [f"{row[task]['aia_before']:.4f} -> {row[task]['aia']:.4f}" if "aia_before" in row[task] else "-"
                   for task in tasks]
         cells += [f"{row[task]['distance']:.3f}" if "distance" in row[task] else "-" for task in tasks]
-        cells += [f"{row['seconds'] / 60:.1f}"]
-        print(f"| {' | '.join(cells)} |")
-    print("\nWhat two experts gain over a unified model (a conflict: scores above 0, losses below 0)\n\n"
-          "| setting | seeds | understanding | generation | loss und | loss gen | conflict |\n" + "|---" * 7 + "|")
-    for name, row in ((name, content["summary"].get(joint)) for name, (_, joint) in PAIRS.items()):
+        rows.append([*cells, f"{row['seconds'] / 60:.1f}"])
+    print_table("Rows", ("row", "seeds", "understanding", "generation", "difference to", "und", "gen", "loss und",
+                         "gen", "L_AIA und", "gen", "distance und", "gen", "minutes"), rows)
+
+
+def print_conflicts(summary):
+    """What two experts gain over a unified model."""
+    rows = []
+    for name, (_, joint) in PAIRS.items():
+        row = summary.get(joint)
         if row and row["baseline"]:
             cells = [with_interval(**row["difference"][key]) for key in ("und", "gen", "ntp_und", "ntp_gen")]
-            cells += [verdict(**row["difference"]["both"])]
-            print(f"| {name} | {len(row['paired'])} | {' | '.join(cells)} |")
-    print("\n| claim | verdict | figure (above 0 where it holds) | seeds |\n|---|---|---|---|")
-    for claim in content["claims"]:
+            rows.append([name, str(len(row["paired"])), *cells, verdict(**row["difference"]["both"])])
+    print_table("What two experts gain over a unified model (a conflict: scores above 0, losses below 0)",
+                ("setting", "seeds", "understanding", "generation", "loss und", "loss gen", "conflict"), rows)
+
+
+def print_claims(claims):
+    """Verdicts, with the figures they rest on."""
+    rows = []
+    for claim in claims:
         figure = with_interval(claim["figure"], claim["interval"]) if claim["seeds"] else "-"
-        print(f"| {claim['claim']} | {claim['verdict']} | {figure} | {claim['seeds']} |")
+        rows.append([claim["claim"], claim["verdict"], figure, str(claim["seeds"])])
+    print_table("Claims", ("claim", "verdict", "figure (above 0 where it holds)", "seeds"), rows)
 
 
 def main(argv=None):

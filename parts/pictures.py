@@ -1,4 +1,7 @@
-"""Pictures from files to tensors: what is refused, and how each model resizes what it sees and what it draws."""
+"""Pictures from files to tensors: what is refused, and how each model resizes what it sees and what it draws.
+
+    python -m pytest tests/test_pictures.py
+"""
 
 import io
 import re
@@ -14,7 +17,7 @@ MIN_SIDE = {"emu3": 8, "janus": 1}               # Emu3's own limit
 
 
 def check_size(width, height, kind):
-    """Refuse pictures that no transform handles sensibly."""
+    """Refuse sizes for which no resize of the model makes sense."""
     if width * height > Image.MAX_IMAGE_PIXELS:
         raise InputError(f"the picture has {width} x {height} pixels (limit {Image.MAX_IMAGE_PIXELS}): shrink it first")
     if max(width, height) > MAX_RATIO[kind] * min(width, height):
@@ -24,7 +27,7 @@ def check_size(width, height, kind):
 
 
 def open_picture(source, kind):
-    """Path or bytes of a picture file -> Pillow picture: header read, size checked, pixels yet to come."""
+    """Path or bytes of a picture file -> Pillow picture of an accepted size; its pixels are read later."""
     name = "the picture" if isinstance(source, bytes) else f"picture {source}"
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -32,18 +35,18 @@ def open_picture(source, kind):
         raise InputError(f"{name} is missing: paths are relative to the JSON file") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large to open safely ({error}): shrink it first") from error
-    except Exception as error:                       # of one file; readers raise whatever a broken one leads them to
-        why = re.sub(" <.*>", "", str(error))        # the address of a buffer
-        raise InputError(f"{name} cannot be opened ({why}): is it a picture, and complete?") from error
+    except Exception as error:                      # Pillow's readers raise anything at a broken file
+        why = re.sub(" <.*>", "", str(error))       # without the address of a buffer
+        raise InputError(f"{name} cannot be opened ({why}): check or replace this file") from error
     if picture.mode[0] in "IF":
-        raise InputError(f"{name} has more than 8 bits a channel ({picture.mode}), which would be cut off: save it "
+        raise InputError(f"{name} has more than 8 bits per channel ({picture.mode}), which RGB would cut off: save it "
                          "with 8")
     check_size(*picture.size, kind)
     return picture
 
 
 def load_picture(source, kind):
-    """Path, bytes or uint8 array -> RGB picture, turned as a viewer shows it."""
+    """Path, bytes or uint8 array (H, W, 3) -> RGB picture, turned as its EXIF tag says."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     picture = open_picture(source, kind)
@@ -59,7 +62,8 @@ def load_picture(source, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 def smart_resize(height, width, config):
     """Emu3's target sides: multiples of the code size, area within min_pixels..max_pixels."""
-    f, area = config.factor, height * width
+    f = config.factor
+    area = height * width
     new = [f * round(side / f) for side in (height, width)]                     # Python rounds half to even
     if new[0] * new[1] > config.max_pixels:
         shrink = (area / config.max_pixels) ** 0.5
@@ -71,17 +75,17 @@ def smart_resize(height, width, config):
 
 
 def to_tensor(picture):
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    """RGB picture or uint8 array (H, W, 3) -> (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1) * 2 - 1
 
 
 def to_picture(pixels):
-    """(3, H, W) in [-1, 1] -> uint8 array (H, W, 3), truncated as both models do."""
+    """(3, H, W) in [-1, 1] -> uint8 array (H, W, 3), rounded down as both models do."""
     return ((pixels.float() + 1) / 2 * 255).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
 def emu3_picture(picture, config, area=None):
-    """Resize for Emu3, keeping the ratio: to `area` pixels first where given (training), then to its code grid."""
+    """Resize for Emu3, keeping the aspect ratio: to `area` pixels if given (in training), then to its code grid."""
     width, height = picture.size
     if area:
         scale = (area / (width * height)) ** 0.5
@@ -91,17 +95,19 @@ def emu3_picture(picture, config, area=None):
     return to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def janus_reading(picture, config):
-    """Resize for SigLIP: the longer side to S with *truncated* sides, centred on grey 127."""
-    size, longest = config.image_size, max(picture.size)
+def siglip_picture(picture, config):
+    """Resize for SigLIP: the longer side to S, sides rounded *down*, centred on a square of grey 127."""
+    size = config.image_size
+    longest = max(picture.size)
     width, height = (max(int(side / longest * size), config.min_side) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     square = Image.new("RGB", (size, size), (127, 127, 127))
-    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    square.paste(picture, ((size - width) // 2, (size - height) // 2))
     return to_tensor(square)
 
 
-def janus_drawing(picture, config):
-    """Resize for the codes of Janus-Pro: halve with a box filter while large, short side to S, centre crop."""
+def janus_picture(picture, config):
+    """Resize for Janus-Pro's picture tokenizer: halve with a box filter while large, short side to S, centre crop."""
     size = config.image_size
     while min(picture.size) >= 2 * size:
         picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
@@ -111,8 +117,25 @@ def janus_drawing(picture, config):
     return to_tensor(picture.crop((left, top, left + size, top + size)))
 
 
-def written(picture, config, training=True):
-    """Resize for the picture tokenizer of either model. Emu3 in training: to the area of a drawn picture."""
+def tokenizer_picture(picture, config, training=True):
+    """Resize for the picture tokenizer of either model; for Emu3 in training, to the area of a drawn picture."""
     if config.kind == "janus":
-        return janus_drawing(picture, config)
-    return emu3_picture(picture, config, config.image_size**2 if training else None)
+        return janus_picture(picture, config)
+    area = config.image_size**2 if training else None
+    return emu3_picture(picture, config, area)
+
+
+def grid_for(aspect, config):
+    """Sides (h, w) of the code grid of a drawn picture with aspect ratio W:H and the area of the model's square one."""
+    try:
+        w, h = (int(part) for part in aspect.split(":"))
+    except ValueError:
+        w = h = 0
+    limit = MAX_RATIO["emu3"]
+    if min(w, h) < 1 or max(w, h) > limit * min(w, h):
+        raise InputError(f"--aspect {aspect!r}: give two whole numbers as WIDTH:HEIGHT, up to {limit}:1")
+    side = config.image_size * (w * h) ** -0.5                                  # pixels per unit of W:H
+    grid = tuple(round(n * side / config.factor) for n in (h, w))               # half to even, as the authors round
+    if config.kind == "janus" and grid != config.grid:
+        raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
+    return grid

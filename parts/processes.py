@@ -1,9 +1,11 @@
-"""One process, or as many as torchrun started: rank and world, who decides, sums over all of them.
+"""One process, or as many as torchrun starts: their number, sums over all of them, decisions of the first, signals.
 
-How a model is wrapped for several processes, and when gradients are summed, is part of train.py.
+How a model is wrapped for several processes, and when gradients are summed, is in train.py.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from datetime import timedelta
 
@@ -13,17 +15,17 @@ from parts.settings import InputError
 
 
 def rank():
-    """Number of this process, from 0."""
+    """Number of this process, counted from 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def processes():
-    """How many processes there are: the world, in torch's words."""
+    """How many processes there are (torch calls it the world size)."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join(device):
-    """Meet the other processes of torchrun, if there are any. From here on only the first one prints."""
+    """Connect to the other processes of torchrun, if there are any. From here on only the first process prints."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if rank():
@@ -31,7 +33,7 @@ def join(device):
 
 
 def all_done():
-    """Wait for every process of a command that otherwise sends nothing. One may have hours of work left."""
+    """Wait for all processes of a command that does not communicate otherwise. One may be hours behind."""
     if processes() > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()
@@ -46,7 +48,7 @@ def over_processes(values):
 
 
 def gathered(values):
-    """The lists of all processes as one."""
+    """The lists of all processes, joined in the order of their ranks."""
     if processes() == 1:
         return values
     lists = [None] * processes()
@@ -55,15 +57,34 @@ def gathered(values):
 
 
 def first_decides(work):
-    """What work() returns, or refuses, on the first process: the same on all of them."""
-    found = [None, None]
+    """Run work() on the first process only; all processes return its result, or raise its InputError."""
+    result = refusal = None
     if rank() == 0:
         try:
-            found[0] = work()
+            result = work()
         except InputError as error:
-            found[1] = str(error)
+            refusal = str(error)
     if processes() > 1:
-        dist.broadcast_object_list(found)
-    if found[1]:
-        raise InputError(found[1])
-    return found[0]
+        sent = [result, refusal]
+        dist.broadcast_object_list(sent)
+        result, refusal = sent
+    if refusal:
+        raise InputError(refusal)
+    return result
+
+
+@contextlib.contextmanager
+def interruptible(stop):
+    """Ctrl-C, SIGTERM and SLURM's USR1 only call stop(number) inside. A second Ctrl-C interrupts at once, except under
+    torchrun, which sends each one twice."""
+    def handle(number, frame):
+        stop(number)
+        if number == signal.SIGINT and processes() == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]        # Windows has no USR1
+    before = {name: signal.signal(getattr(signal, name), handle) for name in names}
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            signal.signal(getattr(signal, name), old)

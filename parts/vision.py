@@ -14,7 +14,7 @@ from parts.settings import stream
 # Picture tokenizers: convolutional encoder, nearest codebook row, convolutional decoder
 # ---------------------------------------------------------------------------------------------------------------------
 class Norm(nn.GroupNorm):
-    """Group norm with 32 groups; takes and ignores the code vectors that SpatialNorm needs."""
+    """Group norm with 32 groups. Takes code vectors like SpatialNorm, and ignores them."""
 
     def __init__(self, channels):
         super().__init__(32, channels, eps=1e-6)
@@ -41,10 +41,12 @@ class ResBlock(nn.Module):
 
     def __init__(self, before, after, norm):
         super().__init__()
-        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1)
-        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1)
+        self.norm1 = norm(before)
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.norm2 = norm(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)           # fresh branches, here and below, begin by adding nothing
+        nn.init.zeros_(self.conv2.weight)           # new branches, here and below, start by adding nothing
 
     def forward(self, x, codes=None):
         y = self.conv1(F.silu(self.norm1(x, codes)))
@@ -52,7 +54,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One attention head over all positions of the grid."""
+    """One attention head over the whole grid."""
 
     def __init__(self, channels, norm):
         super().__init__()
@@ -68,7 +70,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with attention after each where the configuration says so."""
+    """The residual blocks of one resolution, each followed by attention if configured."""
 
     def __init__(self, before, after, blocks, attention, norm):
         super().__init__()
@@ -78,7 +80,8 @@ class Level(nn.Module):
     def forward(self, x, codes=None):
         for i, block in enumerate(self.block):
             x = block(x, codes)
-            x = self.attn[i](x, codes) if self.attn else x
+            if self.attn:
+                x = self.attn[i](x, codes)
         return x
 
 
@@ -87,7 +90,8 @@ class Middle(nn.Module):
 
     def __init__(self, channels, norm):
         super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels, norm), AttnBlock(channels, norm)
+        self.block_1 = ResBlock(channels, channels, norm)
+        self.attn_1 = AttnBlock(channels, norm)
         self.block_2 = ResBlock(channels, channels, norm)
 
     def forward(self, x, codes=None):
@@ -105,7 +109,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(Level(before[i], widths[i], config.vq_blocks, i in config.vq_attention, Norm)
                                   for i in range(len(widths)))
         self.downsample = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
-        self.mid, self.norm_out = Middle(widths[-1], Norm), Norm(widths[-1])
+        self.mid = Middle(widths[-1], Norm)
+        self.norm_out = Norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.vq_latent, 3, padding=1)
 
     def forward(self, x):
@@ -113,7 +118,7 @@ class Encoder(nn.Module):
         for i, level in enumerate(self.down):
             x = level(x)
             if i < len(self.downsample):
-                x = self.downsample[i](F.pad(x, (0, 1, 0, 1)))                  # pad right and below only
+                x = self.downsample[i](F.pad(x, (0, 1, 0, 1)))                  # padded right and below only
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -130,7 +135,8 @@ class PixelDecoder(nn.Module):
         self.up = nn.ModuleList(Level(before[i], widths[i], config.vq_blocks + 1, top - i in config.vq_attention, norm)
                                 for i in range(len(widths)))
         self.upsample = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in widths[:-1])
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x, codes=None):
         x = self.mid(self.conv_in(x), codes)
@@ -147,7 +153,7 @@ def flatten(latents):
 
 
 class VQ(nn.Module):
-    """What both tokenizers share: the codebook. Always float32: half precision flips codes."""
+    """What both picture tokenizers share: the codebook. Always in float32, as half precision changes codes."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,7 +161,7 @@ class VQ(nn.Module):
         nn.init.uniform_(self.quantize.weight, -1 / config.codebook, 1 / config.codebook)
 
     def latents(self, pixels):
-        """What the encoder makes of pixels (B, 3, S, S), before a code is chosen: (B, code_dim, h, w)."""
+        """Encode pixels (B, 3, S, S) -> (B, code_dim, h, w), not yet rounded to codes."""
         raise NotImplementedError
 
     def pixels(self, vectors):
@@ -163,13 +169,13 @@ class VQ(nn.Module):
         raise NotImplementedError
 
     def rows(self):
-        """The codebook as it is compared and decoded: (K, code_dim)."""
+        """The codebook (K, code_dim) as latents are compared with it and pictures decoded from it."""
         return self.quantize.weight
 
     def nearest(self, flat):
-        """Code of the nearest row (squared distance) for flat latents (n, code_dim) -> (n,)."""
+        """The codes (n,) of the nearest rows (squared distance) for flat latents (n, code_dim)."""
         rows = self.rows()
-        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, where |z|^2 does not change the order
+        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, where |z|^2 is the same for all rows
         return (rows.square().sum(1) - 2 * flat @ rows.T).argmin(1)
 
     def vectors(self, codes):
@@ -187,7 +193,7 @@ class VQ(nn.Module):
 
 
 class JanusVQ(VQ):
-    """VQ-16 of LlamaGen, used by Janus-Pro: latents and codebook rows are compared and decoded at unit length."""
+    """VQ-16 of LlamaGen, used by Janus-Pro. Latents and codebook rows have unit length."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -206,7 +212,7 @@ class JanusVQ(VQ):
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution over (time, height, width): time padded by two frames in front, whatever the kernel."""
+    """3-D convolution over (time, height, width). Time is padded by two frames in front, whatever the kernel."""
 
     def __init__(self, channels, kernel, time_stride=1):
         super().__init__()
@@ -215,8 +221,8 @@ class CausalConv3d(nn.Module):
         self.padding = (*side, *side, 2, 0)
 
     def pass_through(self):
-        """Start close to the identity on the newest frame: with small random weights the many convolutions over time in
-        a row leave no signal, and training from scratch stalls."""
+        """Start close to the identity on the newest frame. With small random weights, so many convolutions in a row
+        would leave no signal, and training from scratch would stall."""
         weight = self.conv.weight.data.mul_(0.1)
         for channel in range(len(weight)):
             weight[channel, channel, -1, weight.shape[3] // 2, weight.shape[4] // 2] += 1.0
@@ -227,12 +233,14 @@ class CausalConv3d(nn.Module):
 
 
 class TimeBlock(nn.Module):
-    """Residual block over time. Its batch norm always uses the stored statistics, in training too."""
+    """Residual block over time. Its batch norm uses the stored statistics, even in training."""
 
     def __init__(self, channels):
         super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm3d(channels), CausalConv3d(channels, (3, 3, 3))
-        self.norm2, self.conv2 = nn.BatchNorm3d(channels), CausalConv3d(channels, (3, 3, 3))
+        self.norm1 = nn.BatchNorm3d(channels)
+        self.conv1 = CausalConv3d(channels, (3, 3, 3))
+        self.norm2 = nn.BatchNorm3d(channels)
+        self.conv2 = CausalConv3d(channels, (3, 3, 3))
 
     def train(self, mode=True):
         super().train(mode)
@@ -245,7 +253,7 @@ class TimeBlock(nn.Module):
 
 
 class Emu3VQ(VQ):
-    """Emu3VisionVQ, a video tokenizer: a still picture is four equal frames in, and frame 0 of four out."""
+    """Emu3VisionVQ, a video tokenizer: a picture goes in as four equal frames, and comes out as frame 0 of four."""
 
     frames = 4
 
@@ -263,7 +271,7 @@ class Emu3VQ(VQ):
             module.pass_through()
 
     def latents(self, pixels):
-        # The four frames are equal, so the 2-D encoder sees one of them; time begins after it.
+        # The four frames are equal, so the 2-D encoder needs to encode only one.
         x = self.encoder(pixels)[:, :, None].repeat(1, 1, self.frames, 1, 1)    # (B, C, 4, h, w)
         for conv in self.encoder_time_conv:
             x = F.silu(conv(x))
@@ -273,7 +281,7 @@ class Emu3VQ(VQ):
 
     def pixels(self, vectors):
         codes = vectors[:, :, None]                                             # (B, C, 1, h, w)
-        # Both what is decoded and what the spatial norms read pass through time.
+        # The decoder's input and the codes for its spatial norms pass through the same layers.
         x = torch.cat([self.post_quant_conv(codes), codes])                     # (2 B, C, 1, h, w)
         for block in self.decoder_time_blocks:
             x = block(x)
@@ -284,7 +292,7 @@ class Emu3VQ(VQ):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SigLIP, the picture reader of Janus-Pro
+# SigLIP, the encoder through which Janus-Pro sees pictures
 # ---------------------------------------------------------------------------------------------------------------------
 class VitBlock(nn.Module):
     """Pre-norm transformer block: full attention, exact GELU, biases everywhere."""
@@ -310,7 +318,7 @@ class SigLIP(nn.Module):
         super().__init__()
         c = config.vit_width
         self.patch_embed = nn.Conv2d(3, c, config.vit_patch, stride=config.vit_patch)
-        patches = (config.image_size // config.vit_patch) ** 2
+        patches = config.picture_tokens
         self.pos_embed = nn.Parameter(config.embed_std * torch.randn(1, patches, c))
         self.blocks = nn.ModuleList(VitBlock(c, config.vit_heads, config.vit_ffn) for _ in range(config.vit_layers))
         self.norm = nn.LayerNorm(c, eps=1e-6)
@@ -325,12 +333,12 @@ class SigLIP(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step of training a picture tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
-AGREEMENT = 5.0                     # weight of the latents' variance within equal patches, at the end of stage 1
+AGREEMENT = 5.0                     # final weight of the latents' variance within equal patches
 
 
 def equal_patches(pixels, latents):
-    """Which patch of pixels lies under each latent: flat latents (n, code_dim), the patch of each (n,) as a number that
-    equal patches share, and the mean latent of each number (m, code_dim)."""
+    """Group latents by the pixels under them -> flat latents (n, code_dim), the group of each (n,), which is the same
+    for equal patches of pixels, and the mean latent of each group (m, code_dim)."""
     side = pixels.shape[-1] // latents.shape[-1]
     content = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)                 # (n, 3 side side)
     _, patch, times = torch.unique(content, dim=0, return_inverse=True, return_counts=True)
@@ -343,8 +351,8 @@ def autoencode(vq, pixels, commitment=0.25, quantize=True):
     """Pixels (B, 3, S, S) -> reconstruction, codes (B, h, w), |sg(z) - e|^2 + commitment |z - sg(e)|^2 (arXiv
     1711.00937, Eq. 3), and the share of the latents' variance that lies within equal patches.
 
-    Equal patches of pixels get one code, that of their mean latent, whatever surrounds them: language models learn such
-    codes many times faster. Where all patches differ this is plain vector quantization.
+    Equal patches of pixels get the same code, that of their mean latent, whatever surrounds them: language models learn
+    such codes many times faster. If all patches differ, this is plain vector quantization.
     """
     z = vq.latents(pixels)                                                      # (B, code_dim, h, w)
     flat, patch, mean = equal_patches(pixels, z)
@@ -354,7 +362,7 @@ def autoencode(vq, pixels, commitment=0.25, quantize=True):
     codes = vq.nearest(mean.detach())[patch].view(len(z), *z.shape[2:])         # (B, h, w)
     e = vq.vectors(codes)                                                       # (B, code_dim, h, w)
     pull = F.mse_loss(e, z.detach()) + commitment * F.mse_loss(z, e.detach())
-    # Straight through: forward e, backward to z as if there were no rounding.
+    # Straight through: e in the forward pass, while z gets the gradient as if it had not been rounded.
     return vq.pixels(z + (e - z).detach()), codes, pull, within
 
 
@@ -362,8 +370,7 @@ def autoencode(vq, pixels, commitment=0.25, quantize=True):
 def fill_codebook(vq, pixels):
     """Move the codebook rows onto mean latents of equal patches of these pictures.
 
-    Each row goes to the mean that is farthest from all rows so far. Rows drawn at random would land on the background,
-    which outnumbers all else.
+    Each row goes to the mean that is farthest from the rows before it. Random latents would mostly be background.
     """
     mean = equal_patches(pixels, vq.latents(pixels))[-1]                         # (m, code_dim)
     nearest = torch.full_like(mean[:, 0], torch.inf)
@@ -373,19 +380,20 @@ def fill_codebook(vq, pixels):
 
 
 def tokenizer_step(m, pictures, step, phase, seed):
-    """Gradients of one step of a picture tokenizer: reconstruction, codebook and agreement of equal patches, on a batch
-    that the seed and the step decide."""
-    rng, device = stream(seed, "tokenizer", step), m.vq.quantize.weight.device
+    """Gradients of one training step of a picture tokenizer, on a batch that follows from seed and step: losses of
+    reconstruction, codebook and agreement of equal patches."""
+    rng = stream(seed, "tokenizer", step)
+    device = m.vq.quantize.weight.device
 
     def some(n):
         return torch.stack([to_tensor(pictures[i]) for i in rng.integers(len(pictures), size=n)]).to(device)
-    warm = phase.steps // 5                         # first without the codebook, so that latents mean something
+    warm = phase.steps // 5                         # without the codebook at first, until latents mean something
     if step in (warm, phase.steps // 2):
         fill_codebook(m.vq, some(128))
     pixels = some(phase.batch_size)
     again, codes, pull, within = autoencode(m.vq, pixels, quantize=step >= warm)
     error = again - pixels
-    # Asked for at full weight from the start, agreement is reached by latents that say nothing.
+    # At full weight from the start, agreement would be reached by latents that carry no information.
     agree = AGREEMENT * step / phase.steps * within
     (error.abs().mean() + error.square().mean() + pull + agree).backward()
     used = 0 if codes is None else len(codes.unique())

@@ -1,4 +1,8 @@
-"""The world: scenes of coloured shapes, drawn, read back, described and asked about, some of them held out."""
+"""The drawn world: scenes of coloured shapes, their pictures, captions and questions, and a reader that finds the
+scene in a picture. Some combinations of words are held out, to test composition.
+
+    python -m pytest tests/test_world.py
+"""
 
 import functools
 import itertools
@@ -11,39 +15,41 @@ from parts.settings import InputError, stream
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes, drawing, reading
 # ---------------------------------------------------------------------------------------------------------------------
-# A world has the first few of these words: see World.
+# A world uses the first few of these shapes and colours: see World.
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "wedge", "bar", "corner")
 COLOURS = {"red": (225, 45, 45), "green": (40, 175, 75), "blue": (55, 85, 235), "yellow": (245, 215, 50),
            "black": (25, 25, 25), "pink": (225, 55, 175), "brown": (120, 70, 30), "cyan": (30, 200, 215)}
 BACKGROUND = (245, 245, 245)
 GRID = 2                                        # cells per side of a picture
 CELLS = GRID * GRID
-CELL_SIDE = 8                                   # of a cell, in pixels
-CELL_SIDES = range(8, 33, 8)                    # those that codes of 8 pixels fill
-EXTENT = 0.45                                   # half the extent of a shape, as a share of its cell
+CELL_SIDE = 8                                   # default side of a cell, in pixels
+CELL_SIDES = range(8, 33, 8)                    # all allowed sides: whole picture codes of 8 x 8 pixels
+EXTENT = 0.45                                   # half the width of a shape, as a share of its cell
 CELL_WORDS = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}      # sign of (row, column)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three")
-UNREADABLE = 0.13                               # root mean square distance (of 1) beyond which a cell is like no shape
+UNREADABLE = 0.13                               # a cell whose RMS distance to every sprite is larger (of 1) is unclear
 
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One object of a scene. cell is its index, counted row by row."""
+    """One object of a scene. cell: index of its cell, counted row by row."""
 
     shape: str
     colour: str
     cell: int
 
 
-SPRITE_OF = {name: i for i, name in enumerate([None, *itertools.product(SHAPES, COLOURS)])}         # None: empty
+# Index of the sprite of each (shape, colour); None is an empty cell.
+SPRITE_OF = {name: i for i, name in enumerate([None, *itertools.product(SHAPES, COLOURS)])}
 
 
 @functools.cache
 def sprites(cell_side):
-    """The smooth-edged pictures (n, cell_side, cell_side, 3) in 0..255 of all that SPRITE_OF names."""
-    fine, r = 8, EXTENT * cell_side
+    """Smooth-edged pictures (n, cell_side, cell_side, 3), float32 in 0..255, of all cells in SPRITE_OF."""
+    fine = 8                                        # samples per pixel and side
+    r = EXTENT * cell_side
     at = (np.arange(cell_side * fine) + 0.5) / fine - cell_side / 2
     y, x = np.meshgrid(at, at, indexing="ij")
     inside = {
@@ -74,12 +80,14 @@ def draw_scenes(scenes, cell_side=CELL_SIDE):
 
 
 def read_scenes(pictures, world):
-    """Find the things in pictures (n, S, S, 3) uint8: list of scenes, and clear (n,) bool.
+    """Find the things in pictures (n, S, S, 3) uint8 -> list of scenes, clear (n,) bool.
 
-    Each cell is compared with every sprite of the world. A cell like none of them holds no thing and makes its
-    picture unclear.
+    Each cell is compared with every sprite of the world. If none is close, the cell counts as empty and the picture as
+    unclear.
     """
-    n, cell_side, names = len(pictures), world.cell_side, [None, *itertools.product(world.shapes, world.colours)]
+    n = len(pictures)
+    cell_side = world.cell_side
+    names = [None, *itertools.product(world.shapes, world.colours)]
     tiles = pictures.reshape(n, GRID, cell_side, GRID, cell_side, 3).transpose(0, 1, 3, 2, 4, 5) / np.float32(255)
     tiles = tiles.reshape(n * CELLS, -1)
     known = sprites(cell_side)[[SPRITE_OF[name] for name in names]].reshape(len(names), -1) / 255
@@ -92,33 +100,33 @@ def read_scenes(pictures, world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Combinations, wordings, held-out split
+# Combinations, captions, held-out split
 # ---------------------------------------------------------------------------------------------------------------------
-# A prompt of each skill (the six of GenEval) mentions one combination of words. An eighth of the combinations of each
-# skill is held out: no training picture shows one of them and nothing else. Worlds of larger scenes have a skill more
-# for each size; there a held-out pair may be met beside other things.
+# Each prompt tests one skill (the six of GenEval) and mentions one combination of words. An eighth of the combinations
+# of each skill is held out: no training picture consists of exactly one of these. Worlds with larger scenes have one
+# more skill for each size; in those, training pictures may show a held-out pair beside other things.
 SKILLS = ("one object", "two objects", "counting", "colours", "position", "colour attribution")
 SEVERAL = {3: "three objects", 4: "four objects"}
 TOPICS = ("existence", "count", "position", "colour", "choice")
 HELD_OUT = 1 / 8
-# Of training scenes: one thing, a group of equal ones, two different ones. The latter are hardest, and met most.
+# Training scenes: one thing, a group of equal ones, or two different ones, which are hardest and therefore most common.
 ARRANGEMENTS = ("one", "group", "two", "two", "two", "two")
-SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in SEVERAL.items()}}       # things of a scene; "group": 2 or 3
-QUESTIONS_ASKED = 4                             # questions of a training conversation; half end in a description
+SIZES = {"one": 1, "two": 2, **{skill: n for n, skill in SEVERAL.items()}}      # things in a scene; a group has 2 or 3
+QUESTIONS_ASKED = 4                             # per training conversation; half of them end in a description
 DESCRIBE = "what is there?"
 PREFIXES = ("", "a picture of ", "draw ", "there is ")
 
 
 def relations(a, b):
-    """Which relations hold between things a and b, by their cells."""
-    step = [divmod(a.cell, GRID)[i] - divmod(b.cell, GRID)[i] for i in (0, 1)]
-    return [name for name, (row, column) in RELATIONS.items() if row * step[0] > 0 or column * step[1] > 0]
+    """The relations that hold between things a and b, from their cells."""
+    down, right = (divmod(a.cell, GRID)[i] - divmod(b.cell, GRID)[i] for i in (0, 1))
+    return [name for name, (row, column) in RELATIONS.items() if row * down > 0 or column * right > 0]
 
 
 def combinations(scene):
-    """All combinations that a scene shows, and nothing besides: {(skill, words...)}, each in one canonical order.
+    """All combinations {(skill, words...)} that describe a scene completely, their words in a fixed order.
 
-    A scene fulfils a prompt if the prompt's combination is among them: one thing more, and it is not.
+    A scene fulfils a prompt if the prompt's combination is among them. It does not with one more thing in it.
     """
     objects = [(thing.colour, thing.shape) for thing in scene]
     if len(scene) == 1:
@@ -126,7 +134,7 @@ def combinations(scene):
     if len(set(objects)) == 1:
         return {("counting", len(scene), *objects[0])}
     if not scene or len({thing.shape for thing in scene}) < len(scene):
-        return set()                                # nothing, or some alike and some not
+        return set()                                # empty, or two of one shape beside another thing or colour
     ordered = sorted(scene)                         # by shape
     placed = sum(((thing.shape, thing.cell) for thing in ordered), ())
     if len(scene) > 2:
@@ -139,22 +147,27 @@ def combinations(scene):
 
 def all_combinations(world):
     """{skill: every combination of it}, in a fixed order."""
-    objects, cells = [(colour, shape) for colour in world.colours for shape in world.shapes], range(CELLS)
+    objects = [(colour, shape) for colour in world.colours for shape in world.shapes]
+    cells = range(CELLS)
     pairs = [(x, y) for x in objects for y in objects if x[1] < y[1]]
 
     def placed(n):
-        """Every n different shapes, in order, each in a cell of its own."""
-        shapes = (row for row in itertools.product(world.shapes, repeat=n) if sorted({*row}) == [*row])
-        return [sum(zip(row, at, strict=True), ()) for row in shapes for at in itertools.permutations(cells, n)]
+        """(shape, cell, shape, cell, ...) of n different shapes in alphabetical order, each in a cell of its own."""
+        rows = (row for row in itertools.product(world.shapes, repeat=n) if sorted({*row}) == [*row])
+        return [sum(zip(row, at, strict=True), ()) for row in rows for at in itertools.permutations(cells, n)]
     return {
         "one object": [("one object", *words) for words in placed(1)],
         "two objects": [("two objects", *words) for words in placed(2)],
         "counting": [("counting", n, *x) for n in (2, 3) for x in objects],
-        "colours": [("colours", *x, p) for x in objects for p in cells],
+        "colours": [("colours", *x, cell) for x in objects for cell in cells],
         "position": [("position", x, name, y) for x, y in pairs for name in RELATIONS],
         "colour attribution": [("colour attribution", x, y) for x, y in pairs],
         **{skill: [(skill, *words) for words in placed(n)] for n, skill in SEVERAL.items() if n <= world.objects},
     }
+
+
+def plural(word):
+    return word + ("es" if word.endswith("s") else "s")
 
 
 def prompt_text(combination, rng):
@@ -168,85 +181,36 @@ def prompt_text(combination, rng):
     elif skill == "counting":
         text = f"{NUMBERS[words[0]]} {words[1]} {plural(words[2])}"
     elif skill in ("two objects", *SEVERAL.values()):
-        said = [f"a {shape} {CELL_WORDS[cell]}" for shape, cell in zip(words[::2], words[1::2], strict=True)]
-        text = " and ".join(said[::-1] if swap else said)
-    else:
-        first, name, second = words[0], words[1] if skill == "position" else "and", words[-1]
+        parts = [f"a {shape} {CELL_WORDS[cell]}" for shape, cell in zip(words[::2], words[1::2], strict=True)]
         if swap:
-            first, name, second = second, OPPOSITE.get(name, name), first
+            parts.reverse()
+        text = " and ".join(parts)
+    else:
+        first, second = words[0], words[-1]
+        name = words[1] if skill == "position" else "and"
+        if swap:
+            first, second = second, first
+            name = OPPOSITE.get(name, name)
         text = f"a {' '.join(first)} {name} a {' '.join(second)}"
     return PREFIXES[rng.integers(len(PREFIXES))] + text
 
 
-def plural(word):
-    return word + ("es" if word.endswith("s") else "s")
-
-
-class World:
-    """Scenes of a seed: the held-out combinations, and random scenes that show none, or a given one, of them.
-
-    shapes, colours: how many of each there are; objects: how many different things a scene holds at most; cell: side
-    of a cell in pixels. The defaults are the easiest world.
-    """
-
-    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL_SIDE):
-        for name, value, least, most in (("shapes", shapes, 4, len(SHAPES)), ("colours", colours, 4, len(COLOURS)),
-                                         ("objects", objects, 2, min(CELLS, shapes - 2, colours - 2))):
-            if not least <= value <= most:          # a choice needs two words that are absent
-                raise InputError(f"--{name} {value}: give {least} to {most}" + (
-                    f" with --shapes {shapes} --colours {colours}" if name == "objects" else ""))
-        if cell not in CELL_SIDES:
-            raise InputError(f"--cell {cell}: give {', '.join(map(str, CELL_SIDES[:-1]))} or {CELL_SIDES[-1]}")
-        self.shapes, self.colours, self.objects = SHAPES[:shapes], tuple(COLOURS)[:colours], objects
-        self.cell_side, self.side = cell, GRID * cell    # of a cell and of a picture, in pixels
-        self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
-        self.skills = SKILLS + self.several
-        self.arrangements = ARRANGEMENTS + tuple(skill for skill in self.several for _ in range(4))
-        rng = stream(seed, "held out")
-        self.combinations = all_combinations(self)
-        self.held = {skill: [every[i] for i in sorted(rng.permutation(len(every))[:round(len(every) * HELD_OUT)])]
-                     for skill, every in self.combinations.items()}
-        self.held_out = frozenset(itertools.chain(*self.held.values()))
-
-    def scene(self, rng):
-        """A training scene: one object, a group of two or three equal ones, or two or more different ones."""
-        while True:
-            scene = random_scene(self, rng, self.arrangements[rng.integers(len(self.arrangements))])
-            if not combinations(scene) & self.held_out:
-                return scene
-
-    def crowd(self, rng):
-        """Up to a full picture of things, from which the picture tokenizer learns more; nothing held out."""
-        while True:
-            cells = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
-            scene = tuple(Thing(self.shapes[rng.integers(len(self.shapes))],
-                                self.colours[rng.integers(len(self.colours))], cell) for cell in sorted(cells))
-            if not combinations(scene) & self.held_out:
-                return scene
-
-    def held_out_scene(self, skill, rng):
-        """A scene and the held-out combination of this skill that it shows."""
-        wanted = self.held[skill][rng.integers(len(self.held[skill]))]
-        arrangements = {"one object": "one", "colours": "one", "counting": "group"}
-        arrangements |= {name: name for name in self.several}
-        while True:
-            scene = random_scene(self, rng, arrangements.get(skill, "two"), wanted)
-            if wanted in combinations(scene):
-                return scene, wanted
-
-
-WORLD = ("seed", "shapes", "colours", "objects", "cell")       # settings of a run that say which world it has
-
-
-def world_of(run):
-    """The world of a run, by its settings; runs of before worlds could be harder have the easiest."""
-    return World(**{name: run[name] for name in WORLD if name in run})
+def check_world(shapes, colours, objects, cell):
+    """Refuse sizes of a World that do not exist."""
+    for name, value, most in (("shapes", shapes, len(SHAPES)), ("colours", colours, len(COLOURS))):
+        if not 4 <= value <= most:
+            raise InputError(f"--{name} {value}: give 4 to {most}")
+    most = min(CELLS, shapes - 2, colours - 2)      # multiple choice needs two words that are not in the scene
+    if not 2 <= objects <= most:
+        raise InputError(f"--objects {objects}: give 2 to {most} with --shapes {shapes} --colours {colours}")
+    if cell not in CELL_SIDES:
+        raise InputError(f"--cell {cell}: give {', '.join(map(str, CELL_SIDES[:-1]))} or {CELL_SIDES[-1]}")
 
 
 def random_scene(world, rng, arrangement, wanted=None):
-    """One, a group or several different things at random cells; `wanted` fixes the words of a combination, to be found
-    sooner."""
-    cells, alike = rng.permutation(CELLS).tolist(), arrangement in ("one", "group")
+    """One thing, a group of equal ones, or several different ones in random cells. wanted: a combination whose words
+    are used as they are, so that a scene that shows it is found sooner."""
+    cells = rng.permutation(CELLS).tolist()
     colours = [world.colours[i] for i in rng.integers(len(world.colours), size=world.objects)]
     shapes = [world.shapes[i] for i in rng.permutation(len(world.shapes))]
     number = SIZES.get(arrangement) or int(rng.integers(2, 4))
@@ -261,8 +225,74 @@ def random_scene(world, rng, arrangement, wanted=None):
         shapes, cells = words[::2], words[1::2]
     elif skill:
         colours, shapes = [list(pair) for pair in zip(words[0], words[-1], strict=True)]
-    return tuple(sorted((Thing(shapes[0 if alike else i], colours[0 if alike else i], cells[i])
-                         for i in range(number)), key=lambda thing: thing.cell))
+    if arrangement in ("one", "group"):
+        things = [Thing(shapes[0], colours[0], cells[i]) for i in range(number)]
+    else:
+        things = [Thing(shapes[i], colours[i], cells[i]) for i in range(number)]
+    return tuple(sorted(things, key=lambda thing: thing.cell))
+
+
+class World:
+    """The held-out combinations of a seed, and random scenes that show none of them, or a given one.
+
+    shapes, colours: how many of each there are. objects: the most different things in a scene. cell: side of a cell in
+    pixels. The defaults are the easiest world.
+    """
+
+    def __init__(self, seed, shapes=4, colours=4, objects=2, cell=CELL_SIDE):
+        check_world(shapes, colours, objects, cell)
+        self.shapes = SHAPES[:shapes]
+        self.colours = tuple(COLOURS)[:colours]
+        self.objects = objects
+        self.cell_side = cell
+        self.side = GRID * cell                     # of a picture, in pixels
+        self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
+        self.skills = SKILLS + self.several
+        self.arrangements = ARRANGEMENTS + tuple(skill for skill in self.several for _ in range(4))
+        rng = stream(seed, "held out")
+        self.combinations = all_combinations(self)
+        self.held = {}                              # {skill: its held-out combinations}
+        for skill, every in self.combinations.items():
+            chosen = rng.permutation(len(every))[:round(len(every) * HELD_OUT)]
+            self.held[skill] = [every[i] for i in sorted(chosen)]
+        self.held_out = frozenset(itertools.chain(*self.held.values()))
+
+    def scene(self, rng):
+        """A training scene: one thing, a group of two or three equal ones, or two or more different ones."""
+        while True:
+            scene = random_scene(self, rng, self.arrangements[rng.integers(len(self.arrangements))])
+            if not combinations(scene) & self.held_out:
+                return scene
+
+    def crowd(self, rng):
+        """A scene to train the picture tokenizer on: random things in one or more cells, nothing held out."""
+        while True:
+            cells = rng.permutation(CELLS)[:rng.integers(1, CELLS + 1)].tolist()
+            scene = []
+            for cell in sorted(cells):
+                shape = self.shapes[rng.integers(len(self.shapes))]
+                colour = self.colours[rng.integers(len(self.colours))]
+                scene.append(Thing(shape, colour, cell))
+            if not combinations(scene) & self.held_out:
+                return tuple(scene)
+
+    def held_out_scene(self, skill, rng):
+        """A scene and the held-out combination of this skill that it shows."""
+        wanted = self.held[skill][rng.integers(len(self.held[skill]))]
+        arrangements = {"one object": "one", "colours": "one", "counting": "group"}
+        arrangements |= {name: name for name in self.several}
+        while True:
+            scene = random_scene(self, rng, arrangements.get(skill, "two"), wanted)
+            if wanted in combinations(scene):
+                return scene, wanted
+
+
+WORLD = ("seed", "shapes", "colours", "objects", "cell")       # the settings of a run that decide its world
+
+
+def world_of(run):
+    """The world of a run, from its settings. Older runs without some of them get the defaults."""
+    return World(**{name: run[name] for name in WORLD if name in run})
 
 
 def describe(scene):
@@ -271,7 +301,7 @@ def describe(scene):
 
 
 def caption(scene, rng):
-    """A caption that fits the scene: all of it (one in three), or what one random skill mentions."""
+    """A caption that fits the scene: a full description (one in three), or a prompt of one of its skills."""
     if rng.random() < 1 / 3:
         return describe(scene)
     shown = sorted(combinations(scene), key=repr)
@@ -286,7 +316,7 @@ def caption(scene, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Question:
-    """topic is one of TOPICS; options are the four choices of a multiple-choice question, else empty."""
+    """A question about a scene. topic: one of TOPICS. options: the four of a multiple-choice question, else empty."""
 
     topic: str
     text: str
@@ -298,43 +328,35 @@ def yes_no(topic, text, truth):
     return Question(topic, text, "yes" if truth else "no")
 
 
-def make_question(world, scene, topic, rng, truth=None, closed=None):
-    """Ask about a scene of a world. truth True or False asks for a yes/no question with that answer (not for "choice");
-    closed False for an open one where there is one (not for the position of a group): those teach what the others need.
-    """
-    closed = truth is not None or (rng.random() < 0.5 if closed is None else closed)
-    truth = bool(rng.random() < 0.5) if truth is None else truth
-    thing = scene[rng.integers(len(scene))]
-    return {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
-            "choice": ask_choice}[topic](world, scene, thing, rng, closed, truth)
-
-
 def other(rng, known, *present):
-    """A random member of `known` that is not present."""
+    """A random word of `known` that is not present."""
     absent = [word for word in known if word not in present]
     return absent[rng.integers(len(absent))]
 
 
+# Each of these asks about one thing of a scene: a closed question, answered by yes if truth and else by no, or an open
+# one. Multiple choice ignores both.
 def ask_existence(world, scene, thing, rng, closed, truth):
     absent = other(rng, world.shapes, *(t.shape for t in scene))
+    first, second = (thing.shape, absent) if truth else (absent, thing.shape)
     if not closed:
-        first, second = (thing.shape, absent) if truth else (absent, thing.shape)
         return Question("existence", f"is there a {first} or a {second}?", thing.shape)
-    return yes_no("existence", f"is there a {thing.shape if truth else absent}?", truth)
+    return yes_no("existence", f"is there a {first}?", truth)
 
 
 def ask_count(world, scene, thing, rng, closed, truth):
     number = sum(t.shape == thing.shape for t in scene)
     if not closed:
         return Question("count", f"how many {plural(thing.shape)} are there?", NUMBERS[number])
-    said = number if truth else other(rng, (1, 2, 3), number)
-    shapes = plural(thing.shape) if said > 1 else thing.shape
-    return yes_no("count", f"{'are' if said > 1 else 'is'} there {NUMBERS[said]} {shapes}?", truth)
+    asked = number if truth else other(rng, (1, 2, 3), number)
+    if asked == 1:
+        return yes_no("count", f"is there one {thing.shape}?", truth)
+    return yes_no("count", f"are there {NUMBERS[asked]} {plural(thing.shape)}?", truth)
 
 
 def ask_position(world, scene, thing, rng, closed, truth):
     others = [t for t in scene if t.shape != thing.shape]
-    if not closed and (len(scene) == 1 or others and rng.random() < 0.5):
+    if not closed and (len(scene) == 1 or (others and rng.random() < 0.5)):
         return Question("position", f"where is the {thing.shape}?", CELL_WORDS[thing.cell])
     if others:
         holds = relations(thing, others[0])
@@ -342,8 +364,8 @@ def ask_position(world, scene, thing, rng, closed, truth):
         if not closed:
             which = "left or right of" if "of" in name else "above or below"
             return Question("position", f"is the {thing.shape} {which} the {others[0].shape}?", name.split()[0])
-        name = name if truth else OPPOSITE[name]
-        return yes_no("position", f"is the {thing.shape} {name} the {others[0].shape}?", truth)
+        asked = name if truth else OPPOSITE[name]
+        return yes_no("position", f"is the {thing.shape} {asked} the {others[0].shape}?", truth)
     cell = thing.cell if truth else other(rng, range(CELLS), *(t.cell for t in scene))
     return yes_no("position", f"is there a {thing.shape} {CELL_WORDS[cell]}?", truth)
 
@@ -353,8 +375,14 @@ def ask_colour(world, scene, thing, rng, closed, truth):
     verb, noun = ("are", plural(thing.shape)) if several else ("is", thing.shape)
     if not closed:
         return Question("colour", f"what colour {verb} the {noun}?", thing.colour)
-    colour = thing.colour if truth else other(rng, world.colours, thing.colour)
-    return yes_no("colour", f"{verb} the {noun} {colour}?", truth)
+    asked = thing.colour if truth else other(rng, world.colours, thing.colour)
+    return yes_no("colour", f"{verb} the {noun} {asked}?", truth)
+
+
+def choice_question(stem, options, right):
+    """Four lettered options, answered by a letter (as in MMBench)."""
+    text = stem + "".join(f" {letter} {option}" for letter, option in zip("ABCD", options, strict=True))
+    return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
 
 
 def ask_choice(world, scene, thing, rng, closed, truth):
@@ -363,32 +391,47 @@ def ask_choice(world, scene, thing, rng, closed, truth):
     shown = {getattr(t, name) for t in scene}
     absent = [word for word in getattr(world, name + "s") if word not in shown]
     wrong = [absent[i] for i in rng.permutation(len(absent))[:3]]
-    options = wrong + [right] if len(wrong) == 3 else wrong + ["nothing"] + [right]
+    if len(wrong) == 2:
+        wrong.append("nothing")
+    options = [*wrong, right]
     options = [options[i] for i in rng.permutation(4)]
     return choice_question(f"which {name} is there?", options, right)
 
 
-def choice_question(stem, options, right):
-    """Four lettered options, answered by the letter (in the manner of MMBench)."""
-    text = stem + "".join(f" {letter} {option}" for letter, option in zip("ABCD", options, strict=True))
-    return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
+def make_question(world, scene, topic, rng, truth=None, closed=None):
+    """A question about a scene of a world.
+
+    truth True or False: a yes/no question with this answer (not for "choice"). closed False: an open question, if the
+    topic has one for this scene (the position of a group has none). Only closed ones are scored; open ones teach what
+    these need.
+    """
+    if truth is not None:
+        closed = True
+    elif closed is None:
+        closed = rng.random() < 0.5
+    if truth is None:
+        truth = bool(rng.random() < 0.5)
+    thing = scene[rng.integers(len(scene))]
+    ask = {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
+           "choice": ask_choice}[topic]
+    return ask(world, scene, thing, rng, closed, truth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words for a tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 def words_of(world):
-    """Words and phrases of a world that mean something by themselves."""
+    """The words and phrases of a world that carry meaning, for parts.text.train_bpe."""
     return [*world.shapes, *map(plural, world.shapes), *world.colours, *NUMBERS, "at the top", "at the bottom", "left",
             "right", *RELATIONS, "yes", "no", "nothing", *"ABCD"]
 
 
 def sentences(world, n):
-    """n times a caption, a question, its answer, the same answer inside a sentence, and the sides of a code grid."""
+    """Text to train a tokenizer on, n times: a caption, a question, its answer, " " + answer, sides of a code grid."""
     rng = np.random.default_rng(0)
     for _ in range(n):
         scene = world.scene(rng)
         asked = make_question(world, scene, TOPICS[rng.integers(len(TOPICS))], rng)
-        said = caption(scene, rng)
+        text = caption(scene, rng)
         sides = f"{rng.integers(1, 91)}*{rng.integers(1, 91)}"
-        yield said, asked.text, asked.answer, " " + asked.answer, sides
+        yield text, asked.text, asked.answer, " " + asked.answer, sides

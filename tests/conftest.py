@@ -1,5 +1,5 @@
 """Put the repository root on the path, so that a bare `pytest` finds the code; tests that wait for --slow; the
-device of tests that compare numbers."""
+device of tests that compare numbers; the fixtures that several files share."""
 import json
 import platform
 import sys
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+# The made modules hold asserts too. pytest must know before their first import, hence the imports in the fixtures.
+pytest.register_assert_rewrite(*(file.stem for file in Path(__file__).parent.glob("made*.py")))
 torch.set_num_threads(1)          # small tensors: a second thread waits more than it helps
 
 
@@ -23,6 +25,71 @@ def pytest_addoption(parser):
 def device(request):
     """What such tests draw is drawn on the CPU and moved here, so that the numbers are the same everywhere."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def seed_and_one_thread():
+    """On a busy machine threads that wait for each other make these tiny sizes ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def emu3(device):
+    """A tiny random Emu3 of transformers, and ours with its weights."""
+    from made import emu3_pair
+    return emu3_pair(device)
+
+
+@pytest.fixture(scope="session")
+def janus(device):
+    """A tiny random Janus of transformers, and ours with its weights."""
+    from made import janus_pair
+    return janus_pair(device)
+
+
+@pytest.fixture(params=["emu3", "janus"])
+def pair(request):
+    """Each of these pairs in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def both_texts(tmp_path_factory):
+    """{kind: tokenizer} of the tiny presets."""
+    from made_data import train_tokenizers
+    return train_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture(scope="session")
+def preparers(both_texts):
+    """{kind: preparer} with tiny models of random weights."""
+    from made_data import make_preparers
+    return make_preparers(both_texts)
+
+
+@pytest.fixture
+def album(tmp_path):
+    """A folder with pictures, good and bad; album(*entries) writes a JSON-lines file beside them."""
+    from made_data import make_album
+    return make_album(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(kind, seed, **changes): tiny weights, and the folder in which they are."""
+    from made_data import saver
+    return saver(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """{name: run folder} of models with fresh weights."""
+    from made_folders import make_runs
+    return make_runs(tmp_path_factory)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import aia
 import model
-import train
 from parts.settings import InputError
 
 ATTENDS = [model.attend_explicit, model.attend_fused]
@@ -293,19 +292,3 @@ def test_weight_makes_the_two_losses_stand_50_to_1(task, ntp, expected, device):
 def test_a_loss_of_zero_needs_no_weight():
     """Nothing is left to align, and the ratio is not defined."""
     assert aia.lambda_for_ratio(2.0, 0.0) == 0.0
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("rho", None), ("off", (0.0, 0.0)), ("paper", (40.0, 40.0)), ("released", (5.0, 10.0)), ("3.5", (3.5, 3.5)),
-    ("2,7", (2.0, 7.0)), ("0", (0.0, 0.0)),
-])
-def test_weights_are_a_name_one_number_or_two(text, expected):
-    """Two numbers stand for generation and understanding; rho asks for calibration."""
-    assert train.fixed_lambdas(text) == (expected and {"gen": expected[0], "und": expected[1]})
-
-
-@pytest.mark.parametrize("text", ["", "five", "-1", "1,-1", "1,2,3", "1,", "nan", "inf"])
-def test_unusable_weights_are_refused(text):
-    """A weight is finite and not negative; the message names the flag."""
-    with pytest.raises(InputError, match="--aia-weight"):
-        train.fixed_lambdas(text)

@@ -1,6 +1,5 @@
-"""Claims about judging: scores, curves, figures, and the commands that draw and answer (eval.py)."""
+"""Claims about judging: scores, curves, and the commands that draw and answer (eval.py)."""
 
-import importlib
 import json
 import re
 import shutil
@@ -10,58 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made import both_models
+from made_data import answer_of, random, training_scenes
+from made_folders import BLUE, RED, command, opened
 from PIL import Image
-from test_data import answer_of
 
 import aia
 import data
 import eval as evaluation
 import formats.weights
-import lab.figures
 import model
 import train
-from formats.checkpoints import save_checkpoint, tensors_of
-from lab.alignment import Alignment, different_pairs, mutual_neighbours, pair_batch, pooled
-from lab.figures import save_figure
-from lab.speed import STEP_VARIANTS, Step, step_flops
 from parts.pictures import to_tensor
-from parts.settings import run_command, write_json
-from parts.text import Text
-from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, draw_scenes, read_scenes
-
-NAMES = ("tiny-emu3", "tiny-janus")
-RED, BLUE = Thing(shape="circle", colour="red", cell=0), Thing(shape="cross", colour="blue", cell=3)
-both_models = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run folder for each kind: a model with fresh weights, its tokenizer, the settings."""
-    folders = {}
-    for name in NAMES:
-        folders[name] = folder = tmp_path_factory.mktemp(name)
-        config = replace(model.PRESETS[name], layers=2, width=64, ffn=64)
-        data.train_tokenizer(folder / "tokenizer.json", config)
-        torch.manual_seed(0)
-        manifest = {"config": asdict(config), "dtype": "float32"}
-        save_checkpoint(tensors_of(model.from_config(config)), manifest,
-                        folder / "checkpoints/0-0000000").result()
-        write_json(asdict(train.TrainConfig(preset=name)), folder / "settings.json")
-        Image.fromarray(draw_scenes([(RED,)])[0]).save(folder / "red.png")
-    return folders
-
-
-def opened(folder):
-    m = formats.weights.load(folder)
-    return m, Text(m.tokenizer_file, m.config.kind)
-
-
-def command(*argv):
-    name, *words = map(str, argv)
-    if name in ("figures", "alignment", "report"):
-        run_command(lambda: importlib.import_module(f"lab.{name}").main(words))
-    else:
-        run_command(lambda: evaluation.main([name, *words]))
+from parts.settings import write_json
+from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, draw_scenes, make_question, read_scenes
 
 
 def result_of(capsys):
@@ -148,6 +109,15 @@ def test_the_tokenizer_score_is_that_of_its_pictures(offset, psnr, reader):
         decode_images = staticmethod(lambda pixels: pixels - 2 * offset / 255 + 1e-4)
     scores = evaluation.score_tokenizer(Darker(1, 1), World(0), 6)
     assert scores["reader"] == reader and scores["psnr"] >= psnr - 0.1 and (offset == 0 or scores["psnr"] < psnr + 0.1)
+
+
+def test_rotations_keep_the_right_option():
+    """The four options move round, so that the right one stands behind each letter once; the first is the original."""
+    for i, scene in enumerate(training_scenes(100)):
+        asked = make_question(World(0), scene, "choice", random(i))
+        turned = evaluation.rotations(asked)
+        assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
+        assert all(q.answer == answer_of(q.text, scene) for q in turned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,38 +361,6 @@ def test_an_incomplete_run_folder_is_named(missing, runs, tmp_path, capsys):
     assert stop.value.code == 2 and missing in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variant", STEP_VARIANTS)
-def test_benchmarked_steps_do_the_same_work(variant):
-    """All manners of one training step have the next-token loss and the AIA of the explicit one, so that seconds and
-    bytes compare; only plain next-token prediction measures no attention."""
-    config = replace(model.TINY_EMU3, layers=2, vocab=60, width=32, ffn=32, heads=2, kv_heads=2, head_dim=16)
-    step, right = (Step(name, 40, config) for name in (variant, "explicit"))
-    for layer in right.m.lm.layers:
-        layer.self_attn.attend = model.attend_explicit
-    step.m.load_state_dict(right.m.state_dict())
-    target, delta = step.targets["gen"]
-    out = right.m(step.batch)
-    expected = out.ntp / out.tokens
-    if variant != "plain":
-        expected = expected + 5 * aia.loss(out.intensity, target, delta, step.batch.aia_valid)
-    gradients = torch.autograd.grad(expected, right.m.lm.layers[0].self_attn.q_proj.weight)[0]
-    found, moved = [], step.m.lm.layers[0].self_attn.q_proj.weight
-    moved.register_post_accumulate_grad_hook(lambda p: found.append(p.grad.clone()))
-    step()
-    torch.testing.assert_close(found[0], gradients, rtol=1e-3, atol=1e-6)
-
-
-def test_flops_of_a_step_are_those_of_its_matrices():
-    """Six for each weight and token, and half of 12 L T^2 C for causal attention; embeddings are looked up, not
-    multiplied."""
-    config = replace(model.TINY_EMU3, layers=3, width=64, heads=4, kv_heads=4, head_dim=16, ffn=128, vocab=100)
-    weights = 3 * (4 * 64 * 64 + 3 * 64 * 128) + 64 * 100
-    assert step_flops(config, 10) == 6 * weights * 10 + 12 * 3 * 64 * 100 / 2
-    m = model.from_config(config)
-    assert weights == sum(p.numel() for name, p in m.named_parameters() if name.startswith(("lm.layers", "lm_head"))
-                          and p.ndim == 2)
-
-
 @both_models
 @pytest.mark.parametrize("task", aia.TASKS)
 def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
@@ -440,172 +378,3 @@ def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
     with torch.inference_mode():
         m(batch)
     assert found == pytest.approx([aia.intensity(mass, batch.queries).mean().item() for mass in masses], rel=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Alignment of text and picture, figures of the paper, the page
-# ---------------------------------------------------------------------------------------------------------------------
-def test_alike_spaces_have_all_neighbours_in_common():
-    """Turning or scaling a space moves no neighbour; independent spaces share k of n - 1 by chance; a loop agrees."""
-    a, b = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for k in (5, 20):
-        assert mutual_neighbours(a, 3 * a @ torch.linalg.qr(b[:16])[0], k).min() == 1
-        assert mutual_neighbours(a, b, k).mean().item() == pytest.approx(k / 299, rel=0.25)
-    a, b = a[:12], a[:12] + b[:12]
-    near = [[set(sorted((j for j in range(12) if j != i), key=lambda j: -torch.cosine_similarity(x[i], x[j], 0))[:4])
-             for i in range(12)] for x in (a, b)]
-    expected = [len(one & other) / 4 for one, other in zip(*near, strict=True)]
-    assert mutual_neighbours(a, b, 4).tolist() == pytest.approx(expected) and 0 < np.mean(expected) < 1
-
-
-@both_models
-@pytest.mark.parametrize("task", aia.TASKS)
-def test_only_the_captions_words_and_the_picture_are_pooled(name, task, runs):
-    """Decoded, the chosen tokens are the caption and nothing else; the others are codes, or what stands for them. Their
-    states are averaged over those tokens, and the modality that comes first knows nothing of the other."""
-    m, text = opened(runs[name])
-    captions, preparer = ["a red", "0", "0 is not x", "x", "00", "red.", "a\n\nb:", "漢 dog"], data.Preparer(m, text)
-    pairs = [*zip(draw_scenes([(replace(RED, cell=i % 4),) for i in range(8)]), captions, strict=True)]
-    batch, *masks = pair_batch(preparer, pairs, task)
-    for b, (words, image) in enumerate(zip(*masks, strict=True)):
-        said = text.core.decode(batch.tokens[b, words].tolist(), skip_special_tokens=False)
-        assert said.strip() == captions[b] and len(said) - len(captions[b]) <= (name == "tiny-janus")
-        codes = preparer.codes([pairs[b][0]])[0].flatten() + m.ids.get("visual", 0)
-        shown = codes.tolist() if name == "tiny-emu3" else [m.ids["placeholder"]] * (16 if task == "gen" else 4)
-        assert batch.tokens[b, image].tolist() == shown
-        assert (words.nonzero().min() > image.nonzero().max()) == (task == "und")
-    with torch.inference_mode():
-        states = m(batch, intensity=False, hidden=True).hidden
-    sides = pooled(m, preparer, pairs, task)
-    other = pooled(m, preparer, list(zip([pairs[1][0]] * 8, captions, strict=True)) if task == "gen" else
-                   [(picture, "a dog") for picture, _ in pairs], task)
-    for side, mask in zip(sides, masks, strict=True):
-        torch.testing.assert_close(side[:, 3], torch.stack([x[3, mask[3]].mean(0) for x in states]))
-    first = int(task == "und")
-    torch.testing.assert_close(sides[first], other[first])
-    assert not torch.allclose(sides[1 - first], other[1 - first], atol=1e-3)
-
-
-def test_alignment_is_written_with_its_controls(runs, tmp_path):
-    """A score for the embedding and each layer with 95 % bars of a mean over pairs; the same seed gives the same."""
-    for name in ("one.png", "two.png"):
-        command("alignment", "--checkpoint", runs["tiny-emu3"], "--n", 40, "--out", tmp_path / name)
-    first, again = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert first == again and Image.open(tmp_path / "one.png").size[0] > 1000
-    m, text = opened(runs["tiny-emu3"])
-    pairs = different_pairs(Alignment(n=40), "emu3", {"seed": 0})
-    assert len({picture.tobytes() for picture, _ in pairs}) == len({caption for _, caption in pairs}) == 40
-    for task in aia.TASKS:
-        words, image = pooled(m, data.Preparer(m, text), pairs, task)
-        for k in (5, 10, 20):
-            rows = {name: row[str(k)] for name, row in first[task].items()}
-            each = torch.stack([mutual_neighbours(a, b, k) for a, b in zip(words, image, strict=True)])
-            assert rows["score"] == pytest.approx(each.mean(1).tolist()) and len(each) == 3
-            assert rows["shuffled"] == pytest.approx([k / 39] * 3, abs=0.12) and first["chance"][str(k)] == k / 39
-            assert np.mean(rows["shuffled"]) < np.mean(rows["score"])
-            low, high = np.array(rows["low"]), np.array(rows["high"])
-            assert high - low == pytest.approx((2 * 1.96 * each.std(1) / 40 ** 0.5).numpy(), rel=0.2)
-            assert (low + high) / 2 == pytest.approx(rows["score"], abs=0.02)
-
-
-def made_up(folder, preset="tiny-emu3", **arms):
-    """A run folder of three layers, as training leaves it, without weights."""
-    folder.mkdir(parents=True)
-    row = {"std": [0.1, 0.2, 0.3], "uniform": 0.25, "samples": 7}
-    curves = {"gen": {"target": [0.4, 0.4, 0.2], "before": row | {"intensity": [0.1, 0.2, 0.6]}} | arms,
-              "und": {"target": [0.1, 0.2, 0.3], "before": row | {"intensity": [0.6, 0.2, 0.1], "std": [0, 0, 0.3]}}}
-    lines = [{"name": "tune", "step": step, "gen": {"ntp": 1 / step, "aia": 0.1}} for step in (1, 2, 4)]
-    for name, content in (("curves", curves), ("settings", {"preset": preset, "out": "<b>&amp;"}),
-                          ("scores", {"und_by_topic": {"count": 0.75, "<i>": 1.0}}), ("result", {"und": 0.875})):
-        write_json(content, folder / f"{name}.json")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "tu')
-    return folder
-
-
-def test_figures_hold_the_numbers_of_the_runs_and_of_the_paper(tmp_path, monkeypatch):
-    """By hand: deviations (-2, -1, 3) and (3, -1, -2) correlate by -11/14, distances are means of three; runs of one
-    name get the folder above, and what is not known (a task's samples, the kind of the model) is left out."""
-    paper = json.loads(aia.CURVES.read_text())
-    paper["fig1"]["janus_pro"]["I2T"] = mark = [0.123, 0.456, 0.789]
-    write_json(paper, tmp_path / "paper.json")
-    monkeypatch.setattr(aia, "CURVES", tmp_path / "paper.json")
-    write_json({"gen": {"intensity": [0.1, 0.1, 0.1]}, "stages": {}}, tmp_path / "flux.json")
-    own = {"target": [0, 0], "public": {"intensity": [0.2, 0.3], "std": [0.1, 0.1], "sink": [0.4, 0.5]}}
-    write_json({"gen": own | {"public": None}, "und": own}, tmp_path / "own.json")
-    drawn, inner = {}, save_figure
-
-    def look(figure, panels, file, *how, **more):
-        drawn[file.stem] = {(i, line.get_label()): list(line.get_ydata()) for i, panel in enumerate(panels)
-                            for line in panel.get_lines()}
-        inner(figure, panels, file, *how, **more)
-    monkeypatch.setattr(lab.figures, "save_figure", look)
-    command("figures", made_up(tmp_path / "a/run"), made_up(tmp_path / "b/run", "tiny-janus") / "curves.json",
-            tmp_path / "own.json", "--references", tmp_path / "flux.json", "--out", tmp_path / "new")
-    found = json.loads((tmp_path / "new/figures.json").read_text())
-    assert all(Image.open(tmp_path / f"new/fig{i}.png").size[0] > 1000 for i in (1, 3, 4, 5))
-    first, _, last = found["fig1"].values()
-    row = first["tasks"]["gen"]["before"]
-    assert row["distance_to_target"] == pytest.approx(0.3) and (row["uniform"], row["sink"]) == (0.25, None)
-    theirs = np.abs(np.subtract([0.1, 0.2, 0.6], aia.resample(paper["fig4"]["flux"]["T2I"], 3))).mean()
-    assert [row["distance_to_references"][x] for x in ("flux (here)", "flux")] == pytest.approx([0.2, theirs])
-    assert (first["correlation"], last["correlation"]) == (pytest.approx(-11 / 14), None)
-    assert last["tasks"]["und"]["public"]["sink"] == [0.4, 0.5]
-    table = [found["table1"]["b/run"][x] for x in ("gen", "und", "mean", "paper")]
-    assert table == pytest.approx([0.2, 0.1, 0.15, 0.02])
-    assert found["fig3"]["a/run"] == {"gen": {"step": [1, 2, 4], "ntp": [1, 0.5, 0.25]}} and len(found["fig3"]) == 2
-    assert found["fig5"]["a/run"]["und"] == {"before": [0.6, 0.2, 0.1], "target": [0.1, 0.2, 0.3]}
-    assert drawn["fig1"][1, "understanding, Janus-Pro (paper)"] == mark
-    assert [label for i, label in drawn["fig1"] if i == 2] == ["understanding"]
-    assert drawn["fig4"][1, "qwen3-32b"] == paper["fig4"]["qwen3_32b"]["I2T"]
-    assert drawn["fig5"][0, "Emu3 with AIA (paper)"] == paper["fig5"]["emu3_with_aia"]["T2I"]
-    assert drawn["fig3"][0, "Emu3 (paper), 1:1 to 50:1"] == [loss for _, loss in paper["fig3"]["emu3"]["joint_1:1"]]
-
-
-@pytest.mark.parametrize("words, message", [
-    ("figures", "needs run folders"), ("figures EMPTY", "curves.json is missing: give the folder of a finished"),
-    ("figures BAD", "is damaged.*make it again"), ("figures HF.json", "no curves of a run.*--references"),
-    ("figures RUN --references BAD", "no reference curve"), ("figures RUN --out HF.json", "no folder that can be made"),
-    ("report EMPTY", "no settings.json"), ("report RUN --out none/page.html", "page.html cannot be written"),
-    ("alignment --checkpoint TINY --n 20", "20 different pairs .*are too few.*give more"),
-    ("alignment --checkpoint TINY --out none/a.png", "a.png cannot be written")])
-def test_figures_and_pages_name_what_they_miss(words, message, runs, tmp_path, capsys, monkeypatch):
-    """One line with cause and remedy, exit status 2."""
-    monkeypatch.chdir(tmp_path)
-    made_up(tmp_path / "EMPTY/RUN").replace("RUN")
-    made_up(tmp_path / "BAD", after={"intensity": [0.1]})
-    write_json({"gen": {"intensity": [0.1, 0.2, 0.3]}}, "HF.json")
-    with pytest.raises(SystemExit) as stop:
-        command(*(str(runs["tiny-emu3"]) if word == "TINY" else word for word in words.split()))
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and re.search(message, line)
-
-
-def test_the_page_needs_nothing_else_and_shows_the_run(tmp_path):
-    """Pictures are inside it, no address is, text of the run is no markup; a run without results is a page too."""
-    for place in ("a/run", "b/run"):
-        Image.fromarray(draw_scenes([(RED,)])[0]).save(made_up(tmp_path / place) / "samples.png")
-    for name in ("curves.json", "scores.json", "result.json", "metrics.jsonl"):
-        (tmp_path / "b/run" / name).unlink()
-    command("report", tmp_path / "a/run", tmp_path / "b/run", "--out", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search("http|<script|<link|@import", re.sub('base64,[^"]*', "", page))
-    assert "&lt;b&gt;&amp;amp;" in page and "&lt;i&gt;" in page and "<b>" not in page and "<i>" not in page
-    assert all(f"<td>{cell}</td>" in page for cell in (0.875, 0.75, 0.3)) and "b/run</h2><p>This run has no res" in page
-
-
-def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
-    """A row of one seed has no interval; the two runs that make up the experts are one row."""
-    part = {"mean": 0.1, "interval": None}
-    rows = {**{name: {"seeds": [0], "baseline": ""} for name in ("unified", "expert-gen")},
-            **{name: {"seeds": [0, 1], "baseline": "unified", "paired": [0],
-                      "difference": {"und": part, "gen": part | {"interval": 0.05}}} for name in ("aia", "experts")}}
-    write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
-    command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
-    assert Image.open(tmp_path / "drawn/study.png").size == (1350, 300)         # 0.3 inches more for each of two rows
-    assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["study.png"]
-    write_json({}, tmp_path / "other.json")
-    with pytest.raises(SystemExit, match="2"):
-        command("figures", "--study", tmp_path / "other.json", "--out", tmp_path / "drawn")
-    assert "give a file that lab.study wrote" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Claims about lab/gpu.py: what will be measured on a GPU runs, says what went wrong, and goes on where it was."""
+"""Claims about measurements on a GPU: they run, say what went wrong, and go on where they stopped (lab/gpu.py)."""
 
 import json
 

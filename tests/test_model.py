@@ -1,76 +1,28 @@
-"""Claims about the two models (model.py): attention, sizes, padding, caching, drawing, and parity with transformers."""
+"""Claims about the two models: attention, loss, cache, drawing, and parity with transformers (model.py)."""
 
+import contextlib
 import copy
-import json
-import subprocess
-import sys
-from dataclasses import fields, replace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from made import NAMES, SMALL, batch_of, both_models, close, fresh, off, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia
 import data
-import formats.weights
 import model
 import parts.kernels
-from formats.weights import (
-    EMU3_FROM_DISK,
-    EMU3_TO_DISK,
-    ID_FIELDS,
-    TEXT_FIELDS,
-    VQ_ORIGINAL,
-    public_files,
-    public_names,
-    renamed,
-    to_transformers,
-)
-from parts.kernels import CHUNK, try_lse
+import train
+from parts.kernels import CHUNK, KERNELS, Recorded, kernel_for, try_lse
 from parts.settings import InputError
-from parts.text import SPECIAL
-from parts.vision import flatten
 
-TINY = ["tiny-emu3", "tiny-janus"]
-SMALL = {"layers": 2, "heads": 4, "kv_heads": 2}        # shared key/value heads, which the tiny presets do not have
+pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 GRID = (2, 3)                                   # sides of the code grid that the drawing tests use
 
 
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """On a busy machine threads that wait for each other make these tiny sizes ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-def shake(m):
-    """Break what initialisation makes equal: no error hides behind a norm of 1, a bias of 0 or uniform attention."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, p in m.named_parameters():
-            if p.dim() == 1:
-                p.normal_(0 if name.endswith("bias") else 1, 0.1)
-            else:
-                p.normal_(0, p[0].numel() ** -0.5)
-        for norm in m.modules():
-            if isinstance(norm, torch.nn.BatchNorm3d):
-                norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(1, 1.1)
-    return m.eval()
-
-
-def tiny(name, device="cpu", **changes):
-    """A tiny model, always with the same weights."""
-    return shake(model.build(name, **changes)).to(device)
-
-
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=NAMES)
 def m(request, device):
     return tiny(request.param, device, **SMALL).requires_grad_(False)
 
@@ -89,26 +41,6 @@ def chunks_of_256(device, monkeypatch):
     monkeypatch.setitem(CHUNK, device.type, 256)
 
 
-def close(got, expected, tolerance=1e-5):
-    """Equal up to a tolerance relative to the largest entry."""
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * max(expected.abs().max().item(), 1e-12))
-
-
-def batch_of(config, task, device):
-    """Two samples of different length: a drawing each, or two turns of questions about a picture each."""
-    text = SimpleNamespace(ids=config.ids, encode=lambda text: list(text.encode()))
-    template, codes = data.TEMPLATES[config.kind](config, text), torch.randint(config.codebook, (2, *config.grid))
-    if task == "gen":
-        samples = [template.generation(prompt, c) for prompt, c in zip(["a cat", "two red dogs"], codes, strict=True)]
-    else:
-        turns = [[(["what", 0], "a cat"), (["how many?"], "one")], [([0, "where is it?"], "on the left"), (["?"], "3")]]
-        samples = [template.understanding(t, [c]) for t, c in zip(turns, codes, strict=True)]
-    janus = config.kind == "janus"
-    pixels = torch.randn(2, 3, config.image_size, config.image_size) if janus and task == "und" else None
-    return data.collate(task, samples, torch.tensor([True, True]), config.ids["pad"], pixels,
-                        codes.flatten(1) if janus and task == "gen" else None).to(device)
-
-
 def ids_of(rows, m):
     """Rows of ids of the same length -> ids (B, T), where the model is."""
     return torch.tensor(rows, device=m.lm_head.weight.device)
@@ -125,6 +57,9 @@ def padded(rows, m, right=False):
 
 def words(n):
     return torch.randint(10, 40, (n,)).tolist()
+
+
+TARGETS = {task: aia.targets(2, task) for task in aia.TASKS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +87,7 @@ def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
 
 
 @pytest.mark.parametrize("task", aia.TASKS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", NAMES)
 def test_whole_models_agree_with_any_attention(name, task, lse, device):
     """Loss, intensities and all gradients of next-token prediction plus AIA are those of the written-out softmax."""
     results, batch = [], batch_of(model.PRESETS[name], task, device)
@@ -208,12 +143,39 @@ def test_rotary_frequencies_survive_bfloat16(device):
     assert max(kept) < 2**-8 < 1 < min(rounded)
 
 
-def test_training_mode_changes_no_picture_code(device):
-    """Emu3's tokenizer has batch norms, which must not learn from, or depend on, a batch of the language model."""
-    m, pixels = tiny("tiny-emu3", device, vq_blocks=1), torch.randn(2, 3, 24, 24).to(device)
-    before = m.encode_images(pixels)
-    assert torch.equal(m.train().encode_images(pixels), before)
-    assert torch.equal(m.eval().encode_images(pixels), before)
+@both_models
+def test_the_kernel_of_attention_is_told(name, monkeypatch):
+    """Both kinds of pass by the step that differentiates them: heads of one width on the fast kernel, shared ones too;
+    where AIA takes another way than a plain pass, both are told."""
+    def told(**changes):
+        m = fresh(name, **changes)
+        model.settle_attention(m, "cpu", torch.float32)
+        return model.attention_kernel(m, "cpu", torch.float32)
+    assert told() == told(heads=4, kv_heads=2) == told(attention="fused") == "fused, flash kernel"
+    assert told(attention="lse") == "fused, flash kernel; with AIA fused, flash for CPUs kernel and its log-sum-exp"
+    assert "every map" in told(attention="explicit")
+    monkeypatch.setitem(model.AUTO, "cpu", "lse")   # "auto" is what the table says of the device, once it is settled
+    assert told() == told(attention="lse") != told(attention="fused")
+    monkeypatch.delitem(model.AUTO, "cpu")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "slow math fallback" in told()
+
+
+def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, capsys):
+    """A kernel that is not there and one that is wrong are named, and attention takes the flag channel."""
+    cpu, = KERNELS["cpu"]
+    absent = replace(cpu, name="absent", forward=lambda *args: torch.ops.aten.of_another_version(*args))
+    wrong = replace(cpu, name="wrong", backward=lambda *args: [2 * grad for grad in cpu.backward(*args)])
+    monkeypatch.setattr(parts.kernels, "PASSED", {})
+    monkeypatch.setitem(KERNELS, "cpu", (absent, wrong))
+    m = fresh("tiny-emu3", attention="lse")
+    model.settle_attention(m, "cpu", torch.float32)
+    said = capsys.readouterr().out
+    assert "absent: " in said and "wrong: wrong by" in said and "fused, with a flag channel, instead" in said
+    assert model.attention_kernel(m, "cpu", torch.float32) == "fused, flash kernel"
+    monkeypatch.setitem(KERNELS, "cpu", (wrong, cpu))
+    assert try_lse("cpu", torch.float32, 4, 2, 16)[0] == cpu.name
+    assert kernel_for(torch.zeros(1)) is cpu and kernel_for(torch.zeros(1).double()) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +252,7 @@ def test_fused_training_never_holds_a_map_nor_all_logits(attention, chunks_of_25
     assert seen.numel < limit / 2 if attention == "fused" else seen.numel >= t * t
 
 
-@pytest.mark.parametrize("name, how", [*((name, "checkpointed") for name in TINY), ("tiny-emu3", "compiled")])
+@pytest.mark.parametrize("name, how", [*((name, "checkpointed") for name in NAMES), ("tiny-emu3", "compiled")])
 @pytest.mark.parametrize("task", aia.TASKS)
 def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how, device):
     """Loss, intensities and gradients, of which the mass is a part. Both models have the same layers to compile."""
@@ -309,7 +271,7 @@ def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how, d
             close(result[key], expected)
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=NAMES)
 def forked(request, device):
     """A model, and the same with UniFork's two branches from its second layer on."""
     m, f = tiny(request.param, **SMALL), model.build(request.param, **SMALL, fork_layer=1)
@@ -366,19 +328,6 @@ def test_a_fork_adds_the_layers_above_it(fork_layer):
     layer = sum(p.numel() for p in shared.lm.layers[0].parameters())
     more = sum(p.numel() for p in forked.parameters()) - sum(p.numel() for p in shared.parameters())
     assert more == (4 - fork_layer) * layer + 96
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_a_fork_begins_from_public_weights(name, tmp_path):
-    """Both branches read the same tensors; a forked model has no place in transformers' layout."""
-    m = tiny(name, **SMALL)
-    formats.weights.save(m, tmp_path / "public")
-    f = formats.weights.load(tmp_path / "public", fork_layer=1)
-    theirs, mine = m.lm.layers[1].state_dict(), f.lm.gen_layers[0].state_dict()
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    assert torch.equal(f.lm.gen_norm.weight, m.lm.norm.weight)
-    with pytest.raises(InputError, match="run folder"):
-        formats.weights.save(f, tmp_path / "forked")
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
@@ -445,6 +394,149 @@ def test_greedy_text_equals_full_passes_and_stops_at_eos(m, device):
     longest = max(map(len, ends))
     assert stopping.generate_text(ids, pixels, mask, max_new_tokens=8).tolist() == [
         new + [m.ids["pad"]] * (longest - len(new)) for new in ends]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step
+# ---------------------------------------------------------------------------------------------------------------------
+def small(name, **changes):
+    """A model of two layers that share a key, with its first weights."""
+    return fresh(name, **{"layers": 2, "kv_heads": 1, **changes}).train()
+
+
+@pytest.mark.parametrize("name, task", [("tiny-emu3", "gen"), ("tiny-janus", "und"), ("tiny-janus", "gen")])
+@pytest.mark.parametrize("recompute, lora", [(False, 0), (True, 0), (False, 4), (True, 4)])
+def test_a_model_learns_the_same_by_log_sum_exp(name, task, recompute, lora, device):
+    """Losses, intensities and all gradients of a step with AIA, recomputed layers and LoRA among them."""
+    results = []
+    for attention in ("explicit", "lse"):
+        m = small(name, attention=attention, lora_rank=lora, checkpoint_activations=recompute).to(device)
+        model.settle_attention(m, device, torch.float32)
+        if attention == "lse" and not kernel_for(m.lm.norm.weight):
+            pytest.skip(f"{device} has no kernel with a log-sum-exp")
+        train.freeze(m, train.TUNE)
+        targets = {task: tuple(x.to(device) for x in TARGETS[task])}
+        sums = train.accumulate(m, [batch_of(m.config, task, valid=(True, False))], targets, {task: 30.0})
+        results.append((train.metrics_of(sums)[task], {name: p.grad for name, p in m.named_parameters()
+                                                       if p.grad is not None}))
+    (expected, right), (found, got) = results
+    assert got.keys() == right.keys() and (not lora or all("lora" in name for name in got))
+    assert found["ntp"] == pytest.approx(expected["ntp"], rel=1e-5)
+    assert found["aia"] == pytest.approx(expected["aia"], rel=1e-4)
+    torch.testing.assert_close(found["intensity"], expected["intensity"], rtol=1e-4, atol=1e-6)
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, right[name], rtol=1e-3, atol=1e-5 * float(right[name].abs().max()) + 1e-9)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that run inside, and of indexing by a mask that it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple) and any(
+            x is not None and x.dtype is torch.bool for x in args[1])
+        self.names.append(name + " by a mask" * masks)
+        return function(*args, **(kwargs or {}))
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter", "masked_scatter_backward", "is_nonzero",
+         "equal", "_unique2", "unique_dim", "index by a mask", "index_put by a mask", "index_put_ by a mask",
+         "_index_put_impl_ by a mask"}
+
+
+@pytest.mark.parametrize("name, task", [("tiny-emu3", "gen"), ("tiny-janus", "und"), ("tiny-janus", "gen"),
+                                        ("tiny-unifork", "und")])
+@pytest.mark.parametrize("attention", ["fused", "lse"])
+def test_a_micro_batch_never_waits_for_the_device(attention, name, task, monkeypatch):
+    """No operation of forward and backward needs a number on the host; of a step only metrics_of asks for some."""
+    m = small(name, attention=attention, **({"layers": 3} if name == "tiny-unifork" else {}))
+    targets = {task: aia.targets(m.config.layers, task)}
+    batches = [batch_of(m.config, task, valid=(True, False))] * 2
+    total = train.counts(batches)
+    monkeypatch.setattr(train, "counts", lambda batches: total)                 # from batches that are on the CPU
+    assert try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
+    for weights in ({task: 5.0}, None):
+        with Operations() as seen:
+            sums = train.accumulate(m, batches, targets, weights)
+            norm = torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
+        assert not WAITS & {*seen.names}, WAITS & {*seen.names}
+        assert any("backward" in name for name in seen.names) and len(seen.names) > 200
+    with Operations() as seen:
+        train.metrics_of(sums, norm)
+    assert "_local_scalar_dense" in seen.names      # the names above are those that this version uses
+    if attention == "fused":                        # on meta tensors, which have no numbers, copies to the CPU fail too
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: False)
+        train.accumulate(m.to("meta"), batches, {task: [x.to("meta") for x in targets[task]]}, {task: 5.0})
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            m.lm.norm.weight.cpu()
+
+
+@pytest.mark.parametrize("attention", ["fused", "lse"])
+def test_compiled_layers_are_one_graph_at_any_length(attention):
+    """Six lengths, with and without AIA: `fullgraph` refuses a break, and after the second length none is compiled
+    anew."""
+    torch.compiler.reset()
+    m, plain = (small("tiny-emu3", layers=1, attention=attention) for _ in range(2))
+    assert try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
+    made = []
+    for layer in m.lm.layers:
+        layer.compile(backend=lambda graph, inputs: made.append(len(made)) or graph, fullgraph=True)
+    for length in (40, 31, 52, 34, 47, 60):
+        for intensity in (False, True):
+            batch = batch_of(m.config, "gen", tokens=length)
+            got, expected = m(batch, intensity=intensity), plain(batch, intensity=intensity)
+            torch.testing.assert_close(got.ntp, expected.ntp)
+            if intensity:
+                torch.testing.assert_close(got.intensity, expected.intensity)
+                (got.ntp + got.intensity.sum()).backward()
+    assert len(made) == 4                           # one length, then any length; each without AIA and with it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be exact, and what may be half as wide
+# ---------------------------------------------------------------------------------------------------------------------
+def test_a_model_switches_off_what_rounds_convolutions():
+    """cuDNN rounds the inputs of convolutions to 10 bits unless it is told not to, and codes flip."""
+    torch.backends.cudnn.allow_tf32 = True
+    small("tiny-emu3")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name, task", [("tiny-emu3", "gen"), ("tiny-janus", "und")])
+def test_under_autocast_attention_gets_activations_of_one_type(name, task):
+    """Rotations in float32 would widen q and k again, and a kernel would read twice as much."""
+    m, seen = small(name), []
+    inner = m.lm.layers[0].self_attn.attend
+    m.lm.layers[0].self_attn.attend = lambda q, k, v, *more: (seen.extend([q.dtype, k.dtype, v.dtype]),
+                                                              inner(q, k, v, *more))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        m(batch_of(m.config, task, valid=(True, False)))
+    assert seen == [torch.bfloat16] * 3
+
+
+def test_a_frozen_siglip_beside_half_precision_computes_in_it():
+    """Sharded weights have a precision of their own and no autocast; SigLIP, whole and in float32, would be slow."""
+    m, seen = small("tiny-janus"), []
+    m.vision.blocks[0].qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    batch = batch_of(m.config, "und")
+    exact = m.see(batch.pixels)
+    m.aligner.to(torch.bfloat16)
+    half = m.see(batch.pixels)
+    assert seen == [torch.float32, torch.bfloat16] and half.dtype == torch.bfloat16
+    assert off(half.detach(), exact.detach()) < 0.05
+
+
+def test_lora_begins_the_same_under_any_default_device():
+    """Its numbers come from a generator of the CPU, also where torch.device says that tensors are made elsewhere."""
+    m = small("tiny-emu3", lora_rank=4)
+    expected = model.fresh_lora(m)
+    with torch.device("meta"):
+        got = model.fresh_lora(m)
+    assert all(torch.equal(got[name], value) for name, value in expected.items()) and len(got) == 2 * 2 * 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,6 +612,109 @@ def test_sampling_keeps_what_it_is_told_to(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
+def test_a_step_over_all_columns_draws_and_says_the_same(name, monkeypatch, capsys):
+    """What a GPU replays reads the whole cache under a mask; recorded here it fails, is told, and goes on plainly."""
+    m = small(name).eval()
+    ids, mask = torch.randint(5, 400, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    ids[:, 0], ids[:, -1] = m.ids["bos"], m.ids["boi"]
+    mask[1, :4] = False                             # padding in front of one
+    away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None
+
+    def work():
+        g = torch.Generator().manual_seed(0)
+        return (m.generate_images(ids, mask, negative=away, guidance=2.0, top_k=0, generator=g),
+                m.generate_text(ids, mask=mask, max_new_tokens=20))
+    before = work()
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(model, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(model, "REPLAY_FROM", 1)
+    monkeypatch.setattr(model, "ASK_EVERY", 7)
+    after = work()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert "cannot be recorded" in capsys.readouterr().err
+
+
+class Graph:
+    """Stands in for a CUDA graph: what runs while it is recorded is the step, and replaying runs it into its output."""
+
+    def replay(self):
+        recorded, (given, out) = self.step, self.ends
+        out.copy_(recorded(given))
+
+
+@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
+def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
+    """All of the bookkeeping around a recording, with a stand-in for what only CUDA has: places are put back after the
+    two runs that warm up and the one that is recorded, and each shape of a step has a graph of its own."""
+    m, graphs = small(name).eval(), []
+    ids = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(5))
+    away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None
+
+    def work():
+        g = torch.Generator().manual_seed(0)
+        return (m.generate_images(ids, negative=away, guidance=2.0, top_k=0, generator=g),
+                m.generate_text(ids, max_new_tokens=20))
+    before = work()
+    record = Recorded.record
+
+    def recorded(self, x):
+        graph, given, out = record(self, x)
+        graph.step, graph.ends = self.step, (given, out)
+        graphs.append(tuple(x.shape))
+        return graph, given, out
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    for attribute, value in {"Stream": stream, "current_stream": stream, "CUDAGraph": Graph,
+                             "stream": lambda aside: contextlib.nullcontext(),
+                             "graph": lambda graph: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, attribute, value)
+    monkeypatch.setattr(Recorded, "record", recorded)
+    monkeypatch.setattr(model, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(model, "REPLAY_FROM", 1)
+    assert all(torch.equal(a, b) for a, b in zip(work(), before, strict=True)) and not capsys.readouterr().err
+    steps = [(4, 1, 96), (4, 2, 96)] if name == "tiny-emu3" else [(4, 1, 96)]
+    assert sorted(graphs[:len(steps)]) == steps and graphs[len(steps):] == [(2, 1, 96)]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["sliced", "all columns"])
+def test_a_row_that_stands_still_goes_on_where_it_was(whole):
+    """Rows move in turn, one column a step; each gives what it gives alone, whatever the others do meanwhile."""
+    m = small("tiny-emu3").eval()
+    x, mask = torch.randn(3, 10, m.config.width), torch.ones(3, 4, dtype=torch.bool)
+    mask[2, :2] = False
+    moves = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 1, 0], [0, 1, 0, 1, 1, 1]]).bool()
+    with torch.no_grad():
+        alone = [m.lm(x[b:b + 1, 4 - int(mask[b].sum()):4 + int(moves[b].sum())])[0][0, -int(moves[b].sum()):]
+                 for b in range(3)]
+        cache, taken, found = model.Cache(m.lm, mask, 6), [4] * 3, [[], [], []]
+        m.lm(x[:, :4], cache=cache)
+        if whole:
+            cache.recorded(None)
+        for moving in moves.T:
+            now = torch.stack([x[b, min(taken[b], 9)] for b in range(3)])[:, None]
+            out = m.lm(now, cache=cache, moving=moving)[0]
+            for b in range(3):
+                if moving[b]:
+                    found[b].append(out[b, 0])
+                    taken[b] += 1
+    for mine, right in zip(found, alone, strict=True):
+        torch.testing.assert_close(torch.stack(mine), right, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_are_drawn_as_by_torch_multinomial():
+    """The same numbers from the same generator, without its look at the input."""
+    logits = torch.randn(60, 50, generator=torch.Generator().manual_seed(1)) * 3
+    got = model.sample(logits, 0.8, 20, 0.9, torch.Generator().manual_seed(7))
+    probability = (logits / 0.8).masked_fill(logits < logits.topk(20).values[:, -1:], -torch.inf).softmax(-1)
+    ordered, order = probability.sort(-1, descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= 0.9, 0.0)
+    probability = torch.zeros_like(probability).scatter(-1, order, ordered)
+    assert torch.equal(got, torch.multinomial(probability, 1, generator=torch.Generator().manual_seed(7))[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("holes, pictures", [(15, 1), (0, 1), (16, 0), (16, 2)])
@@ -560,66 +755,6 @@ def test_unknown_settings_are_refused(name, changes, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Parity with transformers: tiny random checkpoints of its Emu3 and Janus
 # ---------------------------------------------------------------------------------------------------------------------
-def copy_weights(theirs, ours, device):
-    """Fill our model from theirs by renaming, then move both; every weight of theirs must be used."""
-    source, state, used = theirs.state_dict(), {}, set()
-    for key, value in ours.state_dict().items():
-        parts = public_names(key, ours.config, "hf")
-        whole = torch.cat([source[part] for part in parts]) if len(parts) > 1 else source[parts[0]]
-        state[key] = whole.reshape(value.shape)
-        used.update(parts)
-    assert used == set(source)
-    ours.load_state_dict(state)
-    return theirs.requires_grad_(False).to(device), ours.requires_grad_(False).to(device)
-
-
-@pytest.fixture(scope="module")
-def emu3(device):
-    hf = pytest.importorskip("transformers")
-    ids = dict(zip(("pad", "bos", "eos", "placeholder", "eol", "eof", "img", "boi", "eoi"), range(9), strict=True),
-               visual=40)
-    names = {f"w{i}": i for i in range(9, 40)} | {SPECIAL["emu3"][role]: i for role, i in ids.items()}
-    names |= {"<image>": ids["placeholder"]} | {f"<|visual token {c:06d}|>": 40 + c for c in range(64)}
-    text = hf.Emu3TextConfig(
-        vocab_size=112, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    vq = {"codebook_size": 64, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "num_res_blocks": 2,
-          "channel_multiplier": [1, 2, 2, 4], "attn_resolutions": [3], "temporal_downsample_factor": 4,
-          "hidden_size": 128}
-    theirs = hf.Emu3ForConditionalGeneration(
-        hf.Emu3Config(text_config=text.to_dict(), vq_config=vq, vocabulary_map=names))
-    ours = model.from_config(replace(
-        model.EMU3_8B, layers=3, width=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=112, codebook=64,
-        vq_width=32, ids=ids))
-    shake(theirs).model.vqmodel.quantize.embedding.weight.data *= 0.2           # rows among the latents: many codes
-    return copy_weights(theirs, ours, device)
-
-
-@pytest.fixture(scope="module")
-def janus(device):
-    hf = pytest.importorskip("transformers")
-    text = {"model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 128,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 512, "bos_token_id": 100, "eos_token_id": 101, "pad_token_id": 102}
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
-              "mlp_ratio": 4.0, "projection_dim": 64, "depth": 2, "num_image_tokens": 16}
-    vq = {"embed_dim": 8, "num_embeddings": 64, "latent_channels": 16, "base_channels": 32, "num_res_blocks": 2,
-          "channel_multiplier": [1, 1, 2, 2, 4], "projection_dim": 64, "num_hidden_layers": 2,
-          "image_token_embed_dim": 64}
-    theirs = hf.JanusForConditionalGeneration(hf.JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq, image_token_id=120, tie_word_embeddings=False))
-    ours = model.from_config(replace(
-        model.JANUS_PRO_7B, layers=3, width=64, ffn=128, heads=4, kv_heads=4, head_dim=16, vocab=160, codebook=64,
-        vq_width=32, vq_latent=16, image_size=64, vit_width=32, vit_layers=2, vit_heads=4, vit_ffn=128,
-        ids={"bos": 100, "eos": 101, "pad": 102, "boi": 110, "eoi": 111, "placeholder": 120}))
-    return copy_weights(shake(theirs), ours, device)
-
-
-@pytest.fixture(params=["emu3", "janus"])
-def pair(request):
-    return request.getfixturevalue(request.param)
-
-
 def test_logits_equal_transformers(pair, device):
     """Text only, and text with a picture, in a batch padded on the left."""
     theirs, ours = pair
@@ -654,61 +789,6 @@ def test_half_precision_stays_close(pair):
     assert (got - exact).square().mean() <= 1.1 * (expected - exact).square().mean() < (0.02 * exact.abs().max()) ** 2
 
 
-def test_emu3_tokenizer_shortcuts_equal_the_slow_way(emu3, device):
-    """The 2-D encoder would see four equal frames and the decoder paint four, of which frame 0 is the picture: one of
-    each gives the same."""
-    vq = emu3[1].vq
-    pixels, codes = torch.randn(1, 3, 24, 16).to(device), torch.randint(64, (1, 3, 2)).to(device)
-    x = torch.stack([vq.encoder(frame) for frame in pixels.expand(4, 1, -1, -1, -1)], 2)         # (1, C, 4, h, w)
-    for conv in vq.encoder_time_conv:
-        x = F.silu(conv(x))
-    for block in vq.encoder_time_blocks:
-        x = block(x)
-    assert torch.equal(vq.nearest(flatten(vq.quant_conv(x)[:, :, 0])).view(1, 3, 2), vq.encode(pixels))
-    z = vq.vectors(codes)[:, :, None]
-    both = [vq.post_quant_conv(z), z]
-    for i, x in enumerate(both):
-        for block in vq.decoder_time_blocks:
-            x = block(x)
-        for conv in vq.decoder_time_conv:
-            x = F.silu(conv(x.repeat_interleave(2, 2)))
-        both[i] = x
-    frames = [vq.decoder(both[0][:, :, t], both[1][:, :, t]) for t in range(4)]
-    close(vq.decode(codes), frames[0])
-    assert (frames[0] - frames[3]).abs().max() > 1e-2
-
-
-def test_emu3_picture_codes_equal_transformers(emu3, device):
-    """Codes exactly, also of a picture that is not square; pixels decoded from them."""
-    (theirs, ours), pixels = emu3, torch.randn(2, 3, 48, 64).to(device)
-    codes = ours.encode_images(pixels)
-    encoded = theirs.model.vqmodel.encode(pixels, torch.tensor([[48, 64]] * 2, device=device), return_dict=True)
-    assert torch.equal(codes, torch.stack(encoded.image_tokens))
-    assert codes.shape == (2, 6, 8) and codes.unique().numel() > 10
-    close(ours.decode_images(codes), theirs.model.vqmodel.decode(codes))
-
-
-def test_janus_picture_codes_follow_the_published_rule(janus, device):
-    """Latents and codebook at unit length, then the nearest row; transformers, which normalises neither, gives the
-    latents here, and decodes."""
-    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64).to(device)
-    vq, codes = theirs.model.vqmodel, ours.encode_images(pixels)
-    latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1).flatten(2).transpose(1, 2)     # (B, N, code_dim)
-    close(ours.vq.latents(pixels).flatten(2).transpose(1, 2), latents)
-    similar = latents @ F.normalize(vq.quantize.embedding.weight, dim=1).T      # the nearest has the largest cosine
-    assert torch.equal(codes, similar.argmax(-1))
-    assert codes.unique().numel() > 3
-    random = torch.randint(64, (2, 16)).to(device)
-    close(ours.decode_images(random), vq.decode(random))
-
-
-def test_janus_picture_reader_equals_transformers(janus, device):
-    """SigLIP with its final norm, and the aligner."""
-    (theirs, ours), pixels = janus, torch.randn(2, 3, 64, 64).to(device)
-    expected = theirs.model.get_image_features(pixels, return_dict=True).pooler_output
-    close(ours.aligner(ours.vision(pixels)), expected)
-
-
 def test_janus_drawing_equals_transformers(janus, device):
     """Code embedding, decoder and code head step by step, and greedy codes with guidance 5."""
     (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]], device=device)
@@ -723,9 +803,6 @@ def test_janus_drawing_equals_transformers(janus, device):
     assert torch.equal(ours.generate_images(ids, guidance=5.0, temperature=0), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Public checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
 def forced(monkeypatch, codes):
     """From now on drawing takes these codes (B, N) and keeps the logits (B, K) that it would have drawn from."""
     seen, steps = [], iter(codes.unbind(1))
@@ -774,350 +851,3 @@ def test_drawing_of_emu3_equals_transformers(emu3, monkeypatch, device):
             rows = [torch.cat([start, tokens[:, :t]], 1) for start in (prompt, negative.expand(2, -1))]
             given, free = (theirs(input_ids=row).logits[:, -1].log_softmax(-1) for row in rows)
             close(next(got).log_softmax(-1), (free + 3 * (given - free))[:, 40:104].log_softmax(-1))
-
-
-@pytest.mark.parametrize("preset, architecture, original, transformers", [
-    ("emu3-8b", "Emu3ForConditionalGeneration", 786, 786), ("janus-pro-1b", "JanusForConditionalGeneration", 868, 964),
-    ("janus-pro-7b", "JanusForConditionalGeneration", 922, 1018)])
-def test_names_are_an_exact_round_trip_over_all_keys_of_full_size_models(preset, architecture, original, transformers):
-    """Ours to transformers, whose own model has just these tensors, and back; ours to the authors' names and back
-    (without the 14 tensors of Janus-Pro that nobody uses)."""
-    hf = pytest.importorskip("transformers")
-    with torch.device("meta"):
-        ours = model.build(preset)
-        content = public_files(ours)["config"]
-        theirs = getattr(hf, architecture)(getattr(hf, architecture.replace("ForConditionalGeneration", "Config"))(
-            **{key: value for key, value in content.items() if key not in ("architectures", "model_type")}))
-    state, public = ours.state_dict(), {}
-    for name, value in state.items():
-        public |= to_transformers(name, value, ours.config)
-    assert {name: x.shape for name, x in public.items()} == {name: x.shape for name, x in theirs.state_dict().items()}
-    assert len(public) == transformers
-    on_disk = {renamed(name, EMU3_TO_DISK): x for name, x in public.items()}
-    for layout, stored in [("hf", {renamed(name, EMU3_FROM_DISK): x for name, x in on_disk.items()}),
-                           ("original", {public_names(name, ours.config, "original")[0]: value
-                                         for name, value in state.items()})]:
-        for name, value in state.items():
-            parts = [stored.pop(part) for part in public_names(name, ours.config, layout)]
-            assert (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(value.shape).shape == value.shape
-        assert not stored
-    names = [part for name in state for part in public_names(name, ours.config, "original")]
-    assert len(set(names)) == len(names) == original
-
-
-ORIGINAL_NAMES = {
-    "lm.layers.11.self_attn.q_proj.weight": ("model.layers.11.self_attn.q_proj.weight",
-                                             "language_model.model.layers.11.self_attn.q_proj.weight"),
-    "lm_head.weight": ("lm_head.weight", "language_model.lm_head.weight"),
-    "vq.quantize.weight": ("quantize.embedding.weight", "gen_vision_model.quantize.embedding.weight"),
-    "vq.encoder.down.1.block.0.nin_shortcut.weight": ("encoder.down.1.block.0.nin_shortcut.weight", None),
-    "vq.encoder.down.3.attn.1.proj_out.bias": ("encoder.down.3.attn.1.proj_out.bias", None),
-    "vq.encoder.downsample.2.weight": ("encoder.down.2.downsample.conv.weight",
-                                       "gen_vision_model.encoder.conv_blocks.2.downsample.conv.weight"),
-    "vq.encoder_time_conv.1.conv.bias": ("encoder.time_conv.1.conv.conv.bias", None),
-    "vq.encoder_time_blocks.1.conv2.conv.weight": ("encoder.time_res_stack.1.conv2.conv.weight", None),
-    "vq.decoder.up.0.block.2.conv1.weight": ("decoder.up.3.block.2.conv1.weight",
-                                             "gen_vision_model.decoder.conv_blocks.0.res.2.conv1.weight"),
-    "vq.decoder.upsample.0.weight": ("decoder.up.3.upsample.conv.weight",
-                                     "gen_vision_model.decoder.conv_blocks.0.upsample.conv.weight"),
-    "vq.decoder.mid.attn_1.q.weight": ("decoder.mid.attn_1.q.weight", "gen_vision_model.decoder.mid.1.q.weight"),
-    "vq.quant_conv.conv.weight": ("quant_conv.conv.weight", None),
-    "vision.pos_embed": (None, "vision_model.vision_tower.pos_embed"),
-    "vision.patch_embed.weight": (None, "vision_model.vision_tower.patch_embed.proj.weight"),
-    "vision.blocks.23.qkv.bias": (None, "vision_model.vision_tower.blocks.23.attn.qkv.bias"),
-    "vision.blocks.10.proj.weight": (None, "vision_model.vision_tower.blocks.10.attn.proj.weight"),
-    "vision.blocks.10.fc1.weight": (None, "vision_model.vision_tower.blocks.10.mlp.fc1.weight"),
-    "vision.blocks.10.norm2.bias": (None, "vision_model.vision_tower.blocks.10.norm2.bias"),
-    "aligner.2.weight": (None, "aligner.layers.2.weight"),
-    "gen_aligner.0.bias": (None, "gen_aligner.layers.0.bias"),
-    "gen_head.0.weight": (None, "gen_head.output_mlp_projector.weight"),
-    "gen_head.2.weight": (None, "gen_head.vision_head.weight"),
-    "gen_embed.weight": (None, "gen_embed.weight"),
-}
-
-
-@pytest.mark.parametrize("ours", ORIGINAL_NAMES)
-def test_original_names_are_those_of_the_released_files(ours):
-    """One of each kind, written down by hand from the published lists of keys."""
-    for config, expected in zip((model.EMU3_8B, model.JANUS_PRO_7B), ORIGINAL_NAMES[ours], strict=True):
-        assert expected is None or public_names(ours, config, "original") == [expected]
-
-
-def test_transformers_folders_load_with_equal_weights(pair, tmp_path, device):
-    """What transformers saves, read by name from config.json and the file; no number of it is that of the recipe."""
-    theirs, ours = pair
-    theirs.save_pretrained(tmp_path)
-    m = formats.weights.load(tmp_path, device=device)
-    expected = ours.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in m.state_dict().items())
-    same = {f.name for f in fields(model.Config)} - {"ids", "context", "image_size", "init_std", "embed_std"}
-    assert {name: getattr(m.config, name) for name in same} == {name: getattr(ours.config, name) for name in same}
-    assert m.ids["placeholder"] == ours.ids["placeholder"] and m.ids["pad"] == ours.ids["pad"]
-
-
-def original_folder(m, folder, suffix):
-    """The model in original names and files: one folder for Janus-Pro, two side by side for Emu3."""
-    c, folder = m.config, folder / "language"
-    state = {public_names(name, c, "original")[0]: value for name, value in m.state_dict().items()}
-    text = {theirs: getattr(c, ours) for ours, theirs in TEXT_FIELDS.items()}
-    if c.kind == "emu3":
-        parts = {folder: {name: value for name, value in state.items() if name.startswith(("model.", "lm_head."))}}
-        parts[folder.parent / "vision"] = {name: value for name, value in state.items() if name not in parts[folder]}
-        ids = {theirs: m.ids[role] for role, theirs in ID_FIELDS.items()}
-        vq = {theirs: getattr(c, ours) for ours, theirs in VQ_ORIGINAL.items()}
-        configs = {folder: text | ids | {"model_type": "Emu3"},
-                   folder.parent / "vision": vq | {"model_type": "Emu3VisionVQ"}}
-    else:
-        state |= {"vision_model.vision_tower.attn_pool.q.weight": torch.ones(2),
-                  "gen_vision_model.quantize.codebook_used": torch.ones(3)}
-        config = {"model_type": "multi_modality", "language_config": text,
-                  "vision_config": {"params": {"model_name": "siglip_large_patch16_384", "heads": c.vit_heads}}}
-        parts, configs = {folder: state}, {folder: config}
-    for place, tensors in parts.items():
-        place.mkdir()
-        (place / "config.json").write_text(json.dumps(configs[place]))
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        if suffix == "safetensors":
-            save_file(tensors, place / "model.safetensors")
-        elif suffix == "bin":                        # in two shards with an index
-            names = list(tensors)
-            halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
-            for file, half in halves.items():
-                torch.save({name: tensors[name] for name in half}, place / file)
-            weight_map = {name: file for file, half in halves.items() for name in half}
-            (place / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        else:
-            torch.save(tensors, place / "iter_7.pth")
-    return folder
-
-
-OTHER = {"layers": 2, "width": 32, "ffn": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 97, "context": 77,
-         "vq_width": 32}
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth"])
-@pytest.mark.parametrize("kind", ["emu3", "janus"])
-def test_original_folders_load_with_equal_weights(kind, suffix, tmp_path):
-    """Both models in the authors' own names, in each way such files are stored. What Janus-Pro's original config.json
-    keeps silent about is read off the tensors."""
-    if kind == "emu3":
-        ids = dict(zip(("pad", "bos", "eos", "eol", "eof", "img", "boi", "eoi"), range(8), strict=True))
-        config = replace(model.EMU3_8B, **OTHER, codebook=48, vq_mult=(1, 2), vq_blocks=1, vq_attention=(1,), ids=ids)
-    else:
-        config = replace(model.JANUS_PRO_7B, **OTHER, codebook=48, code_dim=6, vq_latent=40, vq_mult=(1, 2),
-                         vq_blocks=1, vq_attention=(1,), image_size=24, vit_width=64, vit_layers=2, vit_heads=4,
-                         vit_ffn=80, vit_patch=8, ids={})
-    torch.manual_seed(0)
-    ours = model.from_config(config)
-    folder = original_folder(ours, tmp_path, suffix)
-    m = formats.weights.load(folder / "iter_7.pth" if suffix == "pth" and kind == "janus" else folder)
-    assert all(torch.equal(value, m.state_dict()[name]) for name, value in ours.state_dict().items())
-    assert replace(m.config, ids=config.ids) == config
-
-
-def edited(folder, file="config.json", **changes):
-    """Change a json file: section__field=value; the section __ is the file itself."""
-    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        (content[section] if section else content)[key] = value
-    (folder / file).write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("changes", [
-    {"text_config__rope_scaling": {"rope_type": "default"}}, {"text_config__rope_scaling": {"type": "default"}},
-    {"text_config__hidden_act": None}, {"__image_area": None}, {"__pictures": None}])
-def test_settings_that_say_nothing_new_are_read(changes, emu3, tmp_path):
-    """Older converters write defaults and nulls where newer ones write nothing."""
-    emu3[0].save_pretrained(tmp_path)
-    edited(tmp_path, **changes)
-    assert formats.weights.load(tmp_path).config.theta == emu3[1].config.theta
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"text_config__rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json: rope_type 'linear' cannot"),
-    ({"__vq_config": None}, "do not fit its config.json"),
-    ({"vq_config__base_channels": 33}, "no model that can be built"),
-    ({"text_config__num_hidden_layers": "three"}, "no model that can be built"),
-    ({"vq_config__temporal_downsample_factor": 2}, "temporal_downsample_factor 2 cannot be honoured, only 4")])
-def test_settings_that_cannot_be_honoured_are_one_clear_line(changes, message, emu3, tmp_path):
-    """Never a traceback, never a model that differs from what was asked for."""
-    emu3[0].save_pretrained(tmp_path)
-    edited(tmp_path, **changes)
-    with pytest.raises(InputError, match=message):
-        formats.weights.load(tmp_path)
-
-
-def test_picture_settings_of_a_newer_transformers_are_read(emu3, tmp_path):
-    """Its processors write them into another file."""
-    emu3[0].save_pretrained(tmp_path)
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"min_pixels": 64}}))
-    assert formats.weights.load(tmp_path).config.min_pixels == 64
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_std": [0.2, 0.2, 0.2]}}))
-    with pytest.raises(InputError, match="processor_config.json: image_std"):
-        formats.weights.load(tmp_path)
-
-
-def test_neighbours_of_emu3_do_not_disturb(tmp_path):
-    """The picture tokenizer is found beside the language model, whatever else lies there."""
-    ids = dict(zip(("pad", "bos", "eos", "eol", "eof", "img", "boi", "eoi"), range(8), strict=True))
-    config = replace(model.EMU3_8B, **OTHER, codebook=48, vq_mult=(1, 2), vq_blocks=1, vq_attention=(1,), ids=ids)
-    folder = original_folder(model.from_config(config), tmp_path, "safetensors")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/config.json").write_text("not json")
-    assert formats.weights.load(folder).config.codebook == 48
-    (tmp_path / "vision/config.json").unlink()
-    with pytest.raises(InputError, match="holds the language model alone: give --vision-tokenizer"):
-        formats.weights.load(folder)
-
-
-def test_a_fine_tuned_file_alone_says_what_belongs_beside_it(tmp_path):
-    """Such files hold tensors only; and of several, one must be chosen."""
-    for name in ("iter_1.pth", "iter_2.pth"):
-        torch.save({"lm_head.weight": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(InputError, match="holds no config.json: copy the json files of the model that iter_1.pth"):
-        formats.weights.load(tmp_path / "iter_1.pth")
-    (tmp_path / "config.json").write_text('{"model_type": "multi_modality"}')
-    with pytest.raises(InputError, match="holds 2 checkpoints: give one of them"):
-        formats.weights.load(tmp_path)
-
-
-def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(janus, tmp_path):
-    """Missing, unknown and misshaped tensors in one message, and a setting that the code cannot honour by name."""
-    janus[0].save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    state = load_file(file)
-    state["model.extra"] = torch.ones(1)
-    del state["lm_head.weight"]
-    state["model.aligner.fc1.bias"] = torch.ones(7)
-    save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lm_head.weight is missing; model.aligner.fc1.bias is \(7,\), not \(64,\); "
-                                         "model.extra is not known"):
-        formats.weights.load(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    content["text_config"]["hidden_act"] = "relu"
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="config.json: hidden_act 'relu'"):
-        formats.weights.load(tmp_path)
-    file.write_bytes(file.read_bytes()[:1000])
-    content["text_config"]["hidden_act"] = "silu"
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="model.safetensors cannot be read"):
-        formats.weights.load(tmp_path)
-
-
-def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path, device):
-    """Every tensor and every size, whatever the configuration; the codes and sizes of pictures too."""
-    theirs, ours = pair
-    formats.weights.save(ours, tmp_path / "out")
-    import transformers
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").to(device)
-    expected = theirs.state_dict()
-    assert again.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
-    assert again.config.text_config.num_key_value_heads == ours.config.kv_heads
-    processor = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
-    assert processor["image_mean"] == [0.5] * 3
-    assert replace(formats.weights.load(tmp_path / "out").config, ids=ours.config.ids) == ours.config
-
-
-def test_a_hub_id_is_resolved_or_the_download_is_named(janus, tmp_path, monkeypatch):
-    """With a local copy it is that folder; without network the one line says what to run."""
-    import huggingface_hub
-    janus[0].save_pretrained(tmp_path / "copy")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / "copy"))
-    assert formats.weights.load("someone/some-model").config.layers == 3
-
-    def offline(name):
-        raise ConnectionError("no network\nat all")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(InputError, match=r"^someone/some-model is no folder .*\(no network\): run `hf download"):
-        formats.weights.load("someone/some-model")
-
-
-def test_tied_embeddings_are_honoured(janus, tmp_path):
-    """A file without lm_head.weight is complete if config.json ties it to the word embeddings, and only then."""
-    janus[0].save_pretrained(tmp_path)
-    state, content = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
-    del state["lm_head.weight"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    silent = {key: value for key, value in content.items() if key != "tie_word_embeddings"}
-    for tied in (True, None, False):                 # silence means yes to transformers
-        told = silent if tied is None else silent | {"tie_word_embeddings": tied}
-        (tmp_path / "config.json").write_text(json.dumps(told))
-        if tied is not False:
-            m = formats.weights.load(tmp_path)
-            assert torch.equal(m.lm_head.weight, m.lm.embed_tokens.weight)
-        else:
-            with pytest.raises(InputError, match="lm_head.weight is missing"):
-                formats.weights.load(tmp_path)
-
-
-def test_the_preprocessor_file_is_read_and_what_it_asks_is_done_or_refused(emu3, tmp_path):
-    """Sizes come from it; another normalisation than (x - 0.5) / 0.5 would silently spoil every picture."""
-    emu3[0].save_pretrained(tmp_path)
-    file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps({"min_pixels": 4096, "max_pixels": 8192, "image_mean": [0.5, 0.5, 0.5]}))
-    m = formats.weights.load(tmp_path)
-    assert (m.config.min_pixels, m.config.max_pixels) == (4096, 8192)
-    file.write_text(json.dumps({"image_mean": [0.48, 0.46, 0.41]}))
-    with pytest.raises(InputError, match=r"preprocessor_config.json: image_mean \[0.48"):
-        formats.weights.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
-def test_saved_models_open_in_transformers_with_equal_logits(name, tmp_path, monkeypatch, device):
-    """A model of the laptop run, in several shards, read by transformers and by us; a folder in use is left alone."""
-    hf = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    m = model.build(name).to(device)
-    monkeypatch.setattr(formats.weights, "SHARD_BYTES", 1e6)
-    formats.weights.save(m, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and not (tmp_path / "out.part").exists()
-    theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").to(device)
-    ids = torch.randint(5, 400, (2, 12)).to(device)
-    with torch.no_grad():
-        close(m.logits(ids), theirs(input_ids=ids).logits)
-    again = formats.weights.load(tmp_path / "out", device=device)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in m.state_dict().items())
-    fresh = {"init_std": m.config.init_std, "embed_std": m.config.embed_std, "ids": m.config.ids}
-    assert replace(again.config, **fresh) == m.config
-    half = formats.weights.load(tmp_path / "out", dtype=torch.bfloat16, device=device)
-    assert half.lm_head.weight.dtype == torch.bfloat16
-    assert all(torch.equal(value, half.vq.state_dict()[key]) for key, value in m.vq.state_dict().items())
-    with pytest.raises(InputError, match="not empty"):
-        formats.weights.save(m, tmp_path / "out")
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_loading_holds_the_model_once(suffix, tmp_path):
-    """Peak anonymous memory stays below 1.1 times the model in the target type plus the largest stored tensor."""
-    torch.manual_seed(0)
-    m = model.build("tiny-janus", width=768, ffn=3072, layers=8, heads=12, kv_heads=12, head_dim=64)
-    formats.weights.save(m, tmp_path / "big")
-    if suffix == "bin":
-        file = tmp_path / "big/model.safetensors"
-        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
-        file.unlink()
-    script = """
-import threading, torch, formats.weights
-def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-formats.weights.load(%r)
-before, peak, done = anonymous(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.0005):
-        peak = max(peak, anonymous())
-thread = threading.Thread(target=watch); thread.start()
-m = formats.weights.load(%r, dtype=torch.bfloat16)
-done.set(); thread.join()
-print(peak - before, sum(x.nbytes for x in m.state_dict().values()))
-"""
-    small = tmp_path / "small"
-    formats.weights.save(model.build("tiny-janus"), small)     # imports and allocators warm up before it counts
-    done = subprocess.run([sys.executable, "-c", script % (str(small), str(tmp_path / "big"))], capture_output=True,
-                          text=True, cwd=Path(model.__file__).parent, check=True)
-    peak, size = map(int, done.stdout.split())
-    largest = max(value.nbytes for value in m.state_dict().values())
-    assert 0.5 * size < peak <= 1.1 * size + largest

@@ -1,4 +1,4 @@
-"""Claims about reference curves of transformers models: tiny random ones, and the attention maps that they return."""
+"""Claims about reference curves of transformers models, against the maps of tiny random ones (lab/references.py)."""
 
 import json
 import weakref

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -18,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from made import NAMES, both_models, fresh
+from made_runs import command, refused
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 import aia
@@ -27,10 +27,7 @@ import data
 import eval as evaluation
 import formats.weights
 import lab.alignment
-import lab.speed
-import lab.study
 import model
-import parts.kernels
 import parts.world
 import train
 from formats.checkpoints import (
@@ -44,24 +41,18 @@ from formats.checkpoints import (
     tensor_names,
     tensors_of,
 )
-from lab.dry_run import DRY, DryRun, rehearse
-from lab.speed import resident
-from lab.study import ROWS, STUDENT, by_row, claims_of, finished_rows, interval, needs, summary_of
-from parts.kernels import KERNELS, kernel_for, try_lse
 from parts.pictures import to_tensor
 from parts.processes import processes, rank
-from parts.settings import InputError, run_command, write_json
+from parts.settings import InputError
 from parts.text import Text
-from parts.vision import autoencode, fill_codebook
-from parts.world import SHAPES, World, world_of
+from parts.vision import fill_codebook
+from parts.world import SHAPES, World
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("tiny-emu3", "tiny-janus")
 SMALL = {name: replace(model.PRESETS[name], layers=2, width=64, ffn=64, heads=2, kv_heads=1, vit_width=32, vit_ffn=32,
                        vit_layers=1) for name in NAMES}
 SMALL["tiny-unifork"] = replace(SMALL["tiny-emu3"], layers=4, fork_layer=2)
 TRAIN_TOKENIZER = data.train_tokenizer
-both_models = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,11 +75,6 @@ def texts(tmp_path_factory):
 def unscored(monkeypatch):
     """Runs end without the final evaluation; train.train then returns the run."""
     monkeypatch.setattr(train, "finish", lambda run: run)
-
-
-def fresh(name, **changes):
-    torch.manual_seed(0)
-    return model.build(name, **changes)
 
 
 def schedule(m, text, batch_size=8, micro_batch=64, drop=0.0):
@@ -245,6 +231,22 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     assert rates[60] == pytest.approx(2.0 * (0.01 + 0.99 / 2)) and rates[110] == pytest.approx(0.02)
     assert rates[35] == pytest.approx(2.0 * (0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2))
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("rho", None), ("off", (0.0, 0.0)), ("paper", (40.0, 40.0)), ("released", (5.0, 10.0)), ("3.5", (3.5, 3.5)),
+    ("2,7", (2.0, 7.0)), ("0", (0.0, 0.0)),
+])
+def test_weights_are_a_name_one_number_or_two(text, expected):
+    """Two numbers stand for generation and understanding; rho asks for calibration."""
+    assert train.fixed_lambdas(text) == (expected and {"gen": expected[0], "und": expected[1]})
+
+
+@pytest.mark.parametrize("text", ["", "five", "-1", "1,-1", "1,2,3", "1,", "nan", "inf"])
+def test_unusable_weights_are_refused(text):
+    """A weight is finite and not negative; the message names the flag."""
+    with pytest.raises(InputError, match="--aia-weight"):
+        train.fixed_lambdas(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,19 +478,6 @@ def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
-def command(*argv, main=train.main):
-    run_command(lambda: main([str(word) for word in argv]))
-
-
-def refused(capsys, *argv, main=train.main):
-    """The one line with which a command is refused: exit status 2, no traceback, no other exception."""
-    with pytest.raises(SystemExit) as stop:
-        command(*argv, main=main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and (len(lines) == 1 or lines[0].startswith("usage:"))
-    return lines[-1]
-
-
 @pytest.mark.parametrize("words, message", [
     (["--bogus", "1"], "unrecognized arguments: --bogus"), (["--preset", "gpt"], "--preset: invalid choice: 'gpt'"),
     (["--step", "5"], "unrecognized arguments: --step"), (["--steps", "many"], "--steps: invalid int value: 'many'"),
@@ -500,7 +489,7 @@ def refused(capsys, *argv, main=train.main):
     (["--lora-rank", "8", "--init", "x", "--pure-bf16"], "--pure-bf16: give --dtype bfloat16"),
     (["--lr", "nan"], "--lr nan: give at least 0"), (["--weight-decay", "-0.5"], "--weight-decay -0.5: give"),
     (["--rho", "inf"], "--rho inf"), (["--seed", str(2**64)], "--seed 18446744073709551616"),
-    (["--data", "x=1/0"], "weight above 0"), (["--device", "meta"], "--device meta is not available"),
+    (["--data", "x=1/0"], "share above 0"), (["--device", "meta"], "--device meta is not available"),
     (["--arms", "both", "--aia-weight", "off"], "--arms both compares"), (["--encoded", "codes"], "leave it out"),
     (["--pure-bf16", "--dtype", "float32"], "leave out one of them"), (["--fork-layer", "1"], "needs --init FOLDER")])
 def test_bad_settings_are_refused_with_one_line(words, message, tmp_path, capsys):
@@ -744,60 +733,6 @@ def test_a_run_of_drawing_alone_never_reads():
     assert parts() == parts(ratio="0:1") == ["tokenizer", "answer", "joint", "tune"]
 
 
-@both_models
-def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vector_quantization(name):
-    """A code that changes with its surroundings is hard to predict; pictures whose patches all differ lose nothing."""
-    m = fresh(name)
-    noise = torch.rand(8, 3, 16, 16) * 2 - 1
-    with torch.no_grad():
-        m.vq.quantize.weight.copy_(m.vq.latents(noise).movedim(1, -1).flatten(0, 2)[::2])       # 64 rows, all in use
-        assert torch.equal(autoencode(m.vq, noise)[1], m.vq.encode(noise))
-        assert autoencode(m.vq, noise)[3] == 0
-        shared = noise.clone()
-        shared[:, :, 4:8, 8:12] = noise[0, :, :4, :4]               # place (1, 2) of every picture
-        codes, within = autoencode(m.vq, shared)[1::2]
-        assert len(m.vq.encode(shared)[:, 1, 2].unique()) > 1 == len(codes[:, 1, 2].unique())
-        z = m.vq.latents(shared).movedim(1, -1)                                                 # (8, 4, 4, code_dim)
-        equal = torch.cat([z[:, 1, 2], z[:1, 0, 0]])                # picture 0 shows the patch twice
-        spread = (equal - equal.mean(0)).square().sum() / (z - z.mean((0, 1, 2))).square().sum()
-    assert within.item() == pytest.approx(spread.item(), rel=1e-4) and within > 0
-
-
-@both_models
-def test_the_kernel_of_attention_is_told(name, monkeypatch):
-    """Both kinds of pass by the step that differentiates them: heads of one width on the fast kernel, shared ones too;
-    where AIA takes another way than a plain pass, both are told."""
-    def told(**changes):
-        m = fresh(name, **changes)
-        model.settle_attention(m, "cpu", torch.float32)
-        return model.attention_kernel(m, "cpu", torch.float32)
-    assert told() == told(heads=4, kv_heads=2) == told(attention="fused") == "fused, flash kernel"
-    assert told(attention="lse") == "fused, flash kernel; with AIA fused, flash for CPUs kernel and its log-sum-exp"
-    assert "every map" in told(attention="explicit")
-    monkeypatch.setitem(model.AUTO, "cpu", "lse")   # "auto" is what the table says of the device, once it is settled
-    assert told() == told(attention="lse") != told(attention="fused")
-    monkeypatch.delitem(model.AUTO, "cpu")
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert "slow math fallback" in told()
-
-
-def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, capsys):
-    """A kernel that is not there and one that is wrong are named, and attention takes the flag channel."""
-    cpu, = KERNELS["cpu"]
-    absent = replace(cpu, name="absent", forward=lambda *args: torch.ops.aten.of_another_version(*args))
-    wrong = replace(cpu, name="wrong", backward=lambda *args: [2 * grad for grad in cpu.backward(*args)])
-    monkeypatch.setattr(parts.kernels, "PASSED", {})
-    monkeypatch.setitem(KERNELS, "cpu", (absent, wrong))
-    m = fresh("tiny-emu3", attention="lse")
-    model.settle_attention(m, "cpu", torch.float32)
-    said = capsys.readouterr().out
-    assert "absent: " in said and "wrong: wrong by" in said and "fused, with a flag channel, instead" in said
-    assert model.attention_kernel(m, "cpu", torch.float32) == "fused, flash kernel"
-    monkeypatch.setitem(KERNELS, "cpu", (wrong, cpu))
-    assert try_lse("cpu", torch.float32, 4, 2, 16)[0] == cpu.name
-    assert kernel_for(torch.zeros(1)) is cpu and kernel_for(torch.zeros(1).double()) is None
-
-
 def test_a_step_without_a_usable_record_has_no_numbers():
     """Where bad records are skipped, all of a step may be: it changes nothing, and the run goes on."""
     m = fresh("tiny-emu3")
@@ -819,6 +754,54 @@ def test_plain_training_measures_no_attention(name, texts):
     assert found["plain"][0] == pytest.approx(found["zero"][0])
     torch.testing.assert_close(found["plain"][1], found["zero"][1])
     assert "aia" not in train.metrics_of(train.accumulate(m, batches[:1], {}, None))[batches[0].task]
+
+
+def test_a_run_of_before_a_setting_was_there_keeps_its_default(tmp_path):
+    """Its stored settings lack the name: resumed with another value, it would change its world half way."""
+    stored = {name: value for name, value in json.loads(json.dumps(asdict(settings(tmp_path)))).items()
+              if name not in ("shapes", "cell", "data")}
+    train.check_settings(stored, settings(tmp_path), tmp_path)
+    for other, message in (({"shapes": 5}, "--shapes 4, not 5"), ({"cell": 16}, "--cell 8, not 16")):
+        with pytest.raises(InputError, match=message):
+            train.check_settings(stored, settings(tmp_path, **other), tmp_path)
+
+
+def test_a_harder_world_reaches_training_and_what_reads_the_run(tmp_path, monkeypatch):
+    """Its size is a setting of the run: whatever opens the folder draws and asks in the same world."""
+    met, words, make = [], [], World
+
+    def watched(*key, **size):
+        met.append((size["shapes"], size["colours"], size["objects"], size["cell"]) if size else None)
+        return make(*key, **size)
+    ready = data.train_tokenizer
+    monkeypatch.setattr(data, "train_tokenizer", lambda *given: words.append(given[2].shapes) or ready(*given))
+    monkeypatch.setattr(parts.world, "World", watched)
+    run = tmp_path / "run"
+    larger = replace(model.PRESETS["tiny-emu3"], image_size=32, min_pixels=32 * 32, max_pixels=32 * 32)
+    monkeypatch.setitem(model.PRESETS, "tiny-emu3", larger)
+    train.train(settings(run, shapes=5, colours=6, objects=3, cell=16, steps=2, eval_n=2))
+    scores = json.loads((run / "scores.json").read_text())
+    assert "three objects" in scores["gen_by_skill"] and words == [SHAPES[:5]]
+    for words in (["curves", "--n", "4"], ["score", "--n", "2", "--out", tmp_path / "s"],
+                  ["score", "fid", "--variant", "world", "--n", "2", "--out", tmp_path / "f"]):
+        evaluation.main([*map(str, words), "--checkpoint", str(run)])
+    lab.alignment.main(["--n", "40", "--checkpoint", str(run)])
+    data.main(["export", str(tmp_path / "drawn"), "--n", "8", "--shapes", "5", "--colours", "6", "--objects", "3",
+               "--cell", "16"])
+    assert len(met) >= 7 and {*met} == {(5, 6, 3, 16)}
+    with pytest.raises(InputError, match="--shapes 9"):
+        train.main(["--shapes", "9", "--data", "own.jsonl", "--init", str(run), "--out", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()
+
+
+def test_branches_need_a_fork_where_they_begin(texts, tmp_path):
+    """UniFork's last phases on a model that shares its layers would move nothing."""
+    m = fresh("tiny-emu3", layers=4)
+    m.tokenizer_file = texts["tiny-emu3"].file
+    formats.weights.save(m, tmp_path / "public")
+    shutil.copy(m.tokenizer_file, tmp_path / "public/tokenizer.json")
+    with pytest.raises(InputError, match="--fork-layer 2"):
+        train.train(settings(tmp_path / "run", "tiny-unifork", init=str(tmp_path / "public")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1184,24 +1167,6 @@ def test_with_ddp_one_process_writes_and_all_read(tmp_path):
     assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.sum")] and len(places) == 4
 
 
-def test_a_checkpoint_is_written_from_the_copies_that_a_stager_made(tmp_path, monkeypatch):
-    """On a GPU it copies into pinned memory; what is written is what was there then, not what a later step makes."""
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: pinned.append(x) or x)     # only CUDA has such
-    m, stager, before = fresh("tiny-emu3"), BlockingAsyncStager(cache_staged_state_dict=True), {}
-    for name in ("one", "two"):                     # the second time into the memory of the first
-        before[name] = {key: value.clone() for key, value in m.state_dict().items()}
-        future = save_checkpoint(tensors_of(m), {"config": vars(m.config), "dtype": "float32"},
-                                 tmp_path / name, stager=stager)
-        with torch.no_grad():
-            m.lm.norm.weight.add_(1.0)
-        future.result()
-    for name, tensors in before.items():
-        read_tensors(tensors_of(m), tmp_path / name)
-        assert all(torch.equal(value, tensors[key]) for key, value in m.state_dict().items())
-    assert len(pinned) == len(m.state_dict())
-
-
 @pytest.mark.slow
 def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path, unscored):
     """Their files know nothing of LoRA: each process makes the same additions and keeps its part. Sharding takes a
@@ -1224,438 +1189,3 @@ def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path
     again = shutil.copytree(tmp_path / "two", tmp_path / "again")
     shutil.rmtree(again / "checkpoints/1-0000000")
     assert train.train(settings(again, steps=6, batch_size=8, eval_n=1, resume=True, **given)).m.config == one.m.config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A cluster that is not there
-# ---------------------------------------------------------------------------------------------------------------------
-# Its sizes can be cut into 16 parts without rest.
-PREDICTED = replace(model.TINY_EMU3, layers=2, width=256, ffn=704, heads=4, kv_heads=2, head_dim=64, vocab=2048,
-                    context=4096)
-
-
-@pytest.fixture(scope="module")
-def predicted(texts, tmp_path_factory):
-    """What a dry run of four processes stores: result, {(attention, recompute): row}."""
-    file = tmp_path_factory.mktemp("predicted") / "four.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
-        command("--world", 4, "--tokens", 1024, "--out", file, main=lab.dry_run.main)
-    stored = json.loads(file.read_text())
-    return stored["result"], {(row["attention"], row["recompute"]): row for row in stored["rows"]}
-
-
-def rehearsed(world, attention, recompute, **changes):
-    """One row of a dry run."""
-    dist.init_process_group("fake", rank=0, world_size=world)
-    try:
-        return rehearse(DryRun(**DRY | changes), attention, recompute)
-    finally:
-        dist.destroy_process_group()
-
-
-def sizes_of(c):
-    """Weights of one layer, of the loss head, and of all layers with embedding, head and last norm."""
-    layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.width * c.ffn
-    return layer, c.width * c.vocab, c.layers * (layer + 2 * c.width) + 2 * c.width * c.vocab + c.width
-
-
-def test_a_dry_run_counts_every_parameter(predicted):
-    """A process holds its part of weights, gradients and moments, in float32; the picture tokenizer, which stands
-    still, is whole everywhere."""
-    result, rows = predicted
-    with torch.device("meta"):
-        numel, moving = sum(p.numel() for p in model.from_config(PREDICTED).parameters()), sizes_of(PREDICTED)[2]
-    for row in rows.values():
-        assert result["parameters"] == row["all"] == numel and row["moving"] == moving
-        assert row["parameters"] == row["gradients"] == moving and row["optimizer"] == 2 * moving       # 4 bytes / 4
-        assert row["frozen"] >= 4 * (numel - moving)
-        assert row["peak"] > row["activations"] + row["parameters"] + row["optimizer"] + row["frozen"]
-
-
-def test_a_dry_run_needs_no_weights():
-    """It is for models that nobody has downloaded yet."""
-    train.check_numbers(DryRun(preset="emu3-8b", world=64))
-    with pytest.raises(InputError, match="needs --init"):
-        train.plan(train.TrainConfig(preset="emu3-8b"))
-
-
-def test_more_processes_hold_less_each(predicted, monkeypatch):
-    """Sixteen hold a quarter of what four hold, but need as much for activations."""
-    monkeypatch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
-    four, sixteen = predicted[1]["fused", True], rehearsed(16, "fused", True, tokens=1024)
-    for kind in ("parameters", "gradients", "optimizer"):
-        assert four[kind] == 4 * sixteen[kind]
-    assert four["frozen"] == sixteen["frozen"] and four["flop"] == sixteen["flop"] and four["peak"] > sixteen["peak"]
-    assert sixteen["activations"] == pytest.approx(four["activations"], rel=0.05)
-
-
-def test_a_dry_run_sends_what_the_formula_of_fsdp_says(predicted):
-    """bfloat16 weights come twice, those of the root once (it stays whole); float32 gradients leave once; in a ring of
-    four, three quarters of everything are others'."""
-    layer, head, everything = sizes_of(PREDICTED)
-    expected = {"all-gather": 0.75 * 2 * (2 * everything - 2 * head - PREDICTED.width),
-                "reduce-scatter": 0.75 * 4 * everything}
-    for row in predicted[1].values():
-        assert {name: row["sent"][name] for name in expected} == expected and row["sent"]["all-reduce"] < 1000
-    assert predicted[0]["comm_gib"] == pytest.approx(sum(expected.values()) / 2**30, rel=1e-3)
-
-
-def test_a_dry_run_counts_the_products_of_matrices(predicted):
-    """Forward and two backward; once more the scores of the kernel's backward pass, and each layer but its last product
-    where layers are recomputed. The kernel skips half of the scores."""
-    (result, rows), c, tokens = predicted, PREDICTED, 1024
-    layer, head, _ = (2 * tokens * n for n in sizes_of(c))
-    attention = 2 * c.heads * (c.head_dim + 8) * tokens**2                      # of a layer: half of Q K^T and of A V
-    expected = {False: c.layers * (3 * layer + 3.5 * attention) + 3 * head}
-    expected[True] = expected[False] + c.layers * (layer - 2 * tokens * c.width * c.ffn + attention)
-    for recompute, flop in expected.items():
-        assert rows["fused", recompute]["flop"] == pytest.approx(flop, rel=2e-3)
-    assert result["pflop"] == pytest.approx(4 * expected[True] / 1e15, rel=2e-3)
-    assert result["days"] == pytest.approx(12e6 / 4 * expected[True] / (989e12 * 0.4) / 86_400, rel=2e-3)
-
-
-def test_a_dry_run_knows_what_costs_memory(predicted):
-    """Maps cost more than none, layers that are kept more than those that are recomputed."""
-    needs = {way: row["activations"] for way, row in predicted[1].items()}
-    for way in (True, False):
-        assert needs["explicit", way] > 1.3 * needs["fused", way]
-    for way in ("fused", "explicit"):
-        assert needs[way, False] > 1.3 * needs[way, True]
-    assert predicted[0]["peak_gib_explicit"] > predicted[0]["peak_gib"] == predicted[1]["fused", True]["peak"] / 2**30
-
-
-WAYS = (("fused", False, 3072), ("explicit", True, 2048))                       # attention, recompute, tokens
-
-
-def peaks(folder):
-    """Runs in a process of its own: GB that steps of real numbers take above weights and moments, shared by one."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
-    for attention, recompute, tokens in WAYS:
-        m = model.from_config(replace(PREDICTED, attention=attention, checkpoint_activations=recompute)).train()
-        train.freeze(m, train.TUNE)
-        train.shard_model(m, train.TrainConfig(parallel="fsdp"), {"vq"}, "cpu")
-        optimizer, targets = train.make_optimizer(m, train.TUNE), {"gen": aia.targets(PREDICTED.layers, "gen")}
-        for length in (16, tokens):                 # the first makes the moments
-            condition = torch.arange(length)[None] < length // 3
-            batch = data.Batch("gen", condition.long(), condition.long(), condition, ~condition, torch.ones(1).bool())
-            Path("/proc/self/clear_refs").write_text("5")                       # the peak is now
-            before = resident("VmRSS")
-            train.accumulate(m, [batch], targets, {"gen": 1.0})
-            torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        yield resident("VmHWM") - before
-
-
-def test_a_dry_run_predicts_what_is_measured(tmp_path, monkeypatch):
-    """The same accounting against the memory of real steps, in float32 on a CPU: within a tenth."""
-    monkeypatch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
-    script = f"sys.path.append({str(Path(__file__).parent)!r}); import test_train; "
-    measured = lab.speed.fresh(f"{script}print(*test_train.peaks({str(tmp_path)!r}))", 1)
-    for (attention, recompute, tokens), gb in zip(WAYS, measured, strict=True):
-        row = rehearsed(1, attention, recompute, tokens=tokens, dtype="float32")
-        above = (row["peak"] - row["parameters"] - row["optimizer"] - row["frozen"]) / 1e9
-        assert gb > 0.1 and above == pytest.approx(gb, rel=0.1), (attention, above, gb)
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--data", "x.jsonl"], "leave out --data"), (["--init", "x"], "leave out --init"),
-    (["--parallel", "ddp"], "leave out --parallel ddp"), (["--tokens", 9000], "tiny-emu3 takes 3 to 256"),
-    (["--parallel", "hsdp", "--node", 3], "--node 3 does not divide 4"), (["--tflops", 0], "--tflops 0")])
-def test_a_dry_run_refuses_what_it_cannot_predict(words, message, capsys):
-    """One line, and no process group is left behind."""
-    assert message in refused(capsys, "--world", 4, *words, main=lab.dry_run.main) and not dist.is_initialized()
-
-
-def test_a_dry_run_of_janus_pro_on_two_nodes():
-    """hsdp also sums gradients over copies: in a ring of two each sends its whole part. Modules that a task does not
-    use have no gradient; a second micro-batch is summed as the first is."""
-    given = {"preset": "tiny-janus", "parallel": "hsdp", "node": 2, "tokens": 256}
-    once, row = (rehearsed(4, "fused", True, **given, **more) for more in ({}, {"batch_size": 8}))
-    assert row["samples"] == 8 and 0 < row["gradients"] < row["parameters"]
-    assert once["sent"]["all-reduce"] == pytest.approx(row["gradients"], rel=0.01)
-    assert row["flop"] == 2 * once["flop"] and row["peak"] >= once["peak"]
-    assert row["sent"]["reduce-scatter"] == 2 * once["sent"]["reduce-scatter"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The study
-# ---------------------------------------------------------------------------------------------------------------------
-def made_up_row(name, seed, und, gen, lift=0.0):
-    """A row of a study with given scores; lift moves its curves."""
-    row = {"row": name, "seed": seed, "und": und, "gen": gen, "seconds": 60.0, "ntp_und": 1 - und, "ntp_gen": 1 - gen,
-           "alignment": {"und": [0.1, 0.2, 0.3], "gen": [0.1, 0.3, 0.2]}}
-    for task, curve in (("gen", [0.1, 0.2, 0.3]), ("und", [0.3, 0.2, 0.1])):
-        row |= {f"{task}_curve": [x + lift for x in curve], f"distance_{task}": 0.2 - lift, f"std_{task}": 0.05}
-    return row
-
-
-def test_the_study_pairs_rows_by_seed():
-    """Seeds differ more than rows do, so a row is compared with the plain one of the same seed."""
-    plain = [made_up_row("unified", seed, 0.5 + 0.1 * seed, 0.4) for seed in range(4)]
-    tuned = [made_up_row("aia", seed, 0.52 + 0.1 * seed + 0.001 * (seed % 2), 0.4) for seed in range(4)]
-    summary = summary_of(plain + tuned)
-    row, found = summary["aia"]["und"], summary["aia"]["difference"]["und"]
-    assert found["mean"] == pytest.approx(0.0205) and found["interval"] < 0.001 < row["interval"]
-    differences = [0.02, 0.021, 0.02, 0.021]
-    half = 3.182 * statistics.stdev(differences) / 2                            # t of three degrees of freedom
-    assert found["interval"] == pytest.approx(half) and "difference" not in summary["unified"]
-
-
-def test_experts_are_one_row_of_two_runs():
-    """Each is judged by its own task only."""
-    rows = [made_up_row("expert-gen", 0, 0.0, 0.9), made_up_row("expert-und", 0, 0.8, 0.0, 0.1)]
-    joint = by_row(rows)["experts"][0]
-    assert (joint["und"], joint["gen"]) == (0.8, 0.9)
-    assert joint["und_curve"] == rows[1]["und_curve"] and joint["gen_curve"] == rows[0]["gen_curve"]
-    assert (joint["ntp_und"], joint["ntp_gen"], joint["seconds"]) == pytest.approx((0.2, 0.1, 120))
-
-
-def test_a_conflict_is_what_the_experts_of_a_setting_gain():
-    """Each setting has experts of its own, in its world, and seeds that miss one of the three runs do not count."""
-    rows = [made_up_row(name, seed, und, gen) for seed in (0, 1) for name, und, gen in (
-        ("unified", 0.9, 0.8), ("expert-und", 0.9, 0.0), ("expert-gen", 0.0, 0.7),
-        ("crowd", 0.5, 0.4), ("crowd-und", 0.6, 0.0), ("crowd-gen", 0.0, 0.6))]
-    summary = summary_of(rows + [made_up_row("crowd", 2, 0.5, 0.4), made_up_row("half", 0, 0.5, 0.4)])
-    assert [name for name, row in summary.items() if row["baseline"]] == ["experts", "crowd-experts"]
-    found = {key: part["mean"] for key, part in summary["crowd-experts"]["difference"].items()}
-    assert found == pytest.approx({"und": 0.1, "gen": 0.2, "both": 0.15, "ntp_und": -0.1, "ntp_gen": -0.2})
-    assert summary["crowd-experts"]["paired"] == [0, 1]
-    assert summary["experts"]["difference"]["gen"]["mean"] == pytest.approx(-0.1)
-
-
-def test_every_row_of_the_study_is_a_run():
-    """Its flags are settings, it begins from a row, and both arms of a comparison begin from the same weights."""
-    for name, row in ROWS.items():
-        config = train.TrainConfig(**row.flags | ({"aia_targets": ""} if "aia_targets" in row.flags else {}))
-        train.plan(replace(config, init="folder" if row.start else ""))
-        world_of({"seed": 0, "shapes": config.shapes, "colours": config.colours, "objects": config.objects})
-        assert {*needs(name), row.baseline} - {""} <= {*ROWS}
-        if name.endswith("+aia"):
-            start, plain = row.start or name, ROWS[row.baseline]
-            assert row.baseline == name.removesuffix("+aia") and start in (plain.start, f"{row.baseline}/before")
-            assert row.flags | lab.study.OFF == plain.flags
-    assert needs("tuned+aia") == ["janus"]
-    assert needs("experts-curves") == ["expert-gen", "expert-und", "aia"]
-
-
-@pytest.mark.parametrize("gains, verdict", [
-    ([0.1, 0.11, 0.12], "holds"), ([-0.1, -0.11, -0.12], "does not hold"), ([0.1, -0.1, 0.05], "not decided here"),
-    ([0.1], "not decided here"), ([], "not decided here")])
-def test_a_verdict_needs_an_interval_without_zero(gains, verdict):
-    """One seed decides nothing, however large its figure."""
-    rows = [made_up_row("unified", seed, 0.5, 0.5) for seed in range(3)]
-    rows += [made_up_row("aia", seed, 0.5 + gain, 0.5) for seed, gain in enumerate(gains)]
-    claim = next(claim for claim in claims_of(rows) if claim["claim"] == "AIA improves understanding")
-    assert claim["verdict"] == verdict and claim["seeds"] == len(gains)
-    stable = next(claim for claim in claims_of(rows) if claim["claim"].startswith("patterns"))
-    assert stable["figure"] == pytest.approx(0.08)
-
-
-def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """Rows that are there are not run again; each row but the whole runs begins at the weights before AIA."""
-    configs, sizes = [], []
-
-    def pretend(config, phases):
-        configs.append(config)
-        sizes.append({phase.name: phase.batch_size for phase in phases})
-        folder = Path(config.out)
-        folder.mkdir(parents=True)
-        rows = {"target": [0.2] * 3, "delta": [0.1] * 3, **{name: {"intensity": [0.1, 0.2, 0.3], "std": [0.1] * 3,
-                "ntp": 1.0, "aia": 0.1} for name in ("before", "after")}}
-        write_json({"gen": rows, "und": rows}, folder / "curves.json")
-        write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0}, folder / "result.json")
-        write_json(asdict(config), folder / "settings.json")
-
-    def align(asked):
-        if Path(asked.checkpoint).name == "expert-und-seed3" and not stopped:
-            stopped.append(asked)
-            raise KeyboardInterrupt
-        part = {"score": {"10": [0.1, 0.2, 0.3]}}
-        write_json({"gen": part, "und": part}, Path(asked.checkpoint) / "alignment.json")
-    stopped = []
-    monkeypatch.setattr(train, "train", pretend)
-    monkeypatch.setattr(lab.study, "alignment", align)
-    flags = ["--rows", "unified", "unifork-2", "experts-curves", "--runs",
-             tmp_path / "runs", "--out", tmp_path / "study.json"]
-    with pytest.raises(SystemExit):
-        lab.study.main([*map(str, flags), "--seeds", "3"])
-    (tmp_path / "runs/aia-seed3-old").mkdir()
-    shutil.copy(tmp_path / "runs/aia-seed3/result.json", tmp_path / "runs/aia-seed3-old")
-    lab.study.main([*map(str, flags), "--seeds", "3"])
-    lab.study.main([*map(str, flags), "--seeds", "3", "4"])
-    names = [Path(config.out).name for config in configs]
-    assert len(names) == len(set(names)) == 12 and names[:2] == ["aia-seed3", "unified-seed3"]
-    for config in configs:
-        base = tmp_path / f"runs/aia-seed{config.seed}/before"
-        assert config.init == ("" if re.match("aia|expert-", Path(config.out).name) else str(base))
-    whole, tuned, _, drawer, reader = sizes[:5]     # an expert differs by the other task alone
-    assert whole == {"tokenizer": 8, "answer": 24, "joint": 32, "tune": 32} and tuned == {"tune": 32}
-    assert drawer == {"tokenizer": 8, "joint": 16, "tune": 16} and reader == whole | drawer
-    own = json.loads(Path(configs[5].aia_targets).read_text())
-    assert configs[5].out.endswith("experts-curves-seed3") and own["gen"][0] == [0.0, 0.2, 0.1]
-    lab.study.main([flags[0], "unified", *map(str, flags[4:]), "--seeds", "4"])
-    stored = json.loads((tmp_path / "study.json").read_text())          # of all that is there, whatever was asked for
-    assert len(configs) == 12 and stored["summary"]["experts"]["seeds"] == [3, 4]
-    assert [(row["row"], row["seed"]) for row in stored["rows"][:3]] == [("aia", 3), ("aia", 4), ("unified", 3)]
-    assert "| claim | verdict |" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--rows seventh"):
-        lab.study.main(["--rows", "seventh"])
-    shutil.copytree(tmp_path / "runs/aia-seed3", tmp_path / "runs/unified-seed5")
-    shutil.copytree(tmp_path / "runs/aia-seed3", tmp_path / "runs/aia-seed5")
-    with pytest.raises(InputError, match="aia-seed5 was started with --seed 3, not 5"):
-        lab.study.main([*map(str, flags), "--seeds", "5"])
-    assert {row["seed"] for row in finished_rows(tmp_path / "runs")} == {3, 4}            # a copy is no seed
-
-
-def test_a_published_study_is_not_replaced_by_one_that_knows_less(tmp_path, monkeypatch, capsys):
-    """A folder of runs may have fewer of them, or none yet, as in a fresh clone."""
-    published, found = tmp_path / "assets.json", [made_up_row("aia", 0, 0.5, 0.5)]
-    monkeypatch.setattr(lab.study, "PUBLISHED", published)
-    monkeypatch.setattr(lab.study, "run_row", lambda *row: None)
-    monkeypatch.setattr(lab.study, "finished_rows", lambda runs: found)
-    (tmp_path / "runs").mkdir()
-    for known, file in (([], published), ([("aia", 0), ("aia", 1)], tmp_path / "runs/study.json"),
-                        ([("aia", 0)], published)):
-        write_json({"rows": [{"row": row, "seed": seed} for row, seed in known]}, published)
-        lab.study.main(["--rows", "aia", "--seeds", "0", "--runs", str(tmp_path / "runs")])
-        assert f"written to {file}" in capsys.readouterr().out
-        assert len(json.loads(file.read_text())["rows"]) == 1
-        assert file == published or len(json.loads(published.read_text())["rows"]) == 2
-    with pytest.raises(InputError, match="there is no folder .*missing"):
-        lab.study.main(["--rows", "aia", "--out", str(tmp_path / "missing/study.json")])
-
-
-def test_a_run_of_before_a_setting_was_there_keeps_its_default(tmp_path):
-    """Its stored settings lack the name: resumed with another value, it would change its world half way."""
-    stored = {name: value for name, value in json.loads(json.dumps(asdict(settings(tmp_path)))).items()
-              if name not in ("shapes", "cell", "data")}
-    train.check_settings(stored, settings(tmp_path), tmp_path)
-    for other, message in (({"shapes": 5}, "--shapes 4, not 5"), ({"cell": 16}, "--cell 8, not 16")):
-        with pytest.raises(InputError, match=message):
-            train.check_settings(stored, settings(tmp_path, **other), tmp_path)
-
-
-def test_a_claim_about_several_rows_needs_all_of_them():
-    """The best of some rows is above their mean by chance alone, so each is compared on its own."""
-    def decided(low, high):
-        rows = [made_up_row(name, seed, 0.5 + gain + 0.01 * seed * (name == "aia"), 0.5) for seed in range(3)
-                for name, gain in (("aia", 0.0), ("rho-1", low), ("rho-100", high))]
-        return next(claim for claim in claims_of(rows) if claim["claim"].startswith("rho"))
-    assert decided(-0.2, -0.3)["verdict"] == "holds" and decided(-0.2, 0.1)["verdict"] == "does not hold"
-    assert decided(-0.2, 0.005)["verdict"] == "not decided here"
-    assert decided(-0.2, -0.3)["figure"] == pytest.approx(0.105)
-
-
-def test_the_shared_model_lies_between_in_each_task():
-    """Above one expert and below the other on average is not enough."""
-    rows = [made_up_row(name, seed, 0.5, 0.5) for seed in range(3) for name in ("unified", "expert-gen", "expert-und")]
-    for row in rows:                                # experts end at 0.3 and 0.2
-        if row["row"] == "unified":
-            row["alignment"] = {"und": [0.1, 0.2, 0.25], "gen": [0.1, 0.2, 0.15 + 0.001 * row["seed"]]}
-    claim = next(claim for claim in claims_of(rows) if "lies between" in claim["claim"])
-    assert claim["figure"] == pytest.approx(-0.049) and claim["verdict"] == "does not hold"
-
-
-CURVES = {"low": [0.1, 0.2, 0.3], "high": [0.3, 0.4, 0.5], "middle": [0.2, 0.3, 0.4], "falling": [0.3, 0.2, 0.1]}
-
-
-@pytest.mark.parametrize("claim, good, bad", [
-    ("the two tasks' curves", {"unified": {"gen_curve": "low", "und_curve": "falling"}},
-     {"unified": {"gen_curve": "low", "und_curve": "high"}}),
-    ("more decoupling", {"unified": {"und_curve": "low"}, "unifork-1": {"und_curve": "middle"}},
-     {"unified": {"und_curve": "middle"}, "unifork-1": {"und_curve": "low"}}),
-    ("AIA moves", {"aia": {"distance_gen": 0.1}}, {"aia": {"distance_gen": 0.3}}),
-    ("AIA improves und", {"aia": {"und": 0.6}}, {"aia": {"und": 0.4}}),
-    ("AIA improves gen", {"aia": {"gen": 0.6}}, {"aia": {"gen": 0.4}}),
-    ("at half width AIA", {"half+aia": {"gen": 0.6}}, {"half+aia": {"gen": 0.4}}),
-    ("at half width forked", {"half+fork": {"gen": 0.6}}, {"half+fork": {"gen": 0.4}}),
-    ("forked beats shared", {"unifork-2": {"gen": 0.6}}, {"unifork-2": {"gen": 0.4}}),
-    ("forked beats shared of", {"unifork": {"gen": 0.6}}, {"unifork": {"gen": 0.4}}),
-    ("alignment rises in", {}, {"expert-und": {"alignment": {"und": [0.3, 0.2, 0.1], "gen": [0.1, 0.3, 0.2]}}}),
-    ("alignment rises and", {}, {"expert-gen": {"alignment": {"und": [0.1, 0.2, 0.3], "gen": [0.1, 0.2, 0.3]}}}),
-    ("Huber", {"no-huber": {"und": 0.4}}, {"no-huber": {"und": 0.6}}),
-    ("stages", {"raw": {"und": 0.4}}, {"raw": {"und": 0.6}})])
-def test_a_claim_holds_where_its_rows_say_so_and_not_in_their_mirror(claim, good, bad):
-    """Operands or signs that are the wrong way round would report the contrary of what was found."""
-    def verdict(changes):
-        rows = []
-        for seed in range(3):
-            for place, name in enumerate(("unified", "aia", "expert-und", "expert-gen", "unifork-1", "unifork-2",
-                                          "unifork", "wide", "raw", "no-huber", "half", "half+aia", "half+fork")):
-                row = made_up_row(name, seed, 0.5, 0.5) | {"und_curve": CURVES["high"], "gen_curve": CURVES["low"]}
-                row |= {key: CURVES[value] if isinstance(value, str) else value
-                        for key, value in changes.get(name, {}).items()}
-                little = 0.0003 * seed * (place + 1)                            # no two seeds or rows are alike
-
-                def bent(curve, little=little):
-                    return [x + little * i * i for i, x in enumerate(curve)]
-                for task in aia.TASKS:
-                    row |= {task: row[task] + little, f"distance_{task}": row[f"distance_{task}"] + little,
-                            f"{task}_curve": bent(row[f"{task}_curve"])}
-                rows.append(row | {"alignment": {task: bent(curve) for task, curve in row["alignment"].items()}})
-        names = [entry["claim"] for entry in claims_of(rows)]
-        name = claim if claim in names else next(name for name in names if name.startswith(claim))
-        return next(entry["verdict"] for entry in claims_of(rows) if entry["claim"] == name)
-    assert (verdict(good), verdict(bad)) == ("holds", "does not hold")
-
-
-def test_intervals_are_those_of_students_distribution():
-    """Its quantile has a closed form for 1, 2 and 4 degrees of freedom."""
-    p = 0.975
-    two, q = (2 * p - 1) / (2 * p * (1 - p)) ** 0.5, 4 * p * (1 - p)
-    four = 2 * (math.cos(math.acos(q**0.5) / 3) / q**0.5 - 1) ** 0.5
-    assert STUDENT[:2] + STUDENT[3:4] == pytest.approx((math.tan(math.pi * (p - 0.5)), two, four), abs=1e-3)
-    assert list(STUDENT) == sorted(STUDENT, reverse=True) and STUDENT[-1] > 1.96
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, two / 3**0.5), abs=1e-3)
-    assert interval([1.0, 2.0]) == (1.5, None)
-
-
-def test_a_harder_world_reaches_training_and_what_reads_the_run(tmp_path, monkeypatch):
-    """Its size is a setting of the run: whatever opens the folder draws and asks in the same world."""
-    met, words, make = [], [], World
-
-    def watched(*key, **size):
-        met.append((size["shapes"], size["colours"], size["objects"], size["cell"]) if size else None)
-        return make(*key, **size)
-    ready = data.train_tokenizer
-    monkeypatch.setattr(data, "train_tokenizer", lambda *given: words.append(given[2].shapes) or ready(*given))
-    monkeypatch.setattr(parts.world, "World", watched)
-    run = tmp_path / "run"
-    larger = replace(model.PRESETS["tiny-emu3"], image_size=32, min_pixels=32 * 32, max_pixels=32 * 32)
-    monkeypatch.setitem(model.PRESETS, "tiny-emu3", larger)
-    train.train(settings(run, shapes=5, colours=6, objects=3, cell=16, steps=2, eval_n=2))
-    scores = json.loads((run / "scores.json").read_text())
-    assert "three objects" in scores["gen_by_skill"] and words == [SHAPES[:5]]
-    for words in (["curves", "--n", "4"], ["score", "--n", "2", "--out", tmp_path / "s"],
-                  ["score", "fid", "--variant", "world", "--n", "2", "--out", tmp_path / "f"]):
-        evaluation.main([*map(str, words), "--checkpoint", str(run)])
-    lab.alignment.main(["--n", "40", "--checkpoint", str(run)])
-    data.main(["export", str(tmp_path / "drawn"), "--n", "8", "--shapes", "5", "--colours", "6", "--objects", "3",
-               "--cell", "16"])
-    assert len(met) >= 7 and {*met} == {(5, 6, 3, 16)}
-    with pytest.raises(InputError, match="--shapes 9"):
-        train.main(["--shapes", "9", "--data", "own.jsonl", "--init", str(run), "--out", str(tmp_path / "refused")])
-    assert not (tmp_path / "refused").exists()
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_study_that_is_stopped_says_how_to_go_on(number, status, tmp_path, monkeypatch, capsys):
-    """As a run does: one line, and the status that a scheduler or a shell expects."""
-    def stopped(config, phases):
-        raise train.Stop(number)
-    monkeypatch.setattr(train, "train", stopped)
-    with pytest.raises(SystemExit) as stop:
-        lab.study.main(["--seeds", "0", "--runs", str(tmp_path), "--out", str(tmp_path / "study.json")])
-    assert stop.value.code == status and "go on with the same command\n" in capsys.readouterr().out
-
-
-def test_branches_need_a_fork_where_they_begin(texts, tmp_path):
-    """UniFork's last phases on a model that shares its layers would move nothing."""
-    m = fresh("tiny-emu3", layers=4)
-    m.tokenizer_file = texts["tiny-emu3"].file
-    formats.weights.save(m, tmp_path / "public")
-    shutil.copy(m.tokenizer_file, tmp_path / "public/tokenizer.json")
-    with pytest.raises(InputError, match="--fork-layer 2"):
-        train.train(settings(tmp_path / "run", "tiny-unifork", init=str(tmp_path / "public")))

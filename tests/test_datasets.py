@@ -1,0 +1,360 @@
+"""Claims about data sets on disk: published formats, the index, stored codes, refusals (formats/datasets.py)."""
+
+import io
+import json
+import os
+import sys
+import tarfile
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from made_data import ALBUM, ASKED, DRAWN, encode, entry, records
+from safetensors.torch import save_file
+
+import aia
+import data
+import formats.datasets
+from formats.datasets import (
+    ENCODING,
+    Encoded,
+    FileSource,
+    bad_report,
+    every,
+    index_file,
+    open_sources,
+    picture_key,
+    tar_samples,
+)
+from parts.pictures import load_picture
+from parts.settings import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets as they are published
+# ---------------------------------------------------------------------------------------------------------------------
+SHARDED = ("tar", "parquet", "arrow")
+EXTRA = {"id": 7, "data_source": "web", "note": 'brackets ]} in "quotes" \\', "scores": [1, 2]}
+PUBLIC = [DRAWN, ASKED, entry("c.png", ("two red crosses", "<image>"))]
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_table(file, columns):
+    table = pyarrow.table(columns)
+    if file.suffix == ".parquet":
+        return pyarrow.parquet.write_table(table, file, row_group_size=1)
+    with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+        stream.write_table(table, max_chunksize=1)
+
+
+def store(form, folder, entries):
+    """Entries as others publish them, with fields that we do not know, in two shards where there are shards."""
+    entries = [e | EXTRA for e in entries]
+    if form == "json":
+        (folder / "train.json").write_text(json.dumps(entries, indent=1))
+        return folder / "train.json"
+    (folder / form).mkdir()
+    for shard, part in enumerate((entries[:2], entries[2:])):
+        file, pictures = folder / form / f"{shard}.{form}", [(folder / e["image"]).read_bytes() for e in part]
+        if form != "tar":
+            write_table(file, {"image": [{"bytes": content, "path": "x.png"} for content in pictures],
+                               **{name: [e[name] for e in part] for name in ("conversations", *EXTRA)}})
+            continue
+        with tarfile.open(file, "w") as tar:
+            for i, (e, content) in enumerate(zip(part, pictures, strict=True)):
+                add(tar, f"part/{i}.PNG", content)
+                caption = e["conversations"][1]["value"] == "<image>" and e["conversations"][0]["value"]
+                if caption:
+                    add(tar, f"part/{i}.txt", f"{caption}\n".encode())
+                add(tar, f"part/{i}.json", json.dumps({"url": "web"} if caption else e).encode())
+    return folder / form
+
+
+def content(record):
+    return record.task, record.turns, [load_picture(p, "emu3").tobytes() for p in record.pictures]
+
+
+def index(*paths):
+    data.main(["index", *map(str, paths)])
+
+
+@pytest.mark.parametrize("form", ["json", *SHARDED])
+def test_published_formats_hold_the_same_records(form, album, tmp_path, preparers):
+    """Where a record is stored changes neither its words nor its pixels, nor the batch that it becomes."""
+    own, public = (FileSource(path, "emu3") for path in (album(*PUBLIC), store(form, tmp_path, PUBLIC)))
+    assert [content(record) for record in records(public)] == [content(record) for record in records(own)]
+    for task in aia.TASKS:
+        one, other = (preparers["emu3"].batch(list(every(source, task))) for source in (own, public))
+        assert torch.equal(one.tokens, other.tokens)
+    names = [picture_key(p) for source in (own, public) for record in records(source) for p in record.pictures]
+    assert len(set(names)) == 3 and names[:3] == names[3:]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_tables_may_hold_captions_plain_bytes_and_several_pictures(form, album, tmp_path):
+    """A picture is bytes, or a struct, or a path; words are a conversation, or a caption, which is drawn."""
+    album()
+    a, b = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    said = entry("", ("same?", "no"))["conversations"]
+    for name, columns in {"x": {"image": [a], "caption": ["a cross"]}, "y": {"image": [b], "text": ["a square"]},
+                          "z": {"image": [[a, b]], "conversations": [said]},
+                          "w": {"image": [{"bytes": None, "path": "b.png"}], "text": ["by path"]}}.items():
+        write_table(tmp_path / f"{name}.{form}", columns)
+    found = records(FileSource(tmp_path / f"[w-z].{form}", "emu3"))
+    assert [(record.task, record.turns[0][0]) for record in found] == [
+        ("gen", "by path"), ("gen", "a cross"), ("gen", "a square"), ("und", "same?")]
+    assert [record.pictures for record in found] == [(tmp_path / "b.png",), (a,), (b,), (a, b)]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
+def test_an_index_finds_what_direct_reading_finds(form, album, tmp_path, capsys):
+    """The index holds places alone, 16 bytes each: records, order and the places in messages stay."""
+    path = album(*PUBLIC) if form == "jsonl" else store(form, tmp_path, PUBLIC)
+    direct = records(FileSource(path, "emu3"))
+    index(path)
+    assert "2 records to draw, 1 to answer" in capsys.readouterr().out
+    assert np.load(index_file(path)).dtype.itemsize == 16
+    source = FileSource(path, "emu3")
+    assert isinstance(source.records["gen"], np.memmap) and records(source) == direct and len(direct) == 3
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("a/train.jsonl", "a/train.jsonl.index.npy"), ("a/shards/", "a/shards.index.npy"),
+    ("a/x-*.tar", "a/x-_.tar.index.npy"), ("a/*/b-?.tar", "a/_b-_.tar.index.npy"), ("*.tar", "_.tar.index.npy")])
+def test_an_index_has_the_documented_name(path, expected):
+    """Beside the data, and for a pattern in the last folder that has a name."""
+    assert str(index_file(path)) == expected
+
+
+@pytest.mark.parametrize("change", ["longer", "touched", "come", "gone"])
+def test_an_index_of_files_that_have_changed_is_refused(change, album, tmp_path):
+    """Offsets into other bytes would read nonsense; the message says which file and what to run."""
+    path = store("tar", tmp_path, PUBLIC)
+    index(path)
+    FileSource(path, "emu3")
+    if change == "longer":
+        (path / "1.tar").write_bytes((path / "1.tar").read_bytes() + bytes(512))
+    elif change == "touched":
+        os.utime(path / "1.tar", (0, 0))
+    else:
+        os.replace(path / "1.tar", path / ("2.tar" if change == "come" else "1.old"))
+    with pytest.raises(InputError, match=r"[12]\.tar has changed, come or gone since .*run python data.py index .*tar"):
+        FileSource(path, "emu3")
+    index(path)
+    assert len(records(FileSource(path, "emu3"))) == (2 if change == "gone" else 3)
+
+
+def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
+    """It is written under another name and renamed: there is none, or the old one, or all of the new one."""
+    path = album(*PUBLIC)
+
+    def half(out, array, **kwargs):
+        out.write(bytes(40))
+        raise KeyboardInterrupt
+    for stored in (None, index_file(path)):
+        before = stored and stored.read_bytes()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(np, "save", half)
+            index(path)
+        assert (index_file(path).read_bytes() if stored else index_file(path).exists() or None) == before
+        assert len(records(FileSource(path, "emu3"))) == 3
+        index(path)
+    index_file(path).write_bytes(bytes(40))
+    with pytest.raises(InputError, match="index.npy is broken.*run python data.py index"):
+        FileSource(path, "emu3")
+
+
+def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_path, capsys):
+    """20 are shown, all are listed; a shard that ends too soon gives what it has."""
+    good = [(f"{i}.{ending}", content) for i in range(3)
+            for ending, content in (("png", (album().parent / "a.png").read_bytes()), ("txt", b"a cross"))]
+    bad = [("no words.png", good[0][1]), ("no picture.txt", b"a cross"), ("x.png", b"text"), ("x.txt", b"a cross")]
+    bad += [(f"empty{i}.txt", b"") for i in range(20)]
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name, content in good[:2] + bad + good[2:]:
+            add(tar, name, content)
+    packed = (tmp_path / "all.tar").read_bytes()
+    (tmp_path / "all.tar").write_bytes(packed[:packed.rindex(b"2.png") + 600])           # within its pixels
+    index(tmp_path / "all.tar")
+    out, listed = capsys.readouterr().out, (tmp_path / "all.tar.bad.txt").read_text().splitlines()
+    assert f"24 bad records were left out:\n  {tmp_path / 'all.tar'}: 24\n" in out and "  and 4 more\n" in out
+    for text, name, why in zip(listed[:3], ["no words", "no picture", "x"], ["caption", "needs a picture", "cannot be"],
+                               strict=True):
+        assert text.startswith(f"{tmp_path / 'all.tar'}:{name}: ") and why in text and text in out
+    assert len(listed) == 24 and listed[-1] not in out and "cannot be read to its end" in listed[-1]
+    source = FileSource(tmp_path / "all.tar", "emu3")
+    assert [record.origin[-2:] for record in records(source)] == [":0", ":1"] and source.bad == listed
+    index_file(tmp_path / "all.tar").unlink()
+    with pytest.raises(InputError, match="all.tar:no words: .*--on-bad-record skip"):
+        FileSource(tmp_path / "all.tar", "emu3")
+
+
+@pytest.mark.parametrize("text", ['{"a": {"image": "a.png"}}', '[{"image": "a.png"}, {"image": ', "", "[]"])
+def test_a_file_that_is_no_array_is_named(text, tmp_path):
+    """A download that was cut, an object, or nothing."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(InputError, match="x.json.*(is it complete|holds no usable record)"):
+        FileSource(tmp_path / "x.json", "emu3", "skip" if text[:1] == "[" else "stop")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.tar", "none*.tar", "."])
+def test_a_source_without_files_is_named(name, tmp_path):
+    """Also a folder or pattern that holds nothing of use."""
+    with pytest.raises(InputError, match="data set .* cannot be read .*give .jsonl"):
+        FileSource(tmp_path / name, "emu3")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_missing_pyarrow_is_named_with_its_command(form, album, tmp_path, monkeypatch):
+    """Only those who have tables need it."""
+    album()
+    path = store(form, tmp_path, PUBLIC)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=f"{form} is read through pyarrow.*pip install pyarrow$"):
+        FileSource(path, "emu3")
+
+
+@pytest.mark.parametrize("texts", [["a=0"], ["a=1", "b"], ["a=1.2.3", "b=1"], ["a=1", "b=0.0"]])
+def test_weights_are_numbers_above_zero_for_all_or_none(texts):
+    """A data set with no weight among others with one has no share that could be meant."""
+    with pytest.raises(InputError, match="give each data set a share above 0 .PATH=SHARE., or none"):
+        open_sources(texts, "emu3")
+
+
+def test_bad_records_are_counted_by_data_set(album, tmp_path):
+    """Of several data sets one may be rotten, which a list of lines does not show."""
+    store("tar", tmp_path, PUBLIC)
+    (tmp_path / "tar/1.tar").write_bytes(b"rotten" * 200)
+    source = open_sources([f"{album(DRAWN, 'rotten', 'rotten')}=2", f"{tmp_path}/./tar/=.5"], "emu3", "skip")
+    assert source.shares == [2, 0.5] and [source.count(task) for task in aia.TASKS] == [2, 1]
+    report = bad_report(source.bad, source.paths).splitlines()
+    assert report[0].startswith("3 bad") and report[1:3] == [f"  {tmp_path}/train.jsonl: 2", f"  {tmp_path}/./tar/: 1"]
+    assert len(report) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures encoded once
+# ---------------------------------------------------------------------------------------------------------------------
+def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tmp_path, monkeypatch):
+    """They would train the model on noise without any error; so would those of the same weights used otherwise."""
+    (m, init), file = saved("janus"), album(*ALBUM)
+    encode(tmp_path / "codes", file, init, "--features")
+    Encoded(tmp_path / "codes", m)
+    others = {"codes": [saved("janus", 1)[0], saved("janus", vq_mult=(1, 1))[0]], "features": [saved("janus")[0]]}
+    with torch.no_grad():
+        others["features"][0].vision.norm.bias += 1e-6
+    for name, models in others.items():
+        for other in models:
+            with pytest.raises(InputError, match=rf"codes/000-0000\d.safetensors.*\({name} \w+, here \w+\).*again"):
+                Encoded(tmp_path / "codes", other)
+    (emu, _), (larger, _) = saved("emu3"), saved("emu3", image_size=32, max_pixels=32 * 32)
+    assert emu.vq.state_dict().keys() == larger.vq.state_dict().keys()
+    larger.vq.load_state_dict(emu.vq.state_dict())
+    assert Encoded(tmp_path / "no", emu, new=True).fingerprints != \
+        Encoded(tmp_path / "no", larger, new=True).fingerprints
+    monkeypatch.setattr(formats.datasets, "ENCODING", ENCODING + 1)
+    with pytest.raises(InputError, match="encode again"):
+        Encoded(tmp_path / "codes", m)
+
+
+def test_a_broken_store_is_named(saved, tmp_path):
+    """A truncated file of codes is one clear line; so is a folder that holds none."""
+    m, _ = saved("emu3")
+    with pytest.raises(InputError, match="codes holds no encoded pictures.*data.py encode"):
+        Encoded(tmp_path / "codes", m)
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes/000-00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="000-00000.safetensors is broken.*run data.py encode again"):
+        Encoded(tmp_path / "codes", m)
+
+
+def test_encoding_goes_on_where_it_stopped(saved, album, tmp_path, monkeypatch, capsys):
+    """Files are written whole or not at all, and what they hold is not made again."""
+    (_, init), file = saved("emu3"), album(*ALBUM)
+    monkeypatch.setattr(formats.datasets, "TOGETHER", 1)
+    monkeypatch.setattr(formats.datasets, "PICTURES_A_FILE", 1)
+    save = save_file
+
+    def killed(tensors, path, metadata):
+        save(tensors, path, metadata)
+        if "00001" in str(path):
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(formats.datasets, "save_file", killed)
+        encode(tmp_path / "codes", file, init)
+    assert [path.name for path in (tmp_path / "codes").glob("*.safetensors")] == ["000-00000.safetensors"]
+    encode(tmp_path / "codes", file, init)
+    assert "codes: 2 pictures encoded, 1 were there" in capsys.readouterr().out
+    (tmp_path / "codes/000-00001.safetensors").unlink()        # a lost file is replaced under a new name
+    encode(tmp_path / "codes", file, init)
+    assert "codes: 1 pictures encoded, 2 were there" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
+def test_shuffling_is_a_permutation_for_every_key(n):
+    """Each place alone is enough to know what stands there, in whatever order one asks."""
+    orders = [[formats.datasets.shuffled(i, n, (seed, epoch)) for i in range(n)] for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert orders[0] == [formats.datasets.shuffled(i, n, (0, 0)) for i in reversed(range(n))][::-1]
+    assert n < 7 or len({*map(tuple, orders)}) == 4
+
+
+def test_shuffling_prefers_no_place():
+    """Over many keys each of 20 things comes first about as often, and second after a given first one, too."""
+    firsts = [tuple(formats.datasets.shuffled(i, 20, key) for i in (0, 1)) for key in range(4000)]
+    first, second = np.bincount([a for a, _ in firsts]), np.bincount([(b - a) % 20 for a, b in firsts])
+    assert len(first) == 20 and abs(first - 200).max() < 70                     # five standard deviations
+    assert second[0] == 0 and abs(second[1:] - 4000 / 19).max() < 70
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records that cannot be used
+# ---------------------------------------------------------------------------------------------------------------------
+def test_text_may_hold_any_line_separator_but_the_newline(album):
+    """JSON allows U+2028 and its like inside a string, and captions from the web have them: they end no record."""
+    file = album(DRAWN, entry("a.png", ("a\u2028red\x85cross", "<image>")))
+    assert [record.turns[0][0] for record in FileSource(file, "emu3").records["gen"]][1] == "a\u2028red\x85cross"
+
+
+@pytest.mark.parametrize("content", [None, b""], ids=["missing", "empty"])
+def test_a_file_without_records_is_refused(content, tmp_path):
+    """The message names the file, not a place inside the program."""
+    if content is not None:
+        (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=f"data set {tmp_path / 'train.jsonl'} .*(give|see)"):
+        FileSource(tmp_path / "train.jsonl", "emu3")
+
+
+def test_one_bad_byte_costs_one_record(album):
+    """A mark of UTF-8 at the start is none; a line that is not UTF-8 is a bad record as any other."""
+    file = album(DRAWN, ASKED)
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\xef\xbb\xbf" + b"\n".join([lines[0], lines[1].replace(b"yes", b"\xff"), lines[1]]))
+    source = FileSource(file, "emu3", "skip")
+    assert [source.count(task) for task in aia.TASKS] == [1, 1]
+    assert len(source.bad) == 1 and ":2: not JSON" in source.bad[0]
+
+
+@pytest.mark.parametrize("harm", [lambda tar, at: tar[:at], lambda tar, at: tar[:at + 100],
+                                  lambda tar, at: tar[:at] + b"x" + tar[at + 1:], lambda tar, at: tar + tar],
+                         ids=["cut before a header", "cut in it", "a wrong byte", "two joined"])
+def test_a_broken_archive_is_no_shorter_one(harm, tmp_path):
+    """tarfile takes any broken header for the end; what is behind it would be missing without a word."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:
+        for i in range(3):
+            at = tar.offset
+            add(tar, f"{i}.png", b"x")
+            add(tar, f"{i}.txt", b"a cat")
+    assert len([*tar_samples(file)]) == 3
+    file.write_bytes(harm(file.read_bytes(), at))
+    with pytest.raises((tarfile.TarError, OSError)):
+        [*tar_samples(file)]

@@ -1,0 +1,108 @@
+"""Claims about pictures: reading, resizing, and from bytes to tensors and back (parts/pictures.py)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from made_data import random
+from PIL import Image
+
+import model
+from parts.pictures import (
+    check_size,
+    emu3_picture,
+    grid_for,
+    janus_picture,
+    load_picture,
+    siglip_picture,
+    smart_resize,
+    to_picture,
+    to_tensor,
+)
+from parts.settings import InputError
+
+
+@pytest.mark.parametrize("width, height, expected", [
+    (640, 427, (424, 640)), (500, 333, (424, 632)), (1000, 301, (304, 1000)), (384, 384, (512, 512)),
+    (200, 150, (448, 592)), (1600, 1203, (880, 1176)), (719, 717, (720, 720)), (4000, 3000, (880, 1176)),
+    (524, 516, (512, 528))])                            # 64.5 and 65.5 codes: half to even, 64 and 66
+def test_emu3_picture_sizes(width, height, expected):
+    """What Emu3's own code makes of a picture: multiples of 8, area within 512^2..1024^2, height x width."""
+    assert smart_resize(height, width, model.PRESETS["emu3-8b"]) == expected
+    if width < 600:
+        assert emu3_picture(Image.new("RGB", (width, height)), model.PRESETS["emu3-8b"]).shape == (3, *expected)
+
+
+@pytest.mark.parametrize("width, height, inner", [(500, 333, (384, 255)), (333, 500, (255, 384)), (96, 96, (384, 384)),
+                                                  (1000, 20, (384, 14))])
+def test_janus_reads_a_picture_on_grey_with_truncated_sides(width, height, inner):
+    """333 / 500 * 384 = 255.7 becomes 255, at least 14; the rest of the square is 127, its larger part last."""
+    pixels = siglip_picture(Image.new("RGB", (width, height), "white"), model.PRESETS["janus-pro-7b"])
+    expected = np.full((384, 384, 3), 127, np.uint8)
+    left, top = ((384 - side) // 2 for side in inner)
+    expected[top:top + inner[1], left:left + inner[0]] = 255
+    torch.testing.assert_close(pixels, torch.from_numpy(expected / np.float32(255)).permute(2, 0, 1) * 2 - 1)
+
+
+@pytest.mark.parametrize("width, height", [(1600, 800), (800, 1600), (90, 45), (768, 384)])
+def test_janus_draws_the_centre_square(width, height):
+    """The short side becomes 384 and the long one is cropped on both sides: of bands 1 : 2 : 1 the middle is left."""
+    long = max(width, height)
+    bands = np.zeros((height, width, 3), np.uint8)
+    rows = bands if height > width else bands.transpose(1, 0, 2)
+    rows[:] = (255, 0, 0)
+    rows[long // 4:long - long // 4] = (0, 255, 0)
+    pixels = janus_picture(Image.fromarray(bands), model.PRESETS["janus-pro-7b"])
+    assert pixels.shape == (3, 384, 384)
+    middle = pixels[:, 192, :] if width > height else pixels[:, :, 192]                      # (3, 384), along the bands
+    assert (middle[1, 8:-8] > 0.99).all() and (middle[0, 8:-8] < -0.99).all()
+
+
+def test_pictures_are_truncated_to_bytes():
+    """Both models cut the fraction off instead of rounding, and clip: (0 + 1) / 2 * 255 = 127.5 becomes 127."""
+    pixels = torch.tensor([-9.0, -1.0, 0.0, 0.9999, 1.0, 9.0])[None, None].expand(3, 1, 6)
+    assert to_picture(pixels)[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    picture = random(0).integers(256, size=(5, 4, 3)).astype(np.uint8)
+    assert np.abs(to_picture(to_tensor(picture)).astype(int) - picture).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_many_bits_are_refused(mode, album, tmp_path):
+    """Made 8-bit by cutting, all but the darkest of their values would be white."""
+    ramp = Image.fromarray(np.linspace(0, 65535, 4096).reshape(64, 64).astype(np.uint16))
+    ramp.convert(mode).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="a.tiff has more than 8 bits per channel"):
+        load_picture(tmp_path / "a.tiff", "emu3")
+
+
+def test_a_turned_photo_is_read_as_a_viewer_shows_it(tmp_path):
+    """Cameras store the pixels lying on their side and note the turn; ignoring it would teach lying cats."""
+    upright = Image.new("RGB", (20, 30), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # the top of the scene is on the right of the file
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert load_picture(tmp_path / "turned.png", "emu3").size == (20, 30)
+
+
+def test_emu3_refuses_a_side_below_one_code():
+    """Its own resize refuses sides under 8 pixels; Janus-Pro takes them."""
+    with pytest.raises(InputError, match="20 x 7.*below 8 pixels"):
+        check_size(20, 7, "emu3")
+    check_size(20, 7, "janus")
+
+
+@pytest.mark.parametrize("aspect, side, grid", [
+    ("1:1", 720, (90, 90)), ("16:9", 720, (68, 120)), ("4:3", 720, (78, 104)), ("9:16", 720, (120, 68)),
+    ("5:1", 720, (40, 201)), ("1:1", 512, (64, 64))])
+def test_emu3_draws_any_aspect(aspect, side, grid):
+    """Rows and columns of codes, height first, all of about the same area; 67.5 becomes 68."""
+    assert grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
+
+
+@pytest.mark.parametrize("kind, aspect", [("emu3", "16x9"), ("emu3", "0:1"), ("emu3", "-4:-3"), ("emu3", "9:1"),
+                                          ("janus", "16:9")])
+def test_an_aspect_that_cannot_be_drawn_is_refused(kind, aspect):
+    """Janus-Pro draws squares only, Emu3 up to 5:1."""
+    with pytest.raises(InputError, match=f"--aspect .*{aspect}"):
+        grid_for(aspect, model.PRESETS["emu3-8b" if kind == "emu3" else "janus-pro-1b"])
