@@ -50,8 +50,8 @@ def loss(intensity, target, delta, valid, reduction="mean"):
 
     intensity (B, L), target (L,), delta (L,), valid (B,) bool -> scalar.
     reduction "mean" divides by the number of valid samples (0 if there are none); "sum" leaves that to the caller, who
-    knows the count of the whole step. Not by the batch: the released code does, which weakens AIA by the share of
-    dropped prompts. Invalid samples (dropped prompt, no keys or no queries) add exactly nothing.
+    knows the count of the whole step. The released code divides by the batch size, which weakens AIA by the
+    portion of dropped prompts. Invalid samples (dropped prompt, no keys or no queries) add exactly nothing.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r} is unknown: use 'mean' or 'sum'")
@@ -86,8 +86,8 @@ def lambda_for_ratio(ntp, aia, rho=RHO):
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's targets
 # ---------------------------------------------------------------------------------------------------------------------
-# A stage is a range of layers with one target. Rows: first layer (from 0, of 32), Huber delta, target share. Table S4
-# delta limits the pull too, |dL_AIA / dI_l| <= delta_l / L, so the first layers of generation are pulled hardest.
+# A stage is a range of layers with one target (Table S4). Rows: first layer (from 0, of 32), Huber delta, target share.
+# Delta limits the pull too, |dL_AIA / dI_l| <= delta_l / L, so the first layers of generation are pulled hardest.
 DEPTH = 32
 STAGES = {
     "gen": ((0, 0.20, 0.40), (10, 0.10, 0.40), (20, 0.10, 0.40), (25, 0.05, 0.20), (31, 0.05, 0.20)),
@@ -103,7 +103,7 @@ FIRST_LAYERS = {                                  # name: (layers, first layers 
 VARIANTS = ("full", "raw", "no-huber")            # Table 3: what happens without a part
 # Reference curves of single-task models, digitised from the paper's figures: figure, model, direction in the file.
 CURVES = Path(__file__).parent / "assets" / "paper_curves.json"
-REFERENCES = {                                                                # table of attention-pattern selection
+REFERENCES = {                                                                # the paper's table of attention patterns
     "hunyuan-image-3": ("fig1", "hunyuan_image_3", "T2I"),
     "simplear": ("fig4", "simplear", "T2I"),
     "qwen-image": ("fig4", "qwen_image", "T2I"),
@@ -156,8 +156,8 @@ def stages_of(n_layers, task, table="depth", curves=CURVES):
 
 
 def stage_at(depth, rows):
-    """The last stage that begins at or before a relative depth. Of a layer, take the middle, (l + 0.5) / L: then 32
-    layers change at 10, 20, 25 and 31 exactly."""
+    """The last stage that begins at or before a relative depth. A layer is looked up at its middle, (l + 0.5) / L, so
+    that 32 layers change stage exactly at 10, 20, 25 and 31."""
     return [row for row in rows if row[0] <= depth][-1]
 
 
@@ -190,7 +190,7 @@ RULE_STAGES = {"gen": ((0, 0.20), (10, 0.10), (25, 0.05)),
 def stages_from_curve(curve, task="gen"):
     """Rows of a reference curve for `targets`: mean of its layers in each stage of RULE_STAGES, rounded to 0.05.
 
-    A stage without a layer of a short model is left out, and the one before it continues."""
+    A stage in which a short curve has no layer is left out, and the one before it continues; the first starts at 0."""
     starts = [first / DEPTH for first, _ in RULE_STAGES[task]]
     rows = []
     for start, end, (_, delta) in zip(starts, [*starts[1:], 1.0], RULE_STAGES[task], strict=True):

@@ -9,6 +9,7 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import time
@@ -68,7 +69,7 @@ def spans(roles, task):
 class Emu3Template:
     """One stream: pictures are tokens like any other."""
 
-    def __init__(self, config, text, training=True):
+    def __init__(self, config, text, training=True):        # training: as in JanusTemplate; unused here
         self.config, self.text, self.ids = config, text, text.ids
 
     def block(self, codes):
@@ -178,8 +179,8 @@ class Batch:
     lengths: tuple = ()                      # tokens of each sample, without padding
     # What follows from the above, made while the batch is still on the CPU, so that a GPU is never asked how many there
     # are. Whoever replaces a mask must make its indices anew: see `measuring`.
-    rows: torch.Tensor | None = None         # (B, R) indices of queries, -1 behind the last of a sample
-    keys: torch.Tensor | None = None         # (B, K) indices of the condition
+    rows: torch.Tensor | None = None         # (B, Q) indices of queries, -1 after the last of a sample
+    keys: torch.Tensor | None = None         # (B, P) indices of the condition, likewise
     predicting: torch.Tensor | None = None   # (n,) which of the B T tokens have a successor with a label ...
     targets: torch.Tensor | None = None      # ... and that label
 
@@ -202,7 +203,7 @@ class Batch:
         return replace(self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
     def to(self, device):
-        waits = torch.device(device).type != "cuda"             # elsewhere a copy may outlive what it copies
+        waits = torch.device(device).type != "cuda"             # MPS: a copy under way may outlive its source
         return self.each(lambda x: x.to(device, non_blocking=not waits))
 
     def pinned(self):
@@ -276,7 +277,7 @@ class Preparer:
 
     def pieces(self, records, rngs=None, drop=0.0):
         """Records of one task -> pieces of each, whether its prompt was kept, and fields of a Batch that Janus-Pro has
-        besides tokens: what it sees of questions, codes (B, N) of drawings. An answer None ends a prompt."""
+        besides tokens: what it sees of questions, codes (B, N) of drawings. A None answer ends the prompt."""
         task = records[0].task
         sources = [p for r in records for p in r.pictures]
         codes, pictures = None, {}
@@ -372,11 +373,15 @@ def beside(device):
     if device.type == "cuda":
         own = torch.cuda.Stream(device)
         own.wait_stream(torch.cuda.default_stream(device))
-        torch.cuda.set_stream(own)                  # also makes the device current, which a thread else takes as 0
+        torch.cuda.set_stream(own)                  # also makes the device current: a new thread starts on 0
 
 
 class Schedule:
-    """The samples of every step, from the seed alone: nothing to store for resuming, nothing that depends on layout."""
+    """The samples of every step, from the seed alone: nothing to store for resuming, the same for any processes.
+
+    ratio (gen, und); drop: portion of prompts that are dropped, None: that of the model; on_bad_record "stop" or
+    "skip"; mix "both": each step has both tasks, "drawn": one, drawn with the odds of the ratio.
+    """
 
     def __init__(self, source, preparer, seed, batch_size, ratio, micro_batch, drop=None, on_bad_record="stop", rank=0,
                  processes=1, mix="both"):
@@ -432,8 +437,8 @@ class Schedule:
         return groups
 
     def step(self, step):
-        """The micro-batches of a step, each of one task. One without a usable record counts nothing, or where no other
-        process waits for it, is left out."""
+        """The micro-batches of a step, each of one task. One without a usable record is left out; with
+        several processes, which wait for one another, a dummy takes its turn (Preparer.nothing)."""
         bad = self.bad if self.on_bad_record == "skip" else None
         batches = []
         cuda = self.preparer.device.type == "cuda"
@@ -443,7 +448,8 @@ class Schedule:
             except InputError:
                 raise
             except Exception as error:              # out of memory, a fault in a library: say with which records
-                error.add_note(f"while preparing {', '.join(self.record(task, i)[0].origin for i in positions)}")
+                with contextlib.suppress(InputError):           # an unreadable record must not hide the fault
+                    error.add_note(f"while preparing {', '.join(self.record(task, i)[0].origin for i in positions)}")
                 raise
             if batch or self.processes > 1:
                 batch = batch or self.preparer.nothing(task)
@@ -470,8 +476,7 @@ class WorldSource:
     def __init__(self, world, n, seed):
         rng = stream(seed, "pool")
         self.world = world
-        self.bad = []
-        self.paths = []
+        self.bad, self.paths = [], []               # as FileSource has: no bad records, no files
         self.scenes = [world.scene(rng) for _ in range(n)]
         self.pictures = draw_scenes(self.scenes, world.cell_side)
         self.rng = rng
@@ -604,7 +609,8 @@ def encode(settings):
     folder.mkdir(parents=True, exist_ok=True)
     store = datasets.Encoded(folder, m, new=True)
     stop = settings.on_bad_record == "stop"
-    store.fill("codes", source, aia.TASKS[:1 if janus else 2], preparer.codes, stop)
+    tasks = ("gen",) if janus else aia.TASKS        # Janus-Pro needs codes of drawn pictures only
+    store.fill("codes", source, tasks, preparer.codes, stop)
     if settings.features:
         store.fill("features", source, ("und",), features, stop)
     if source.bad:

@@ -1,7 +1,7 @@
-"""How a trained model is judged: pictures from prompts, answers about pictures, scores, and the curves of the paper.
+"""How a trained model is scored: pictures from prompts, answers about pictures, scores, and the curves of the paper.
 
-Drawn pictures are read back exactly (data.read) and scored in GenEval's six skills; answers are scored in the manner of
-POPE, MME and MMBench. Everything is asked about held-out combinations (data.World).
+The scene reader of parts/world.py reads drawn pictures, which are scored in GenEval's six skills; answers are scored in
+the manner of POPE, MME and MMBench. Everything is asked about held-out combinations.
 
     python eval.py score    --checkpoint runs/tiny-emu3-seed0
     python eval.py generate --checkpoint runs/tiny-emu3-seed0 --prompt "a red circle above a blue square" --out red.png
@@ -69,7 +69,8 @@ def left_padded(samples, pad, device):
 
 
 def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, negative=None, batch=128, roles="tags"):
-    """Prompts -> pixels (n, 3, S, S) in [-1, 1], on the CPU. Same seed and prompts, same pictures."""
+    """Prompts -> pixels (n, 3, S, S), nominally [-1, 1], on the CPU. Same seed, prompts and batch, same pictures.
+    roles "plain": words for the role tags of Janus-Pro (JanusTemplate.plain)."""
     generator = torch.Generator(next(m.parameters()).device).manual_seed(seed)
     pixels = []
     for start in range(0, len(prompts), batch):
@@ -160,7 +161,7 @@ def score_understanding(m, text, world, n, seed=0):
                 questions.append(("open", make_question(world, scene, topic, rng, closed=False)))
             asked += [(measure, (topic, i), picture, question) for measure, question in questions]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
-    right = {}                                                                  # {measure: {picture: [right or not]}}
+    right = {}                                                                  # {measure: {number: [right or not]}}
     for (measure, number, _, question), reply in zip(asked, said, strict=True):
         right.setdefault(measure, {}).setdefault(number, []).append(reply == question.answer)
     plain = {measure: float(np.mean(sum(groups.values(), []))) for measure, groups in right.items()}
@@ -260,8 +261,16 @@ class FileBatches:
             yield data.usable_batch(preparer, lambda i: (self.source.record(task, i), None), positions, bad=self.bad)
 
 
+def first_question(record):
+    """A record cut off after its first question, with the pictures that this question shows."""
+    question = record.turns[0][0]
+    marked = any("<image>" in asked for asked, _ in record.turns)
+    pictures = record.pictures[:question.count("<image>")] if marked else record.pictures
+    return replace(record, turns=((question, None),), pictures=pictures)
+
+
 class FreeDecoding(data.Preparer):
-    """Records -> Batch with what the model itself draws or says in place of the stored answer.
+    """Records -> Batch with what the model itself draws, or says to the first question, in place of the stored answer.
 
     A pass over the whole sequence then gives the attention that each token paid when it was drawn, since no token sees
     a later one. Of a guided drawing it is that of the conditional branch.
@@ -282,7 +291,7 @@ class FreeDecoding(data.Preparer):
                        for prompt, one in zip(prompts, drawn, strict=True)]
             codes = drawn if self.config.kind == "janus" else None
         else:
-            asked = [replace(record, turns=((record.turns[0][0], None),)) for record in records]
+            asked = [first_question(record) for record in records]
             samples, ids, mask, pixels = ask(self, asked)
             said = self.m.generate_text(ids, pixels, mask, self.max_new_tokens).tolist()
             eos = self.text.ids["eos"]
@@ -316,7 +325,7 @@ def measure(m, batches, target, delta):
         sink.append(on_first[batch.aia_valid].cpu())
         sinkless.append((out.intensity - on_first * batch.condition[:, :1])[batch.aia_valid].cpu())
         uniform.append(uniform_share(batch.condition, batch.queries)[batch.aia_valid].cpu())
-    if not tokens:
+    if not sum(map(len, found)):                    # no sample that AIA can use
         return None
     found = torch.cat(found)                                                    # (n, L)
     valid = torch.ones(len(found), dtype=torch.bool)
@@ -470,7 +479,7 @@ class Loaded:
 
 
 def load_run(settings, part=""):
-    """Model, text tokenizer and settings of a run folder; of public weights, which have no settings, None."""
+    """Model, text tokenizer and settings of a run folder (None for public weights). part: a folder of other weights."""
     if not settings.checkpoint:
         raise InputError("this command needs --checkpoint, the folder of a run, or of public weights")
     dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
@@ -478,10 +487,8 @@ def load_run(settings, part=""):
                              settings.rope_bf16, part=part)
     if not m.tokenizer_file:
         raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
-    run = None
-    own = Path(settings.checkpoint) / "settings.json"
-    if (Path(settings.checkpoint) / "checkpoints").exists():
-        run = read_json(own)
+    folder = Path(settings.checkpoint)
+    run = read_json(folder / "settings.json") if (folder / "checkpoints").exists() else None
     return m, Text(m.tokenizer_file, m.config.kind, settings.allow_special), run
 
 
@@ -623,7 +630,7 @@ class Curves(Loaded):
     n: int = opt(100, "samples for each task")
     decode: bool = opt(False, "measure while the model answers and draws by itself, not on the stored answers")
     seed: int = opt(0, "draws the samples")
-    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder; here for "
+    out: str = opt("", "PNG file, its numbers beside it as JSON; empty: curves.png in the run folder, or here for "
                    "public weights, --data and --decode")
 
 
@@ -641,9 +648,9 @@ def curve_command(settings):
         samples = FileBatches(FileSource(settings.data, m.config.kind))
     else:
         samples = HeldOut(world_of(run), settings.seed)
-    chosen = (run["aia_targets"], run["aia_variant"]) if run else ()
-    wanted = {task: aia.targets(m.config.layers, task, *chosen) for task in aia.TASKS}
-    result = curves(models.items(), data.Preparer(m, text), samples, wanted, settings.n, settings.decode,
+    asked = (run["aia_targets"], run["aia_variant"]) if run else ()
+    targets = {task: aia.targets(m.config.layers, task, *asked) for task in aia.TASKS}
+    result = curves(models.items(), data.Preparer(m, text), samples, targets, settings.n, settings.decode,
                     final_label(folder) if run else "")
     own = run and not settings.data and not settings.decode                     # what the run wrote itself
     out = Path(settings.out or (folder / "curves.png" if own else "curves.png"))

@@ -1,7 +1,7 @@
 """Two unified multimodal models around one decoder, with the attention that AIA looks at in plain view.
 
-Emu3 (arXiv 2409.18869) has one vocabulary for text and picture codes; Janus-Pro (arXiv 2501.17811) reads pictures with
-SigLIP and writes them as codes of another tokenizer. Every layer also returns its attention mass: the share that each
+Emu3 (arXiv 2409.18869) has one vocabulary for text and picture codes; Janus-Pro (arXiv 2501.17811) sees pictures with
+SigLIP and draws them as codes of its own tokenizer. Every layer also returns its attention mass: the share that each
 token spends on the keys of the other modality (the I_l of aia.py, before averaging).
 
     python -m pytest tests/test_model.py
@@ -25,7 +25,8 @@ from parts.text import SPECIAL
 from parts.vision import Emu3VQ, JanusVQ, SigLIP
 
 # Legend: B samples, T tokens, C channels (width), H heads, G key/value heads, D head size, L layers, V vocabulary,
-# N image tokens of one picture, K codebook rows, S side of a picture in pixels; h, w: sides of a code grid.
+# N image tokens of one picture, K codebook rows, S side of a picture in pixels; h, w: sides of a code grid; U keys,
+# cached ones included; R rank of LoRA; n any number of pictures or labels.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ from parts.vision import Emu3VQ, JanusVQ, SigLIP
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every size and id of a model. Nothing in this file knows a preset."""
+    """Every size and id of a model. No module below knows a preset."""
 
     kind: str                            # "emu3" or "janus"
     layers: int
@@ -52,7 +53,7 @@ class Config:
     vq_blocks: int                       # residual blocks per encoder level; the decoder has one more
     vq_attention: tuple                  # levels (0 = full resolution) with attention after each block
     vq_latent: int                       # channels between encoder and quantizer
-    image_size: int                      # side of a drawn picture, and for Janus-Pro of one that is read, in pixels
+    image_size: int                      # side of a drawn picture, and of one that SigLIP sees, in pixels
     context: int                         # longest sequence in tokens
     min_pixels: int = 0                  # Emu3: smallest and largest area that a picture is resized to
     max_pixels: int = 0
@@ -149,12 +150,12 @@ PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TIN
 # q (B, H, T, D); k, v (B, G, U, D), where U >= T counts cached keys too, and G heads are shared by H / G queries each.
 # visible (B or 1, 1, T, U) bool, or None: causal where T = U, everything where T = 1.
 # condition (B, U) bool, or None if nobody asks.
-# rectangle: indices of rows (B, R) and keys (B, K) that count, -1 for padding; None: all rows and the condition.
+# rectangle: indices of rows (B, Q) and keys (B, P) that count, -1 for padding; None: all rows and the condition.
 # All return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
 def attend_explicit(q, k, v, visible=None, condition=None, rectangle=None):
     """softmax(Q K^T / sqrt(D)) V written out: the one to read, and the reference of the tests."""
-    share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)         # (B, H, U, D)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)         # (B, H, U, D)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                      # (B, H, T, U)
     if visible is None:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
@@ -175,8 +176,8 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
     that channel's mean *is* the weight spent on the condition: exact, differentiable, and nearly free on a CPU. A GPU's
     kernels are made for a few head sizes: there 128 + 8 channels may cost as much as 192.
     """
-    # One query sees every cached key; more of them need the causal mask. Written out, as torch.compile with lengths
-    # that vary would take a comparison for a symbol, which no kernel accepts.
+    # One query sees every cached key; more of them need the causal mask. `True if ... else False`, since torch.compile
+    # with varying lengths makes a bare comparison a symbol, which no kernel accepts.
     causal = True if visible is None and q.shape[2] > 1 else False
     grouped = True if q.shape[1] != k.shape[1] else False
     shape = {"attn_mask": visible, "is_causal": causal, "enable_gqa": grouped}
@@ -202,8 +203,8 @@ def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     return kernels.attention_and_mass(q, k, v, *rectangle)                      # (B, H, T, D), (B, H, T)
 
 
-# "auto" is the fused body until training, which knows its device, settles it (train.settle_attention). On CUDA "lse" is
-# to follow when a measurement (lab/gpu.py) has shown that the flag channel costs more than 5 % of a step there.
+# "auto" is the fused body until training, which knows its device, chooses one (settle_attention). On CUDA it is to be
+# "lse" once a measurement (lab/gpu.py) has shown that the flag channel costs more than 5 % of a step there.
 ATTENTION = {"auto": attend_fused, "explicit": attend_explicit, "fused": attend_fused, "lse": attend_lse}
 AUTO = {"cuda": "fused"}                        # elsewhere fused too
 
@@ -287,6 +288,7 @@ class Attention(nn.Module):
         self.o_proj = projection(inner, config.width, config.lora_rank)
 
     def forward(self, x, batch, rope, visible, condition, rectangle, cache):
+        """x (B T, C), batch = B, rope two of (B or 1, 1, T, D), the rest as in attend_explicit -> x (B T, C), mass."""
         split = (batch, len(x) // batch, -1, self.head_dim)
         q = self.q_proj(x).view(split).transpose(1, 2)                          # (B, H, T, D)
         k = self.k_proj(x).view(split).transpose(1, 2)                          # (B, G, T, D)
@@ -368,9 +370,9 @@ class Decoder(nn.Module):
         """
         c = self.config
         dtype = self.embed_tokens.weight.dtype
-        kind = positions.device.type
-        if torch.is_autocast_enabled(kind):         # else q and k would become float32 again, twice the traffic
-            dtype = torch.get_autocast_dtype(kind)
+        device = positions.device.type
+        if torch.is_autocast_enabled(device):         # else q and k would become float32 again, twice the traffic
+            dtype = torch.get_autocast_dtype(device)
         steps = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequency = c.theta ** (-steps / c.head_dim)                            # (D / 2,)
         if c.rope_bf16:
@@ -428,7 +430,9 @@ class Cache:
         c, like, device = lm.config, lm.embed_tokens.weight, mask.device
         self.mask = F.pad(mask, (0, new), value=True)                           # (B, U): who is real in each column
         self.even = bool(mask.all())                # no row has a masked column so far: attention needs no mask
-        self.used, self.whole = 0, False            # columns in use; whether a step reads all of them, under the mask
+        self.used = 0                               # columns in use
+        self.whole = False                          # whether a step reads all columns, under the mask
+        self.now, self.columns = None, None         # where the step under way writes: (first, end), and (new,)
         self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
         self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
         shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
@@ -504,8 +508,9 @@ class Output:
     hidden: list | None = None
 
 
-ASK_EVERY = 4                                   # tokens between looks whether all answers have ended, on a GPU
-REPLAYED, REPLAY_FROM = ("cuda",), 64            # devices on which, and how many steps from which, one is recorded
+ASK_EVERY = 4                                   # on a GPU: tokens between checks whether all answers have ended
+REPLAYED = ("cuda",)                            # devices on which a step is recorded once, then replayed ...
+REPLAY_FROM = 64                                # ... if an answer or a picture may have this many steps
 
 
 class Unified(nn.Module):
@@ -667,13 +672,14 @@ class Emu3(Unified):
     def embed_text(self, ids, pixels=None):
         """Embed ids; placeholders become the codes of the pictures, with row ends if there is room for them."""
         holes = ids == self.ids["placeholder"]
-        n = int(holes.sum())
+        wanted = int(holes.sum())
         tokens = ids[:0] if pixels is None else self.block(self.encode_images(pixels))          # (n, h, w + 1)
-        tokens = tokens if tokens.numel() == n else tokens[..., :-1]            # (n, h, w)
-        if tokens.numel() != n:
-            raise InputError(f"{n} placeholders in the text, but {tokens.numel()} image tokens: "
+        if tokens.numel() != wanted:                # no room for row ends
+            tokens = tokens[..., :-1]                                           # (n, h, w)
+        if tokens.numel() != wanted:
+            raise InputError(f"{wanted} placeholders in the text, but {tokens.numel()} image tokens: "
                              "write one placeholder per image token")
-        return self.lm.embed_tokens(ids.masked_scatter(holes, tokens) if n else ids)
+        return self.lm.embed_tokens(ids.masked_scatter(holes, tokens) if wanted else ids)
 
     def block(self, codes):
         """Codes (..., w) -> token ids (..., w + 1): each row followed by its row end."""
@@ -685,8 +691,8 @@ class Emu3(Unified):
         return self.lm.embed_tokens(tokens if row_end else tokens[:, :1])
 
     def code_logits(self, x):
-        """Logits (..., K) of the picture codes: no other row of the head is read, since inside a picture no other token
-        is allowed, before any top-k."""
+        """Logits (..., K) of the picture codes. Other rows of the head are left out before any top-k, since no other
+        token is allowed inside a picture."""
         first = self.ids["visual"]
         return F.linear(x, self.lm_head.weight[first:first + self.config.codebook])
 
@@ -714,7 +720,7 @@ SEEN_AT_ONCE = 32                               # pictures that pass through Sig
 
 
 class Janus(Unified):
-    """Pictures are read through SigLIP and an aligner, written as codes with an embedding and a head of their own."""
+    """Pictures are seen through SigLIP and an aligner, and drawn as codes with an embedding and a head of their own."""
 
     def __init__(self, config, tokenizer_file=None):
         super().__init__(config, tokenizer_file)
@@ -786,8 +792,8 @@ class Janus(Unified):
         if negative is not None:
             raise InputError("Janus-Pro blanks the prompt for guidance and takes no negative prompt: leave it out")
         first = mask.long().argmax(1, keepdim=True)                             # (B, 1)
-        position = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
-        keep = (position <= first) | (position == ids.shape[1] - 1)                   # (B, T)
+        position = torch.arange(ids.shape[1], device=ids.device)                # (T,)
+        keep = (position <= first) | (position == ids.shape[1] - 1)             # (B, T)
         blank = torch.where(keep, ids, self.ids["pad"])
         return torch.stack([ids, blank], 1).flatten(0, 1), mask.repeat_interleave(2, 0)
 
@@ -813,8 +819,8 @@ def sample(logits, temperature, top_k, top_p, generator=None):
         # Keep the fewest ids whose sum reaches top_p; the likeliest one always stays.
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probability = torch.zeros_like(probability).scatter(-1, order, ordered)
-    # The least of exponential variables with rates p is that of i with odds p_i: what torch.multinomial does, which
-    # then waits for the GPU to check its input.
+    # Of exponential variables with rates p_i, the smallest is number i with probability p_i. torch.multinomial does the
+    # same, but waits for the GPU to check its input.
     return (probability / torch.empty_like(probability).exponential_(1.0, generator=generator)).argmax(-1)
 
 
@@ -854,7 +860,7 @@ def from_config(config, tokenizer_file=None):
 
 @torch.no_grad()
 def fork(m):
-    """Begin UniFork's generation branch as a copy of the understanding branch; nothing without fork_layer."""
+    """Begin UniFork's generation branch as a copy of the understanding branch; shared layers stay as they are."""
     layers, norm = m.lm.path("gen")
     for copy, source in zip([*layers, norm], [*m.lm.layers, m.lm.norm], strict=True):
         for mine, theirs in zip(copy.parameters(), source.parameters(), strict=True):
@@ -915,9 +921,9 @@ def settle_attention(m, device, dtype):
         layer.self_attn.attend = ATTENTION[chosen]
     if chosen != "lse":
         return
-    for kind in dict.fromkeys((dtype, torch.float32)):          # the latter in evaluations
-        found, faults = kernels.try_lse(device, kind, c.heads, c.kv_heads, c.head_dim)
+    for tried in dict.fromkeys((dtype, torch.float32)):         # evaluations run in float32
+        found, faults = kernels.try_lse(device, tried, c.heads, c.kv_heads, c.head_dim)
         for fault in faults:
-            print(f"attention by log-sum-exp in {kind}: {fault}")
+            print(f"attention by log-sum-exp in {tried}: {fault}")
         if not found:
-            print(f"attention by log-sum-exp is not available in {kind} here: fused, with a flag channel, instead")
+            print(f"attention by log-sum-exp is not available in {tried} here: fused, with a flag channel, instead")

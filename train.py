@@ -181,8 +181,8 @@ PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double":
          "tiny-janus": (TOKENIZER, ANSWERS, JOINT, replace(TUNE, frozen=("vq", "vision"))),
          "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL}
 LARGE = (Phase("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), aia=True, start="before"),)
-# Defaults of a preset: its world, one pass for each task of a step, and so many pictures that none is drawn more than
-# twenty times.
+# Defaults of a preset: its world, a micro-batch that holds one task of a step, and so many pictures that training draws
+# each about twenty times.
 SETTINGS_OF = {"small-emu3": {"shapes": 6, "colours": 6, "objects": 3, "cell": 16, "pool": 32_000, "calibration": 10,
                               "micro_batch": 128}}
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and how weights
@@ -235,7 +235,7 @@ def check_numbers(config):
         raise InputError(f"--rho {config.rho}: give a number above 0; --aia-weight off leaves AIA out")
     if -1 < config.weight_decay < 0:
         raise InputError(f"--weight-decay {config.weight_decay}: give at least 0, or -1 for that of the plan")
-    world_of(asdict(config))
+    world_of(asdict(config))                        # this and the next two for what they refuse
     fixed_lambdas(config.aia_weight)
     settings.parse_ratio(config.ratio)
     if config.encoded and not (config.data or config.val):
@@ -371,13 +371,13 @@ def counts(batches):
     return dict(zip(aia.TASKS, over_processes(total).tolist(), strict=True))
 
 
-def accumulate(net, batches, targets, lambdas, scale=True, autocast=contextlib.nullcontext, device=None):
+def accumulate(net, batches, targets, lambdas, backward=True, autocast=contextlib.nullcontext, device=None):
     """Gradients of one step, the same however its samples are cut into micro-batches and over processes.
 
     loss = sum over tasks of  ntp_sum / label_tokens(task)  +  lambda(task) * aia_sum / valid_samples(task)
     targets {task: (target, delta)}, lambdas {task: lambda}, 0 for a task that is left out; lambdas None: next-token
-    prediction alone, and no attention is measured. scale False: measure only, without gradients. All processes have the
-    same tasks in turn.
+    prediction alone, and no attention is measured. backward False: only measure. All processes have the same tasks in
+    turn.
     -> sums {task: (tensor on the device, valid samples)} for `metrics_of`: a GPU works on while nobody asks for numbers
     """
     total = counts(batches)
@@ -389,7 +389,7 @@ def accumulate(net, batches, targets, lambdas, scale=True, autocast=contextlib.n
         # ddp sums gradients of the modules that a pass has used. Those of Janus-Pro's tasks differ, so it sums in the
         # last pass of each task.
         last = i + 1 == len(batches) or batches[i + 1].task != batch.task
-        with reducing(net, last), torch.set_grad_enabled(scale):
+        with reducing(net, last), torch.set_grad_enabled(backward):
             with autocast():
                 out = net(batch, intensity=lambdas is not None)
             loss = out.ntp / tokens
@@ -400,7 +400,7 @@ def accumulate(net, batches, targets, lambdas, scale=True, autocast=contextlib.n
                 loss = loss + lambdas.get(batch.task, 0.0) * aia_sum / valid
                 measured = torch.where(batch.aia_valid[:, None], out.intensity.detach(), 0.0).sum(0)            # (L,)
                 row += [aia_sum.detach()[None] / valid, measured / valid]
-            if scale:
+            if backward:
                 (loss * processes()).backward()                                     # reducing takes the mean
         before, _ = sums.get(batch.task, (0.0, 0))
         sums[batch.task] = before + torch.cat(row), total[batch.task][1]                            # (2 + L,)
@@ -425,7 +425,7 @@ def metrics_of(sums, *more):
 def calibrate(net, schedule, targets, config, autocast, device=None):
     """lambda of each task from batches without updates (aia.lambda_for_ratio), unless --aia-weight gives it."""
     fixed = fixed_lambdas(config.aia_weight)
-    if fixed:
+    if fixed is not None:
         return fixed
     n = config.calibration or (10 if config.preset.startswith("tiny") else 100)
     measured = {task: [] for task in aia.TASKS}
@@ -582,7 +582,7 @@ class Run:
             shard_model(m, config, {"vq", *phase.frozen}, self.device)
         # Weights that LoRA leaves frozen are stored in the type of activations. Sharding allows it: only the training
         # parameters of a layer must be of one type.
-        half = config.pure_bf16 or config.lora_rank and self.bf16
+        half = config.pure_bf16 or (config.lora_rank > 0 and self.bf16)
         dtype = torch.bfloat16 if half else torch.float32
         if not self.sharded():
             shard = None
@@ -601,6 +601,7 @@ class Run:
                 child.to(torch.float32 if name == "vq" else dtype)
             if shard:
                 shard(m)
+        # What is not sharded; --offload has loaded it on the CPU.
         for name in {"vq", *phase.frozen} & {name for name, _ in m.named_children()}:
             getattr(m, name).to(self.device)
         model.settle_attention(m, self.device, self.dtype)
@@ -696,20 +697,20 @@ def uses_bf16(config, device):
 # Settings that a run may change when it resumes: where it runs and how often it reports.
 FREE = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention", "val_every", "keep",
         "checkpoint_activations", "compile", "encoded", "parallel", "offload", "on_bad_record"}
-# Settings of older runs that are gone, with the value that changed nothing. (None: whatever it was.)
-GONE = {"dry_run_world": 0, "tokens": 0, "tflops": 989.0, "utilisation": 0.4, "shard": None, "whole_gradients": None,
-        "rope_bf16": False, "clip": 1.0}
+# Settings of older runs that are gone, with the values that change nothing. (None: whatever it was.)
+GONE = {"dry_run_world": (0,), "tokens": (0,), "tflops": (989.0,), "utilisation": (0.4,), "shard": None,
+        "whole_gradients": None, "rope_bf16": (False,), "clip": (1.0, 5.0)}
 
 
 def check_settings(stored, config, folder):
     """A resumed run keeps its settings, except FREE ones. Settings that are newer than the run had their defaults."""
     plain, given = (json.loads(json.dumps(asdict(one))) for one in (TrainConfig(), config))     # tuples become lists
-    if config.mix == "drawn" and "clip" in stored:
+    if config.mix == "drawn" and "clip" in stored:  # --clip went when the drawing of tasks changed
         raise InputError(f"{folder} is of an older version, which drew the tasks of steps differently: start anew in "
                          "another folder")
     for name, value in (plain | stored).items():
         flag = "--" + name.replace("_", "-")
-        if name in GONE and GONE[name] not in (None, value):
+        if GONE.get(name) and value not in GONE[name]:
             raise InputError(f"{folder} was started with {flag} {value}, which is gone: start anew in another folder")
         if name not in FREE | GONE.keys() and value != given.get(name):
             raise InputError(f"{folder} was started with {flag} {value}, not {given.get(name)}: "
@@ -772,7 +773,7 @@ class Progress:
 
     def order_of(self, mix):
         """The samples of every step. Both arms meet the same ones, the phases before them others of the same seed."""
-        run, phase = self.run, self.phase
+        run, phase = self.run, self.phase           # 3 seed + order: no two seeds share an order
         return data.Schedule(run.source, run.preparer, 3 * run.config.seed + phase.order, phase.batch_size,
                              settings.parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
                              on_bad_record=run.config.on_bad_record, rank=rank(), processes=processes(), mix=mix)
@@ -905,14 +906,15 @@ def report_step(run, index, step, metrics, norm, now):
     """One line on the terminal, one object in metrics.jsonl."""
     phase = now.phase
     seconds = time.time() - now.start
-    rate = seconds / (step + 1 - now.since)                                     # seconds per step
+    per_step = seconds / (step + 1 - now.since)                                 # seconds
     lr = learning_rate(step, phase)
     memory = settings.memory_gb()
     entry = {"phase": index, "name": phase.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
-             "seconds": run.elapsed(), "samples_per_second": phase.batch_size / rate}
+             "seconds": run.elapsed(), "samples_per_second": phase.batch_size / per_step}
     parts = []
     for task, row in metrics.items():
-        entry[task] = row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        entry[task] = row                           # what follows adds to it
         if phase.pictures:
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
         else:
@@ -923,9 +925,9 @@ def report_step(run, index, step, metrics, norm, now):
     if padded:
         entry |= {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded,
                   "waiting": now.waited / seconds}
-    left = rate * (phase.steps - step - 1)
+    left = per_step * (phase.steps - step - 1)
     now.bar.write(f"step {step + 1:5d}/{phase.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
-                  f"{phase.batch_size / rate:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
+                  f"{phase.batch_size / per_step:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
     sys.stdout.flush()
     run.log(entry)
     now.reset(step + 1)
@@ -1014,14 +1016,14 @@ def score_arm(run, name, m):
 
 
 def settings_from(argv, cls=TrainConfig, prog="train.py", more=()):
-    """Flags over the defaults of the preset and the recipe that they name, over `more`."""
+    """Settings from flags. What no flag gives comes from the recipe, else from `more`, else from the preset."""
     config = settings.parse(cls, argv, prog, epilog=OTHER_COMMANDS)
     recipe = RECIPES[config.recipe][1] if config.recipe else {}
     return settings.parse(cls, argv, prog, SETTINGS_OF.get(config.preset, {}) | dict(more) | recipe)
 
 
 def stoppable(work, again):
-    """work(); if it is stopped, one line that says how to continue, and the exit status of a signal."""
+    """work(); if it is stopped, one line that says how to continue, and exit: 130 after Ctrl-C, else 0."""
     try:
         return work()
     except Stop as stop:

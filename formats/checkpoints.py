@@ -1,4 +1,5 @@
-"""A run's own checkpoints: shards as safetensors, a manifest with checksums, written aside and renamed."""
+"""A run's own checkpoints (layout: formats/README.md). torch.distributed.checkpoint writes the shards as safetensors,
+so nothing is ever unpickled."""
 
 import contextlib
 import functools
@@ -7,6 +8,7 @@ import io
 import os
 import shutil
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -25,11 +27,6 @@ from parts.settings import InputError, first_line, read_json, write_json
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-# A checkpoint of train.py is a folder: shards that torch.distributed.checkpoint wrote as safetensors (nothing is ever
-# unpickled), and a manifest.json with what is no tensor and the checksum of every file. It is complete or not there.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")              # one process is no mistake
-
-
 new_checksum = functools.partial(hashlib.blake2b, digest_size=16)
 
 
@@ -38,8 +35,12 @@ def checksum(file):
         return hashlib.file_digest(content, new_checksum).hexdigest()
 
 
+# Names in the manifests of older runs, and the present ones.
+RENAMED = {"stage": "phase", "weights": "lambdas"}
+
+
 def read_manifest(folder):
-    """The manifest of a checkpoint folder, once every file is found to be what was written."""
+    """The manifest of a checkpoint folder, after checking every file against its checksum."""
     if not (folder / "manifest.json").exists():
         raise InputError(f"checkpoint {folder} is missing")
     manifest = read_json(folder / "manifest.json")
@@ -49,36 +50,31 @@ def read_manifest(folder):
     return {RENAMED.get(name, name): value for name, value in manifest.items()}
 
 
-# What manifests of older runs call the number of a phase and the weights of the AIA loss.
-RENAMED = {"stage": "phase", "weights": "lambdas"}
-
-
 def checkpoint_folders(folder):
-    """Finished checkpoints of a run folder, STAGE-STEP, oldest first."""
+    """Complete checkpoints of a run folder, checkpoints/PHASE-STEP, oldest first."""
     return sorted(folder.glob("checkpoints/[0-9]*-" + "[0-9]" * 7))
 
 
 def newest_checkpoint(folder):
-    """(folder, manifest) of the newest checkpoint of a run folder that is whole; damaged ones are named."""
-    folders = checkpoint_folders(folder)
-    for newest in reversed(folders):
+    """(folder, manifest) of the newest undamaged checkpoint of a run folder. Damaged ones are reported."""
+    for newest in reversed(checkpoint_folders(folder)):
         try:
             return newest, read_manifest(newest)
         except InputError as error:
             print(f"{error}: looking for an earlier one", file=sys.stderr)
-    whole = "whole " if folders else ""
-    raise InputError(f"{folder} holds no {whole}checkpoint: give the folder of a run that has saved one")
+    raise InputError(f"{folder} holds no checkpoint that can be read: give the folder of a run that has saved one")
 
 
 def resumed_from(folder, resume, check):
-    """(checkpoint folder, manifest) that a run continues from with `resume`; (None, None) at its start. check(settings)
-    refuses those of another run. Damaged checkpoints are moved aside: their names are needed again."""
-    used = folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir()))
-    if used and not (resume and (folder / "settings.json").exists()):
-        remedy = "is no run folder:" if resume else "is not empty: continue it with --resume, or"
-        raise InputError(f"{folder} {remedy} choose another --out")
+    """(checkpoint folder, manifest) that a run continues from, (None, None) at its start. check(settings) refuses the
+    settings of another run. Damaged checkpoints are renamed, as the run will write their names again."""
+    used = folder.is_file() or (folder.exists() and any(file.suffix != ".part" for file in folder.iterdir()))
+    if used and not resume:
+        raise InputError(f"{folder} is not empty: continue it with --resume, or choose another --out")
+    if used and not (folder / "settings.json").exists():
+        raise InputError(f"{folder} is not the folder of a run: choose another --out")
     if not checkpoint_folders(folder):
-        if resume and used:
+        if used:
             check(read_json(folder / "settings.json"))
         if resume:
             print(f"{folder} holds no checkpoint yet: starting")
@@ -97,17 +93,21 @@ def tensor_names(folder):
 
 
 def read_tensors(tensors, folder):
-    """Fill tensors {name: tensor} from a checkpoint folder; each process reads what its shards need."""
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
-             no_dist=not any(isinstance(tensor, DTensor) for tensor in tensors.values()))
+    """Fill tensors {name: tensor} from a checkpoint folder. Each process reads what its shards need."""
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with warnings.catch_warnings(action="ignore", category=UserWarning):        # that this is a single process
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+
+
+def configured(values):
+    """A Config from the values of a JSON file, in which tuples are lists."""
+    return model.Config(**values | {key: tuple(values[key]) for key in ("vq_mult", "vq_attention")})
 
 
 def from_manifest(manifest, folder, changes, device="cpu", shard=None, dtype=None, tokenizer_file=None):
-    """The model of a checkpoint folder: built without memory, then filled; each process reads its own part.
-
-    changes: fields of its Config that replace the stored ones; LoRA and a fork may be new in them. shard(m), called
-    while the model is empty, may make its parameters DTensors. dtype None: as stored.
-    """
+    """The model of a checkpoint folder, built without memory and then filled. Each process reads its own part.
+    changes: fields of the Config that replace the stored ones; they may add LoRA or a fork. shard(m) may make the
+    parameters of the still empty model DTensors. dtype None: as stored."""
     stored = manifest["config"]
     new_lora = changes.get("lora_rank", 0) and not stored.get("lora_rank")
     new_fork = changes.get("fork_layer", 0) and not stored.get("fork_layer")
@@ -129,17 +129,12 @@ def from_manifest(manifest, folder, changes, device="cpu", shard=None, dtype=Non
     return m
 
 
-def configured(values):
-    """A Config from plain values, lists where it has tuples."""
-    return model.Config(**values | {key: tuple(values[key]) for key in ("vq_mult", "vq_attention")})
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
 def tensors_of(m, optimizer=None, known=None):
-    """{name: tensor} of a model and its optimizer, for saving and for loading in place. known: the names of a
-    checkpoint, whose moments the optimizer then gets; a parameter that never had a gradient has none."""
+    """{name: tensor} of a model and its optimizer, to be saved or loaded in place. known: the names in a checkpoint to
+    load; the optimizer gets the moments found there. A parameter that never had a gradient has none."""
     tensors = {f"model.{name}": value for name, value in m.state_dict().items()}
     for name, parameter in m.named_parameters() if optimizer else ():
         moments = optimizer.state.get(parameter, {})
@@ -152,7 +147,7 @@ def tensors_of(m, optimizer=None, known=None):
 
 
 class Summed(io.BufferedWriter):
-    """A file whose checksum is taken while it is written."""
+    """A file that computes its checksum while it is written."""
 
     def __init__(self, path):
         super().__init__(io.FileIO(path, "w"))
@@ -164,7 +159,7 @@ class Summed(io.BufferedWriter):
 
 
 class Summing(FileSystem):
-    """Leaves the checksum of each file NAME beside it, under NAME.sum."""
+    """Writes the checksum of each file NAME to NAME.sum."""
 
     @contextlib.contextmanager
     def create_stream(self, path, mode):
@@ -174,16 +169,23 @@ class Summing(FileSystem):
 
 
 class Writer(dcp.HuggingFaceStorageWriter):
-    """Writes a checkpoint under a second name; once every process has, adds the manifest and renames. Whoever is killed
-    before that leaves the previous checkpoint as the newest."""
+    """Writes a checkpoint under a temporary name. Once all processes have, the first one adds the manifest and renames
+    the folder (parts.settings.aside is for one process). If killed before, the last checkpoint stays the newest."""
 
     def __init__(self, folder, manifest, keep):
         super().__init__(f"{folder}.part", save_distributed=True)
-        self.folder, self.manifest, self.keep, self.fs = folder, manifest, keep, Summing()
+        self.folder, self.manifest, self.keep = folder, manifest, keep
+        self.fs = Summing()
+        self.started = threading.Event()
+
+    def set_up_storage_writer(self, *args, **kwargs):
+        self.started.set()
+        super().set_up_storage_writer(*args, **kwargs)
 
     def finish(self, metadata, results):
-        """Runs on the first process only, after all shards are on disk."""
-        part, files = Path(self.path), {}
+        """Called on the first process only, when all shards are on disk."""
+        files = {}
+        part = Path(self.path)
         for file in sorted(part.glob("*.sum")):
             files[file.stem] = file.read_text(encoding="ascii")
             file.unlink()
@@ -194,34 +196,38 @@ class Writer(dcp.HuggingFaceStorageWriter):
 
 
 def save_checkpoint(tensors, manifest, folder, keep=0, group=None, stager=None):
-    """Write a checkpoint folder in the background, each process its shards; where weights are not shared out, the first
-    process alone -> future, None where there is nothing to do. keep: how many of the numbered checkpoints beside it
-    stay. group: processes, on a channel of their own. stager: copies tensors off a GPU; None: into pageable memory."""
+    """Write a checkpoint folder in the background -> future, or None if there is nothing to do. Each process writes its
+    shards; if nothing is sharded, the first process writes everything. keep: how many checkpoints to keep, 0: all.
+    group: the processes, on a channel of their own. stager: copies tensors off a GPU; None: into pageable memory."""
     if first_decides(folder.exists):
         return None
     first_decides(lambda: shutil.rmtree(f"{folder}.part", ignore_errors=True))
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
     if alone and rank():
         return None
-    return dcp.async_save(tensors, storage_writer=Writer(folder, manifest, keep), process_group=group,
-                          async_stager=stager, no_dist=alone)
+    writer = Writer(folder, manifest, keep)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):        # that this is a single process
+        future = dcp.async_save(tensors, storage_writer=writer, process_group=group, async_stager=stager, no_dist=alone)
+        # The filter is global, so only this thread may set it: wait until the other one has warned, or failed.
+        future.add_done_callback(lambda _: writer.started.set())
+        writer.started.wait()
+    return future
 
 
 class Saver:
-    """Writes the checkpoints of a run in the background, one at a time. sharded: every process writes its part, else
-    the first one writes all. pinned: the tensors come from a GPU."""
+    """Writes the checkpoints of a run in the background, one at a time. sharded: each process writes its part, else the
+    first one writes everything. pinned: the tensors are copied from a GPU."""
 
     def __init__(self, sharded, pinned):
         self.sharded, self.pinned = sharded, pinned
         self.group = dist.new_group(backend="gloo") if processes() > 1 else None        # a channel of its own
-        self.stager, self.staged = None, None       # memory for copies of tensors, and the names it was made for
-        self.future, self.folder = None, None       # what is being written
+        self.stager = self.staged = None            # memory for copies of tensors, and the names it was made for
+        self.future = self.folder = None            # what is being written
 
     def begin(self, tensors, manifest, folder, keep=0):
-        """Start writing, once the last checkpoint is on disk."""
+        """Start to write, as soon as the last checkpoint is on disk."""
         self.finish()
-        # Copies into pinned memory run at the full speed of the bus, but allocating it is slow: it is kept for
-        # checkpoints of the same tensors.
+        # Copies into pinned memory are fast, but allocating it is slow: it is kept for checkpoints of the same tensors.
         if self.pinned and self.staged != set(tensors):
             self.stager = BlockingAsyncStager(cache_staged_state_dict=True)
             self.staged = set(tensors)
@@ -229,14 +235,14 @@ class Saver:
         self.future = save_checkpoint(tensors, manifest, folder, keep, self.group, self.stager)
 
     def finish(self):
-        """Wait for the checkpoint that is being written; all processes learn what went wrong with it."""
+        """Wait for the checkpoint that is being written. If it fails, it fails on all processes."""
         if self.sharded:
             self.wait()
         else:
             first_decides(self.wait)
 
     def wait(self):
-        """Wait for what this process writes."""
+        """Wait for this process's part."""
         try:
             if self.future:
                 self.future.result()
@@ -248,5 +254,5 @@ class Saver:
             self.future = None
 
     def release(self):
-        """Give the memory for copies back."""
-        self.stager, self.staged = None, None
+        """Free the memory for copies."""
+        self.stager = self.staged = None

@@ -1,4 +1,4 @@
-"""Public weights of Emu3 and Janus-Pro: names, configurations, reading, and writing what transformers reads."""
+"""Public weights of Emu3 and Janus-Pro (layouts: formats/README.md): names, configurations, `load` and `save`."""
 
 import functools
 import json
@@ -22,8 +22,8 @@ from parts.vision import Emu3VQ
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 # ---------------------------------------------------------------------------------------------------------------------
-# Ordered rules from our names to those of each layout. "hf" is transformers; decoder levels of Emu3 count from the
-# highest resolution there, and `top` is the number of the lowest.
+# Rules, applied in order, that turn our names into those of each layout; "hf" is transformers. The decoder levels of
+# Emu3 count from the highest resolution, so that the lowest one is `top`.
 VQ_NAMES = ((r"quantize\.", "quantize.embedding."), (r"(down|up)sample\.(\d)", r"\1.\2.\1sample.conv"))
 EMU3_VQ_NAMES = (
     *VQ_NAMES, (r"coder_time_conv\.(\d)", r"coder.time_conv.\1.conv"), (r"coder_time_blocks", "coder.time_res_stack"),
@@ -54,43 +54,52 @@ NAMES = {
         (r"blocks\.(\d+)\.proj", r"blocks.\1.self_attn.projection_layer"),
         (r"blocks\.(\d+)\.qkv", r"blocks.\1.self_attn.qkv"), (r"blocks\.", "encoder.layers.")),
 }
-# What transformers writes for Emu3 differs from what it holds in memory; it reads both, and so do we.
+# For Emu3, transformers writes other names than it uses in memory. It reads both, and so do we.
 EMU3_TO_DISK = ((r"^model\.text_model\.", "text_model.model."), (r"^lm_head\.", "text_model.lm_head."),
                 (r"^model\.vqmodel\.", "vqmodel."))
 EMU3_FROM_DISK = ((r"^text_model\.model\.", "model.text_model."), (r"^text_model\.lm_head\.", "lm_head."),
                   (r"^vqmodel\.", "model.vqmodel."))
-UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, used by nobody
+UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, but never used
 
 
 def renamed(name, rules):
-    """A name after all rules, in their order."""
+    """A name after all rules, applied in order."""
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
     return name
 
 
 def public_names(name, config, layout):
-    """The public names of one of our tensors: one, or three where a fused projection is stored apart."""
+    """The public names of one of our tensors: one, or three if a fused projection is stored in parts."""
     top = len(config.vq_mult) - 1
-    name = renamed(name, [(pattern, functools.partial(new, top=top) if callable(new) else new)
-                          for pattern, new in NAMES[config.kind, layout]])
-    return [name.replace("qkv", f"{part}_proj") for part in "qkv"] if layout == "hf" and "qkv" in name else [name]
+    rules = [(pattern, functools.partial(new, top=top) if callable(new) else new)
+             for pattern, new in NAMES[config.kind, layout]]
+    name = renamed(name, rules)
+    if layout == "hf" and "qkv" in name:
+        return [name.replace("qkv", f"{part}_proj") for part in "qkv"]
+    return [name]
 
 
 def to_transformers(name, value, config):
-    """One of our tensors as {name: tensor} in memory of transformers."""
+    """One of our tensors as {name: tensor} in the memory of transformers."""
     public = public_names(name, config, "hf")
-    parts = dict(zip(public, value.chunk(3), strict=True)) if len(public) == 3 else {public[0]: value}
-    if config.kind == "emu3":                       # 1 x 1 convolutions are linear there
-        return {part: x[:, :, 0, 0] if re.search(r"(q|k|v|out)_proj", part) and x.ndim == 4 else x
-                for part, x in parts.items()}
-    return {part: x[0] if part.endswith("position_embedding.weight") else x for part, x in parts.items()}
+    pieces = value.chunk(3) if len(public) == 3 else [value]
+    parts = {}
+    for part, x in zip(public, pieces, strict=True):
+        if config.kind == "emu3" and x.ndim == 4 and re.search(r"(q|k|v|out)_proj", part):
+            x = x[:, :, 0, 0]                       # linear layers there, 1 x 1 convolutions here
+        if part.endswith("position_embedding.weight"):
+            x = x[0]
+        parts[part] = x
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 # ---------------------------------------------------------------------------------------------------------------------
-# Fields of the json files by our names, and what the code takes for granted of the others.
+# {our field: field of the json files}, and {field: the only value that this code supports}.
+LAYOUTS = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
+           "multi_modality": ("janus", "original")}                             # by model_type
 TEXT_FIELDS = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers",
                "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
                "vocab": "vocab_size", "norm_eps": "rms_norm_eps", "theta": "rope_theta",
@@ -109,17 +118,17 @@ VIT_ONLY = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_qk_norm": False, 
             "num_channels": 3}
 SIGLIP_L = {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
 LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocab": 32000, "norm_eps": 1e-6, "theta": 1e4,
-         "context": 2048}                        # what transformers assumes where a Llama's config.json is silent
+         "context": 2048}                        # transformers' defaults for Llama
 RESIZE = {"min_pixels": "min_pixels", "max_pixels": "max_pixels", "min_side": "min_size"}
 RESIZE_ONLY = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "background_color": [127] * 3, "resample": 3,
                "do_resize": True, "do_rescale": True, "do_normalize": True}
-# How pictures are drawn: no public config.json says it, the presets of the recipes do; `save` writes it down.
+# How pictures are drawn. Public config.json files do not tell, so these come from our presets; `save` writes them.
 DRAWING_FIELDS = ("image_size", "guidance", "top_k", "suffix", "negative", "system")
 ID_FIELDS = {role: f"{role}_token_id" for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
 
 def taken(section, names, only, origin):
-    """{our field: value} of those a section of a json file holds; what the code cannot honour is an error."""
+    """{our field: value} of the fields that a section of a json file holds; unsupported values are refused."""
     for key, value in only.items():
         given = section.get(key)
         if given is not None and value not in (given, [given] * 3):             # 127 for [127, 127, 127]
@@ -127,52 +136,20 @@ def taken(section, names, only, origin):
     return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
 
 
-def read_config(folder, known):
-    """config.json and the file of preprocessing -> (layout, values of a Config without ids, content of config.json).
-    known {name: function that reads the tensor} fills in what Janus-Pro's original file leaves out."""
-    file = folder / "config.json"
-    content = read_json(file)
-    kind, layout = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
-                    "multi_modality": ("janus", "original")}.get(content.get("model_type"), (None, None))
-    if not kind:
-        raise InputError(f"{file}: model_type {content.get('model_type')!r} is not emu3, Emu3, janus or multi_modality")
-    values = asdict(model.EMU3_8B) if kind == "emu3" else asdict(model.JANUS_PRO_7B) | LLAMA
-    vision, vq, text = (content.get(part) or {} for part in (
-        "vision_config", "vq_config", "text_config" if layout == "hf" else "language_config"))
-    text = content if (kind, layout) == ("emu3", "original") else text
-    values["head_dim"] = None
-    if kind == "janus" or "num_key_value_heads" in text:
-        values["kv_heads"] = None
-    text = text | (text.get("rope_parameters") or {}) | (text.get("rope_scaling") or {})
-    values |= taken(text, TEXT_FIELDS, TEXT_ONLY, file)
-    values["kv_heads"] = values["kv_heads"] or values["heads"]
-    values["head_dim"] = values["head_dim"] or values["width"] // values["heads"]
-    if layout == "hf":
-        books = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
-        values |= taken(vq, VQ_HF | books, VQ_ONLY, file)
-    if kind == "emu3":
-        values["image_size"] = math.isqrt(content.get("image_area") or values["image_size"] ** 2)
-    elif layout == "hf":
-        values |= taken(vision, VIT, VIT_ONLY, file)
-        values["vit_ffn"] = int(values["vit_width"] * (vision.get("mlp_ratio") or 4.0))
-        values["vq_attention"] = [len(values["vq_mult"]) - 1]
-    else:
-        values |= taken(vision.get("params") or {}, {"vit_heads": "heads"}, SIGLIP_L, file) | janus_sizes(known)
-    return layout, values | read_resize(folder) | (content.get("pictures") or {}), content
-
-
 def read_resize(folder):
-    """How pictures are resized, where a file of the folder says it. transformers 5 puts it into another file."""
+    """How pictures are resized, if a file of the folder says so. transformers 5 writes another file."""
     for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if (folder / name).exists():
             content = read_json(folder / name)
-            return taken((content.get(part) or {}) if part else content, RESIZE, RESIZE_ONLY, folder / name)
+            if part:
+                content = content.get(part) or {}
+            return taken(content, RESIZE, RESIZE_ONLY, folder / name)
     return {}
 
 
 def janus_sizes(known):
-    """Sizes of SigLIP and the picture tokenizer from the shapes of Janus-Pro's original tensors; its config.json has
-    only a name for them. (The number of heads shows in no shape.)"""
+    """Sizes of SigLIP and of the picture tokenizer, from the shapes of Janus-Pro's original tensors: its config.json
+    only names them. (Except for the number of heads, which no shape shows.)"""
     def shape(name):
         if name not in known:
             raise InputError(f"weights lack {name}: download the whole folder again")
@@ -181,10 +158,12 @@ def janus_sizes(known):
     def count(pattern):
         return len({found[0] for found in map(re.compile(pattern).match, known) if found})
     vit, vq = "vision_model.vision_tower.", "gen_vision_model."
-    levels, blocks = count(vq + r"encoder\.conv_blocks\.\d+\."), count(vq + r"encoder\.conv_blocks\.0\.res\.\d+\.")
-    vq_width, (vit_width, _, patch, _) = shape(vq + "encoder.conv_in.weight")[0], shape(vit + "patch_embed.proj.weight")
+    levels = count(vq + r"encoder\.conv_blocks\.\d+\.")
+    blocks = count(vq + r"encoder\.conv_blocks\.0\.res\.\d+\.")
+    vq_width = shape(vq + "encoder.conv_in.weight")[0]
     ends = [shape(f"{vq}encoder.conv_blocks.{i}.res.{blocks - 1}.conv2.weight")[0] for i in range(levels)]
     codebook, code_dim = shape(vq + "quantize.embedding.weight")
+    vit_width, _, patch, _ = shape(vit + "patch_embed.proj.weight")
     return {"vq_width": vq_width, "vq_mult": [end // vq_width for end in ends], "vq_blocks": blocks,
             "vq_attention": [i for i in range(levels) if count(rf"{vq}encoder\.conv_blocks\.{i}\.attn\.")],
             "vq_latent": shape(vq + "encoder.conv_out.weight")[0], "codebook": codebook, "code_dim": code_dim,
@@ -193,78 +172,125 @@ def janus_sizes(known):
             "image_size": patch * math.isqrt(shape(vit + "pos_embed")[1])}
 
 
+def text_sizes(text, values, file):
+    """Sizes of the language model, from its section of config.json. values: those of a Config, used where it is
+    silent."""
+    values = values | {"head_dim": None}
+    if values["kind"] == "janus" or "num_key_value_heads" in text:
+        values["kv_heads"] = None
+    text = text | (text.get("rope_parameters") or {}) | (text.get("rope_scaling") or {})
+    values |= taken(text, TEXT_FIELDS, TEXT_ONLY, file)
+    values["kv_heads"] = values["kv_heads"] or values["heads"]
+    values["head_dim"] = values["head_dim"] or values["width"] // values["heads"]
+    return values
+
+
+def read_config(folder, known):
+    """The json files of a folder -> layout, values of a Config without ids, content of config.json. The sizes that
+    Janus-Pro's original leaves out come from known {name: function that reads the tensor}."""
+    file = folder / "config.json"
+    content = read_json(file)
+    model_type = content.get("model_type")
+    if model_type not in LAYOUTS:
+        raise InputError(f"{file}: model_type {model_type!r} is not one of {', '.join(LAYOUTS)}: give another folder")
+    kind, layout = LAYOUTS[model_type]
+    values = asdict(model.EMU3_8B) if kind == "emu3" else asdict(model.JANUS_PRO_7B) | LLAMA
+    section = {"hf": "text_config", "original": "language_config"}[layout]
+    text = content if model_type == "Emu3" else content.get(section) or {}
+    values = text_sizes(text, values, file)
+    if layout == "hf":
+        codebook = {"codebook": "codebook_size" if kind == "emu3" else "num_embeddings"}
+        values |= taken(content.get("vq_config") or {}, VQ_HF | codebook, VQ_ONLY, file)
+    vision = content.get("vision_config") or {}
+    if kind == "emu3":
+        values["image_size"] = math.isqrt(content.get("image_area") or values["image_size"] ** 2)
+    elif layout == "hf":
+        values |= taken(vision, VIT, VIT_ONLY, file)
+        values["vit_ffn"] = int(values["vit_width"] * (vision.get("mlp_ratio") or 4.0))
+        values["vq_attention"] = [len(values["vq_mult"]) - 1]
+    else:
+        values |= taken(vision.get("params") or {}, {"vit_heads": "heads"}, SIGLIP_L, file)
+        values |= janus_sizes(known)
+    values |= read_resize(folder)
+    values |= content.get("pictures") or {}
+    return layout, values, content
+
+
 def read_ids(folder, content, values):
-    """(ids by role, tokenizer file or None): from the tokenizer's own file where it is there, else config.json."""
-    kind, file = values["kind"], find_tokenizer(folder)
-    known, origin = token_ids(file) if file else content.get("vocabulary_map"), file or folder / "config.json"
-    if known:
-        ids, name = special_ids(known, kind, origin), f"<|visual token {values['codebook'] - 1:06d}|>"
-        last = ids.get("visual", 0) + values["codebook"] - 1
-        if kind == "emu3" and known.get(name, last) != last:
-            raise InputError(f"{origin}: the ids of the picture codes are not in one row from code 0 to {name}")
-        return ids, file
-    text = content | content.get("text_config", {})
-    ids = {role: text[key] for role, key in ID_FIELDS.items() if text.get(key) is not None}
-    return ids | ({"placeholder": content["image_token_id"]} if content.get("image_token_id") is not None else {}), None
+    """Ids by role, and the tokenizer's file or None. They are read from that file or else from config.json."""
+    file = find_tokenizer(folder)
+    origin = file or folder / "config.json"
+    known = token_ids(file) if file else content.get("vocabulary_map")
+    if not known:
+        text = content | content.get("text_config", {})
+        ids = {role: text[key] for role, key in ID_FIELDS.items() if text.get(key) is not None}
+        if content.get("image_token_id") is not None:
+            ids["placeholder"] = content["image_token_id"]
+        return ids, None
+    ids = special_ids(known, values["kind"], origin)
+    if values["kind"] == "emu3":
+        name = f"<|visual token {values['codebook'] - 1:06d}|>"
+        last = ids["visual"] + values["codebook"] - 1
+        if known.get(name, last) != last:
+            raise InputError(f"{origin}: the ids from code 0 to {name} are not consecutive: download this file again")
+    return ids, file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 def find_folder(name):
-    """A folder (or .pth file) that exists, or else the local copy of a hub id, downloaded if need be."""
-    if Path(name).exists() or Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return Path(name)                            # a mistyped runs/name is no hub id
+    """A folder (or .pth file) as it is, or the local copy of a hub id, which is downloaded if necessary."""
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
+    if Path(name).parent.exists() or not hub_id:    # if runs/ exists, a mistyped runs/name is no hub id
+        return Path(name)
     import huggingface_hub
     try:
         return Path(huggingface_hub.snapshot_download(str(name)))
-    except Exception as error:                      # no such id, no network, no rights: all end here
-        raise InputError(f"{name} is no folder and cannot be had from the hub ({first_line(error)}): run `hf download "
-                         f"{name}` where there is a network, then give that folder") from error
+    except Exception as error:                      # unknown id, no network, no permission: the library raises anything
+        raise InputError(f"{name} is no folder and cannot be downloaded from the hub ({first_line(error)}): run "
+                         f"`hf download {name}` on a machine with network access, then give that folder") from error
+
+
+def weight_files(path):
+    """The files of weights in a folder: those of its index, or else of the first kind found. A file is its own."""
+    if path.is_file():
+        return [path]
+    files = []
+    for index in sorted(path.glob("*.index.json"))[:1]:
+        files = sorted({path / name for name in (read_json(index).get("weight_map") or {}).values()})
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
+        files = files or sorted(path.glob(pattern))
+    if not files:
+        raise InputError(f"{path} holds no weights: give a folder with *.safetensors, pytorch_model*.bin or *.pth")
+    if len(files) > 1 and files[0].suffix == ".pth":
+        raise InputError(f"{path} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
+    return files
 
 
 def stored_tensors(path):
-    """{name: function that reads this tensor} of a folder, or of one .pth file; pickled files run no code."""
-    index = next(iter(sorted(path.glob("*.index.json"))), None)
-    sharded = read_json(index).get("weight_map") or {} if index else {}
-    files = [path] if path.is_file() else sorted(
-        {path / name for name in sharded.values()} or
-        list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin")) or list(path.glob("*.pth")))
-    if not files:
-        raise InputError(f"{path} holds no weights: expected *.safetensors, pytorch_model*.bin or *.pth")
-    if len(files) > 1 and files[0].suffix == ".pth":
-        raise InputError(f"{path} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
+    """{name: function that reads this tensor} of a folder, or of one .pth file. Pickled files run no code."""
     known = {}
-    for file in files:
+    for file in weight_files(path):
         try:
-            safe = file.suffix == ".safetensors"
-            source = safe_open(file, "pt") if safe else torch.load(file, "cpu", weights_only=True, mmap=True)
-            read = source.get_tensor if safe else source.get
+            if file.suffix == ".safetensors":
+                source = safe_open(file, "pt")
+                read = source.get_tensor
+            else:
+                source = torch.load(file, "cpu", weights_only=True, mmap=True)
+                read = source.get
             known |= {name: functools.partial(read, name) for name in source.keys()}
-        except Exception as error:                  # missing, truncated, not a checkpoint: all mean the same
+        except Exception as error:                  # missing, truncated, not a checkpoint: the remedy is the same
             raise InputError(f"weights {file} cannot be read ({first_line(error)}): download it again") from error
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
-def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
-    """A model from public weights: built without memory, then filled tensor by tensor."""
-    folder, known = path if path.is_dir() else path.parent, stored_tensors(path)
-    if path.is_file() and not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no config.json: copy the json files of the model that {path.name} was "
-                         "trained from into it")
-    try:
-        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changes)
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{folder / 'config.json'} describes no model that can be built "
-                         f"({first_line(error)}): is it complete?") from error
-    if shard:
-        shard(m)
-    head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
-    if tied and head not in known and words in known:
-        known[head] = known[words]
-    state, problems, used = model.fresh_lora(m, device), [], set()
+def read_state(m, known, layout, dtype, device):
+    """Read, convert and shard the tensors of an empty model one by one, so that no process holds more than one whole
+    tensor -> {name: tensor}, and texts about missing, unknown and mis-shaped ones."""
+    state = model.fresh_lora(m, device)
+    problems = []
+    used = set()
     for name, like in m.state_dict().items():
         if name in state:
             continue
@@ -279,19 +305,41 @@ def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
             problems.append(f"{public[0]} is {tuple(value.shape)}, not {tuple(like.shape)}")
             continue
         wanted = model.held_type(name, dtype or value.dtype) if value.is_floating_point() else value.dtype
-        # Nobody holds more than one whole tensor.
         state[name] = model.own_part(value.reshape(like.shape).to(device, wanted, copy=True), like)
-    problems += [f"{name} is not known" for name in known.keys() - used]
+    return state, problems + [f"{name} is not known" for name in known.keys() - used]
+
+
+def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
+    """A model from public weights, built without memory and then filled tensor by tensor. Arguments as in `load`."""
+    folder = path if path.is_dir() else path.parent
+    known = stored_tensors(path)
+    if path.is_file() and not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no config.json: copy the json files of the model that {path.name} was "
+                         "trained from into it")
+    try:
+        m, layout, tied, known = empty_model(folder, known, vision_tokenizer, changes)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{folder / 'config.json'} describes no model that can be built ({first_line(error)}): "
+                         "download this file again") from error
+    if shard:
+        shard(m)
+    head, words = (public_names(name, m.config, layout)[0] for name in ("lm_head.weight", "lm.embed_tokens.weight"))
+    if tied and head not in known and words in known:
+        known[head] = known[words]
+    state, problems = read_state(m, known, layout, dtype, device)
     if problems:
-        shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        shown = "; ".join(sorted(problems)[:20] + more)
         raise InputError(f"weights in {path} do not fit its config.json: {shown}")
     m.load_state_dict(state, assign=True)
     return m
 
 
 def empty_model(folder, known, vision_tokenizer, changes):
-    """What the json files of a folder describe -> a model on the meta device, its layout, whether its embeddings are
-    tied, and the stored tensors by the names of that layout."""
+    """The model that the json files of a folder describe, on the meta device; its layout; whether its embeddings are
+    tied; and the stored tensors {name: function that reads it} by the names of that layout."""
     layout, values, content = read_config(folder, known)
     kind = values["kind"]
     if (kind, layout) == ("emu3", "original"):
@@ -304,17 +352,17 @@ def empty_model(folder, known, vision_tokenizer, changes):
     ids, tokenizer_file = read_ids(folder, content, values)
     with torch.device("meta"):
         m = model.MODELS[kind](configured(values | {"ids": ids} | changes), tokenizer_file)
-    # transformers assumes tied embeddings for Janus-Pro if config.json is silent; the public weights contradict it
+    # For Janus-Pro, transformers assumes tied embeddings by default, although the public weights are not tied.
     tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
     return m, layout, tied, known
 
 
 def find_vision_tokenizer(folder, given):
-    """The folder of Emu3's picture tokenizer, given or beside the language model."""
+    """The folder of Emu3's picture tokenizer: the given one, or one beside the language model."""
     if given:
         return find_folder(given)
     for file in sorted(folder.resolve().parent.glob("*/config.json")):
-        with suppress(InputError):                   # other folders are nobody's business
+        with suppress(InputError):                  # other folders may hold anything
             if read_json(file).get("model_type") == "Emu3VisionVQ":
                 return file.parent
     raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
@@ -323,27 +371,33 @@ def find_vision_tokenizer(folder, given):
 
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
          shard=None, lora_rank=None, fork_layer=0, checkpoint_activations=False):
-    """A model in eval mode from a run folder, or a folder (or hub id) of public weights, whose layout is recognised.
+    """A model in eval mode, from the folder of a run, or from a folder or hub id of public weights in any layout.
 
-    dtype           None: as stored; the picture tokenizer is always float32
-    vision_tokenizer  folder of Emu3's picture tokenizer; None: beside the language model
-    rope_bf16       round the rotary frequencies as the published scripts do
-    part            "before" or "control" of a run; RUN/before may also be given as the folder
-    shard           shard(m), called while the model is empty, may make its parameters DTensors
-    lora_rank       start LoRA on a model without; None: LoRA if the run folder has it
-    fork_layer      start UniFork's two branches on a model without; 0: a fork if the run folder has it
-    attention, checkpoint_activations  see model.Config
+    dtype             None: as stored; the picture tokenizer is always float32
+    vision_tokenizer  folder of Emu3's picture tokenizer; None: one beside the language model
+    rope_bf16         round the rotary frequencies as the published scripts do
+    part              "before" or "control" of a run; RUN/before may also be given as the folder
+    shard             shard(m), called while the model is empty, may make its parameters DTensors
+    lora_rank         add LoRA to a model without it; None: LoRA only if the run has it
+    fork_layer        add UniFork's two branches to a model without them; 0: a fork only if the run has it
+    attention, checkpoint_activations: see model.Config
     """
     home = folder = find_folder(folder)
     changes = {"attention": attention, "rope_bf16": rope_bf16, "checkpoint_activations": checkpoint_activations}
-    changes |= {"lora_rank": lora_rank} if lora_rank else {}
-    changes |= {"fork_layer": fork_layer} if fork_layer else {}
+    if lora_rank:
+        changes["lora_rank"] = lora_rank
+    if fork_layer:
+        changes["fork_layer"] = fork_layer
     if not (folder / "checkpoints").exists() and (folder.is_file() or (folder / "config.json").exists()):
         return load_public(folder, dtype, device, vision_tokenizer, changes, shard).eval()
     if (folder / "manifest.json").exists():         # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
         part = "."
         home = next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
-    saved, manifest = (folder / part, read_manifest(folder / part)) if part else newest_checkpoint(folder)
+    if part:
+        saved = folder / part
+        manifest = read_manifest(saved)
+    else:
+        saved, manifest = newest_checkpoint(folder)
     if lora_rank is not None and manifest["config"].get("lora_rank"):
         raise InputError(f"{folder} was trained with LoRA: write it as a plain model with formats.weights: save("
                          f"load({str(folder)!r}), 'FOLDER'), and start from that FOLDER")
@@ -358,37 +412,22 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
 SHARD_BYTES = 5e9
 
 
-def save(m, folder):
-    """Write the layout of transformers, which AutoModelForImageTextToText reads: json files of the configuration,
-    safetensors, and the tokenizer's files where they are known. A folder that holds anything is refused."""
-    folder, described = Path(folder), public_files(m)
-    if m.config.fork_layer:
-        raise InputError("a forked model has no layout in transformers: keep its run folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty: choose another folder to save to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with aside(folder) as part:
-        part.mkdir()
-        files = save_shards(m, part)
-        if len(files) > 1:
-            described["model.safetensors.index"] = {
-                "metadata": {"total_size": sum(size for _, size in files.values())},
-                "weight_map": {name: file for file, (names, _) in files.items() for name in names}}
-        if m.tokenizer_file and Path(m.tokenizer_file).name == "tokenizer.json":
-            ends = {f"{role}_token": SPECIAL[m.config.kind][role] for role in ("bos", "eos", "pad")}
-            described["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
-        for name, content in described.items():
-            (part / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if m.tokenizer_file:
-            for name in TOKENIZERS + TOKENIZER_NOTES:
-                beside = Path(m.tokenizer_file).with_name(name)
-                if beside.exists():
-                    shutil.copy(beside, part / name)
+@torch.no_grad()
+def merged(m):
+    """The weights of a model, with W + (alpha / R) B A instead of W, A and B if it has LoRA."""
+    state = m.state_dict()
+    for name in [name for name in state if name.endswith("lora_a")]:
+        a = state.pop(name).float()
+        b = state.pop(name[:-1] + "b").float()
+        key = name.replace("lora_a", "weight")
+        state[key] = (state[key].float() + model.LORA_ALPHA / len(a) * (b @ a)).to(state[key].dtype)
+    return state
 
 
 def save_shards(m, folder):
-    """Write all weights by their names in transformers -> {file: (names, bytes)}."""
-    shards, size = [{}], 0
+    """Write all weights by their names in transformers -> {file name: content} of their index, if it takes one."""
+    shards = [{}]
+    size = 0
     for name, value in merged(m).items():
         for part, tensor in to_transformers(name, value, m.config).items():
             if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
@@ -398,57 +437,84 @@ def save_shards(m, folder):
                 part = renamed(part, EMU3_TO_DISK)
             shards[-1][part] = tensor.contiguous()
             size += tensor.nbytes
-    files = {}
+    weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
-        files[file] = [*shard], sum(tensor.nbytes for tensor in shard.values())
-    return files
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {"model.safetensors.index": index} if len(shards) > 1 else {}
 
 
-@torch.no_grad()
-def merged(m):
-    """The weights of a model with W + (alpha / R) B A in place of W, A and B; of one without LoRA as they are."""
-    state = m.state_dict()
-    for name in [name for name in state if name.endswith("lora_a")]:
-        a, b = state.pop(name), state.pop(name[:-1] + "b")
-        key = name.replace("lora_a", "weight")
-        state[key] = (state[key].float() + model.LORA_ALPHA / len(a) * (b.float() @ a.float())).to(state[key].dtype)
-    return state
+def emu3_fields(c, ids):
+    """What the config.json of transformers holds for Emu3 alone."""
+    known = {SPECIAL["emu3"][role]: i for role, i in ids.items()} | {"<image>": ids["placeholder"]}
+    known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
+    vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items()}
+    vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
+           "temporal_downsample_factor": Emu3VQ.frames}
+    return {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
+            "vocabulary_map": known}
+
+
+def janus_fields(c):
+    """What the config.json of transformers holds for Janus-Pro alone."""
+    if set(c.vq_attention) != {len(c.vq_mult) - 1}:
+        raise InputError(f"vq_attention {c.vq_attention}: transformers has attention at the last level only")
+    vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items() if ours != "vq_attention"}
+    vq |= {"num_embeddings": c.codebook, "projection_dim": c.width, "image_token_embed_dim": c.width,
+           "num_hidden_layers": 2}
+    vision = {theirs: getattr(c, ours) for ours, theirs in VIT.items()}
+    vision |= {"mlp_ratio": c.vit_ffn / c.vit_width, "projection_dim": c.width, "depth": 2,
+               "num_image_tokens": c.picture_tokens}
+    return {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
+            "vision_config": vision}
 
 
 def public_files(m):
     """{name: content} of the json files that transformers writes beside the weights."""
     c, ids = m.config, m.ids
-    ends = {f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}
-    text = {theirs: getattr(c, ours) for ours, theirs in TEXT_FIELDS.items() if ours != "theta"} | ends | {
-        "rope_parameters": {"rope_theta": c.theta, "rope_type": "default"}, "tie_word_embeddings": False}
-    vq = {theirs: getattr(c, ours) for ours, theirs in VQ_HF.items()}
-    config = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False,
+    generation = {f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}
+    text = {theirs: getattr(c, ours) for ours, theirs in TEXT_FIELDS.items() if ours != "theta"}
+    text |= {**generation, "rope_parameters": {"rope_theta": c.theta, "rope_type": "default"},
+             "tie_word_embeddings": False, "model_type": "emu3_text_model" if c.kind == "emu3" else "llama"}
+    config = {"image_token_id": ids["placeholder"], "tie_word_embeddings": False, "text_config": text,
               "dtype": str(m.lm_head.weight.dtype).removeprefix("torch."),
               "pictures": {name: getattr(c, name) for name in DRAWING_FIELDS}}
     resize = {name: RESIZE_ONLY[name] for name in ("image_mean", "image_std")}
     if c.kind == "emu3":
-        known = {SPECIAL["emu3"][role]: i for role, i in ids.items()} | {"<image>": ids["placeholder"]}
-        known |= {f"<|visual token {code:06d}|>": ids["visual"] + code for code in range(c.codebook)}
-        vq |= {"codebook_size": c.codebook, "hidden_size": c.vq_width * c.vq_mult[-1],
-               "temporal_downsample_factor": Emu3VQ.frames}
-        config |= {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "vq_config": vq,
-                   "text_config": text | {"model_type": "emu3_text_model"}, "vocabulary_map": known}
+        config |= emu3_fields(c, ids)
         resize |= {"image_processor_type": "Emu3ImageProcessor", "min_pixels": c.min_pixels,
                    "max_pixels": c.max_pixels, "spatial_factor": c.factor}
-        return {"config": config, "generation_config": ends, "preprocessor_config": resize}
-    if set(c.vq_attention) != {len(c.vq_mult) - 1}:
-        raise InputError(f"vq_attention {c.vq_attention}: transformers has it at the last level only")
-    vq = {key: value for key, value in vq.items() if key != "attn_resolutions"} | {
-        "num_embeddings": c.codebook, "projection_dim": c.width, "image_token_embed_dim": c.width,
-        "num_hidden_layers": 2}
-    vision = {theirs: getattr(c, ours) for ours, theirs in VIT.items()} | {
-        "mlp_ratio": c.vit_ffn / c.vit_width, "projection_dim": c.width, "depth": 2,
-        "num_image_tokens": c.picture_tokens}
-    config |= {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus", "vq_config": vq,
-               "text_config": text | {"model_type": "llama"}, "vision_config": vision}
-    drawing = {"generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": c.guidance} if "boi" in ids else {}
-    resize |= {"image_processor_type": "JanusImageProcessor", "min_size": c.min_side,
-               "size": {"height": c.image_size, "width": c.image_size}}
-    return {"config": config, "generation_config": ends | drawing, "preprocessor_config": resize}
+    else:
+        config |= janus_fields(c)
+        resize |= {"image_processor_type": "JanusImageProcessor", "min_size": c.min_side,
+                   "size": {"height": c.image_size, "width": c.image_size}}
+        if "boi" in ids:
+            generation |= {"generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": c.guidance}
+    return {"config": config, "generation_config": generation, "preprocessor_config": resize}
+
+
+def save(m, folder):
+    """Save a model in the layout of transformers, for AutoModelForImageTextToText: configuration, safetensors, and the
+    files of its tokenizer if known. LoRA is merged. The folder must be new or empty."""
+    folder = Path(folder)
+    if m.config.fork_layer:
+        raise InputError("a forked model has no layout in transformers: keep its run folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty: choose another folder to save to")
+    described = public_files(m)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with aside(folder) as part:
+        part.mkdir()
+        described |= save_shards(m, part)
+        tokenizer = Path(m.tokenizer_file) if m.tokenizer_file else None
+        if tokenizer and tokenizer.name == "tokenizer.json":
+            ends = {f"{role}_token": SPECIAL[m.config.kind][role] for role in ("bos", "eos", "pad")}
+            described["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
+        for name, content in described.items():
+            (part / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZERS + TOKENIZER_NOTES if tokenizer else ():
+            if tokenizer.with_name(name).exists():
+                shutil.copy(tokenizer.with_name(name), part / name)

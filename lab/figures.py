@@ -17,7 +17,7 @@ from parts.settings import InputError, opt, parse, read_json, run_command, tell,
 
 # L layers. A run here is what load_result returns: {"curves": {task: {"target", "arms"}}, "kind", "log"}.
 TASK_NAME = {"gen": "generation", "und": "understanding"}
-ATTENTION = "attention on the other modality"
+YLABEL = "attention on the other modality"
 # Of a kind of model: name in the file of digitised curves, name in a legend, standard deviation in Table 1.
 PAPER_MODEL = {"emu3": ("emu3", "Emu3", 0.13), "janus": ("janus_pro", "Janus-Pro", 0.02)}
 DIRECTION = {"gen": "T2I", "und": "I2T"}             # names of the tasks in that file
@@ -164,7 +164,7 @@ def figure_1(runs, paper, references, file):
     """Intensity of both tasks per layer, before AIA, with a band of one standard deviation over samples: where one task
     is high the other is low (Fig. 1)."""
     arms = {name: first_arm(next(iter(run["curves"].values()))) for name, run in runs.items()}
-    figure, panels = canvas([f"{name}, {label_of(*arms[name])}" for name in runs], ATTENTION)
+    figure, panels = canvas([f"{name}, {label_of(*arms[name])}" for name in runs], YLABEL)
     numbers = {}
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
         curves = []
@@ -262,7 +262,7 @@ def paper_losses(panels, paper, kind):
 def figure_4(references, file):
     """Reference curves that targets can be made of: the paper's dotted, others solid (Fig. 4). Each task has references
     of its own, so each panel has its own legend."""
-    figure, panels = canvas([*TASK_NAME.values()], ATTENTION)
+    figure, panels = canvas([*TASK_NAME.values()], YLABEL)
     figure.set_figheight(figure.get_figheight() + 0.9)                          # for nine names
     for panel, task in zip(panels, aia.TASKS, strict=True):
         for i, (name, curve) in enumerate(references[task].items()):
@@ -284,7 +284,7 @@ def figure_4(references, file):
 def figure_5(runs, paper, file):
     """Without AIA, with it, and the target; the paper's own change dotted (Fig. 5)."""
     shown = [(name, task) for name in runs for task in aia.TASKS]
-    figure, panels = canvas([f"{name}, {TASK_NAME[task]}" for name, task in shown], ATTENTION)
+    figure, panels = canvas([f"{name}, {TASK_NAME[task]}" for name, task in shown], YLABEL)
     numbers = {}
     for panel, (name, task) in zip(panels, shown, strict=True):
         rows = runs[name]["curves"].get(task)

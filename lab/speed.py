@@ -27,7 +27,7 @@ import data
 import formats.weights
 import model
 import train
-from formats.datasets import FileSource
+from formats.datasets import FileSource, shuffled
 from parts.settings import machine, opt, parse, run_command, tell, write_json
 from parts.text import special_ids, token_ids
 from parts.world import Thing, World, draw_scenes
@@ -469,7 +469,7 @@ def step_of_process(world, parallel):
     step = Step("aia", 512)
     net = step.m
     if parallel == "ddp":
-        net = train.DistributedDataParallel(step.m, broadcast_buffers=False)
+        net = train.replicated(step.m)
     elif parallel == "fsdp":
         train.freeze(step.m, train.LARGE[0])
         train.shard_model(step.m, train.TrainConfig(parallel="fsdp"), ("vq",), "cpu")
@@ -540,7 +540,7 @@ def reading_cost(path, n=20_000):
     opened = time.perf_counter()
     count = source.count("gen")
     for i in range(n):
-        source.record("gen", data.shuffled(i % count, count, (0, 0)))
+        source.record("gen", shuffled(i % count, count, (0, 0)))
     return opened - start, n / (time.perf_counter() - opened), before, resident("VmRSS")
 
 
@@ -564,7 +564,7 @@ def bench_data(settings):
     return result, rows
 
 
-TABLES = {"generate": bench_generate, "train": bench_train, "processes": bench_processes, "data": bench_data}
+BENCHES = {"generate": bench_generate, "train": bench_train, "processes": bench_processes, "data": bench_data}
 
 
 @dataclass(frozen=True)
@@ -573,7 +573,7 @@ class Speed:
 
     POSITIONAL = ("table",)
     table: str = opt("generate", "generate: answers and drawings; train: steps and memory of training; processes: two "
-                     "processes against one, and waiting for data; data: a million records", tuple(TABLES))
+                     "processes against one, and waiting for data; data: a million records", tuple(BENCHES))
     repeats: int = opt(5, "interleaved measurements of each side; the median counts")
     tokens: int = opt(64, "tokens of each answer (generate)")
     threads: int = opt(2, "threads of PyTorch")
@@ -585,7 +585,7 @@ def speed(settings):
     import transformers
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
-    result, rows = TABLES[settings.table](settings)
+    result, rows = BENCHES[settings.table](settings)
     write_json({"result": result, "rows": rows, "settings": vars(settings),
                 "machine": machine() | {"transformers": transformers.__version__}},
                settings.out or f"assets/bench-{settings.table}.json")

@@ -1,8 +1,8 @@
 """Where plain PyTorch would be slow or large: the next-token loss in chunks, attention mass from the log-sum-exp of a
 fused kernel, and decoding steps replayed as CUDA graphs.
 
-Private operators of PyTorch are called only here. Kernels are tried before training starts (`try_lse`); if none works
-in this version, attention uses the flag channel instead.
+PyTorch's private operators are called only here. `try_lse` tries them before training starts; if none works in this
+version of PyTorch, attention uses the flag channel instead.
 
     python -m pytest tests/test_kernels.py
 """
@@ -212,8 +212,8 @@ def mass_from_lse(q, k, lse, rows, keys):
 
 def attention_and_mass(q, k, v, rows, keys):
     """Causal attention and the mass of some rows on some keys, as in `mass_from_lse`: q (B, H, T, D), k, v (B, G, T, D)
-    -> out (B, H, T, D), mass (B, H, T). No map is kept: the part that counts is computed anew in the backward pass."""
-    if q.device.type == "cpu":                      # whose kernel needs as many heads of k and v as of q
+    -> out (B, H, T, D), mass (B, H, T). No map is kept: the part that counts is computed again in the backward pass."""
+    if q.device.type == "cpu":                      # its kernel needs as many heads of k and v as of q
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out, lse = AttentionWithLse.apply(q, k, v)
     mass = checkpoint(mass_from_lse, q, k, lse, rows, keys, use_reentrant=False, preserve_rng_state=False)
@@ -221,9 +221,8 @@ def attention_and_mass(q, k, v, rows, keys):
 
 
 def exact_attention(q, k, v, n):
-    """What `attention_and_mass` must give, with the mass of all rows on the first n keys: in float64, by a flag channel
-    (model.attend_fused)."""
-    q, k, v = q.double(), k.double(), v.double()
+    """What `attention_and_mass` must give, with the mass of all rows on the first n keys. By a flag channel, as in
+    model.attend_fused."""
     flag = torch.zeros_like(v[..., :1])
     flag[:, :, :n] = 1
     out = F.scaled_dot_product_attention(q, k, torch.cat([v, flag], -1), is_causal=True, enable_gqa=True)
@@ -231,7 +230,7 @@ def exact_attention(q, k, v, n):
 
 
 def outputs_and_gradients(attend, inputs, n):
-    """Of attend(q, k, v) -> out, mass, of which the rows from n on count."""
+    """Those of attend(q, k, v) -> out, mass, for the mass of rows from n on."""
     given = [x.detach().requires_grad_() for x in inputs]
     out, mass = attend(*given)
     loss = out.double().square().sum() + 10 * mass[..., n:].double().sum()
@@ -242,6 +241,8 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
     """Try the kernels of a device on heads of this size, and use the first one with right outputs and gradients from
     now on -> its name, or None, and what was wrong with those before it."""
     device_type = torch.device(device).type
+    if device_type not in KERNELS:
+        return None, []
     close = 0.03 if dtype.itemsize < 4 else 1e-3
     draw = torch.Generator().manual_seed(0)
     # As in training: the heads of a token lie side by side, and no kernel has blocks of this length.
@@ -249,9 +250,9 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
               for n in (heads, groups, groups)]
     n = tokens // 3
     keys, rows = torch.arange(tokens, device=device).expand(2, -1).split([n, tokens - n], 1)
-    exact = outputs_and_gradients(lambda q, k, v: exact_attention(q, k, v, n), inputs, n)
+    exact = outputs_and_gradients(lambda q, k, v: exact_attention(q, k, v, n), [x.double() for x in inputs], n)
     faults = []
-    for kernel in KERNELS.get(device_type, ()):
+    for kernel in KERNELS[device_type]:
         PASSED[device_type, dtype] = kernel
         try:
             found = outputs_and_gradients(lambda q, k, v: attention_and_mass(q, k, v, rows, keys), inputs, n)
@@ -283,8 +284,8 @@ def kernel_of(node):
 # Decoding
 # ---------------------------------------------------------------------------------------------------------------------
 def attend_columns(q, k, v, visible):
-    """New tokens q (B, H, T, D) against all columns of a cache k, v (B, G, U, D), visible (B, 1, T, U) -> (B, H, T, D).
-    Heads that share a key become rows of one head, since not every kernel knows groups."""
+    """New tokens q (B, H, T, D) attend to all columns of a cache k, v (B, G, U, D), visible (B, 1, T, U) -> (B, H, T, D).
+    Heads that share a key become rows of one head, as not every kernel supports groups."""
     share = q.shape[1] // k.shape[1]
     rows = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)                    # (B, G, H / G T, D)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible.repeat(1, 1, share, 1))
@@ -292,7 +293,7 @@ def attend_columns(q, k, v, visible):
 
 
 def no_planning(device_type):
-    """On CUDA without cuDNN's attention, which makes a plan for each new length: in decoding, for each token."""
+    """Avoid cuDNN's attention on CUDA: it makes a plan for each new length, which in decoding means for each token."""
     if device_type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -300,7 +301,7 @@ def no_planning(device_type):
 
 class Recorded:
     """step(x), recorded as a CUDA graph for each shape of x and then replayed: one launch instead of a thousand. The
-    step keeps its position in the tensors of `state`. Where recording fails, plain steps go on."""
+    step must keep its position in the tensors of `state`. If recording fails, steps are run as usual."""
 
     def __init__(self, step, state):
         self.step, self.state, self.graphs = step, state, {}
@@ -321,13 +322,13 @@ class Recorded:
         graph = out = usual = None
         try:
             usual = torch.cuda.current_stream()
-            self.step(x)                            # libraries get ready outside the recording
+            self.step(x)                            # lets libraries allocate memory outside the recording
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 out = self.step(x)
         except (RuntimeError, AssertionError) as error:         # AssertionError: a torch without CUDA
             graph = None
-            if usual:                               # a recording that fails leaves its own stream behind
+            if usual:                               # a failed recording leaves its own stream current
                 torch.cuda.set_stream(usual)
             print(f"the decoding step cannot be recorded ({first_line(error)}): plain steps", file=sys.stderr)
         for part, value in zip(self.state, before, strict=True):

@@ -402,8 +402,8 @@ def make_question(world, scene, topic, rng, truth=None, closed=None):
     """A question about a scene of a world.
 
     truth True or False: a yes/no question with this answer (not for "choice"). closed False: an open question, if the
-    topic has one for this scene (the position of a group has none). Only closed ones are scored; open ones teach what
-    these need.
+    topic has one for this scene (the position of a group has none). Scores of understanding count closed ones; open
+    ones teach what these need.
     """
     if truth is not None:
         closed = True

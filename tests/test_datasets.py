@@ -198,7 +198,7 @@ def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_p
 def test_a_file_that_is_no_array_is_named(text, tmp_path):
     """A download that was cut, an object, or nothing."""
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(InputError, match="x.json.*(is it complete|holds no usable record)"):
+    with pytest.raises(InputError, match="x.json.*(check that it is complete|holds no usable record)"):
         FileSource(tmp_path / "x.json", "emu3", "skip" if text[:1] == "[" else "stop")
 
 

@@ -1,15 +1,42 @@
 """Claims about one of several processes: what it learns from its environment (parts/processes.py)."""
 
+import signal
+
+import pytest
+import torch
 from made_data import ALBUM, encode
 
 from formats.datasets import Encoded
+from parts.processes import first_decides, gathered, interruptible, over_processes, processes, rank
+from parts.settings import InputError
 
 
 def test_several_processes_share_the_encoding(saved, album, tmp_path, monkeypatch):
     """Each takes its part by RANK and WORLD_SIZE, and writes files of its own."""
     (m, init), file = saved("emu3"), album(*ALBUM)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, held in (("0", 2), ("1", 3)):
-        monkeypatch.setenv("RANK", rank)
+    for number, held in (("0", 2), ("1", 3)):
+        monkeypatch.setenv("RANK", number)
         encode(tmp_path / "codes", file, init)
         assert len(Encoded(tmp_path / "codes", m).parts) == held
+
+
+def test_one_process_decides_sums_and_gathers_alone():
+    """Without torchrun nothing is sent, and a refusal is the same InputError."""
+    def refused():
+        raise InputError("no room")
+    assert (rank(), processes()) == (0, 1)
+    assert first_decides(lambda: 3) == 3 and gathered(["a"]) == ["a"]
+    assert over_processes(torch.tensor([2])).tolist() == [2]
+    with pytest.raises(InputError, match="no room"):
+        first_decides(refused)
+
+
+def test_the_first_signal_is_noted_and_the_second_stops():
+    """Ctrl-C asks for an end; pressed twice it is a KeyboardInterrupt; afterwards handlers are as before."""
+    before, met = signal.getsignal(signal.SIGINT), []
+    with interruptible(met.append), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        assert met == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

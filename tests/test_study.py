@@ -248,3 +248,19 @@ def test_a_study_that_is_stopped_says_how_to_go_on(number, status, tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         lab.study.main(["--seeds", "0", "--runs", str(tmp_path), "--out", str(tmp_path / "study.json")])
     assert stop.value.code == status and "go on with the same command\n" in capsys.readouterr().out
+
+
+def test_a_row_keeps_the_parts_of_its_scores(tmp_path):
+    """By topic and skill, means over seeds; runs of before the topics had their name count as well."""
+    rows = {"target": [0.2], "after": {"intensity": [0.1], "std": [0.1], "ntp": 1.0, "aia": 0.1}}
+    for seed, topics in ((0, "und_by_topic"), (1, "und_by_kind")):
+        folder = tmp_path / f"raw-seed{seed}"
+        folder.mkdir()
+        write_json({"gen": rows, "und": rows}, folder / "curves.json")
+        write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0, "rss_gb": 0.5 + seed}, folder / "result.json")
+        write_json({topics: {"count": 0.25 + 0.5 * seed}, "gen_by_skill": {"colours": seed}, "psnr": 30 + seed},
+                   folder / "scores.json")
+        write_json({"seed": seed}, folder / "settings.json")
+    row = summary_of(finished_rows(tmp_path))["raw"]
+    assert (row["und_by_topic"], row["gen_by_skill"]) == ({"count": 0.5}, {"colours": 0.5})
+    assert (row["psnr"], row["rss_gb"]) == (30.5, 1.0) and "reader" not in row

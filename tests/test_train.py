@@ -515,7 +515,8 @@ def test_the_folder_of_a_run_is_protected(whole, tmp_path, capsys):
     assert re.search("not empty.*--resume.*--out", refused(capsys, *flags, "--out", config.out))
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("not a run")
-    assert "is no run folder: choose another --out" in refused(capsys, "--out", tmp_path / "letters", "--resume")
+    assert "is not the folder of a run: choose another --out" in refused(
+        capsys, "--out", tmp_path / "letters", "--resume")
     assert re.search("started with --lr 0.0, not 0.5", refused(capsys, *flags, "--out", config.out, "--resume",
                                                                "--lr", 0.5))
     other, = {*NAMES} - {config.preset}
@@ -527,7 +528,7 @@ def test_the_folder_of_a_run_is_protected(whole, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command(*flags, "--out", tmp_path / "cut", "--resume")
     *damaged, last = capsys.readouterr().err.strip().splitlines()
-    assert len(damaged) == 2 and "holds no whole checkpoint" in last
+    assert len(damaged) == 2 and "holds no checkpoint that can be read" in last
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
