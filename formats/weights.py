@@ -97,9 +97,9 @@ def to_transformers(name, value, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 # ---------------------------------------------------------------------------------------------------------------------
-# {our field: field of the json files}, and {field: the only value that this code supports}.
 LAYOUTS = {"emu3": ("emu3", "hf"), "Emu3": ("emu3", "original"), "janus": ("janus", "hf"),
-           "multi_modality": ("janus", "original")}                             # by model_type
+           "multi_modality": ("janus", "original")}                             # kind and layout by model_type
+# {our field: field of the json files}; in those with ONLY, {field: the only value that this code supports}.
 TEXT_FIELDS = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers",
                "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
                "vocab": "vocab_size", "norm_eps": "rms_norm_eps", "theta": "rope_theta",
@@ -132,7 +132,7 @@ def taken(section, names, only, origin):
     for key, value in only.items():
         given = section.get(key)
         if given is not None and value not in (given, [given] * 3):             # 127 for [127, 127, 127]
-            raise InputError(f"{origin}: {key} {given!r} cannot be honoured, only {value!r}")
+            raise InputError(f"{origin}: {key} {given!r} is not supported, only {value!r}: give another model")
     return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
 
 
@@ -175,7 +175,7 @@ def janus_sizes(known):
 def text_sizes(text, values, file):
     """Sizes of the language model, from its section of config.json. values: those of a Config, used where it is
     silent."""
-    values = values | {"head_dim": None}
+    values = values | {"head_dim": None}            # like transformers, computed from the others if missing
     if values["kind"] == "janus" or "num_key_value_heads" in text:
         values["kv_heads"] = None
     text = text | (text.get("rope_parameters") or {}) | (text.get("rope_scaling") or {})
@@ -285,6 +285,38 @@ def stored_tensors(path):
     return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
 
 
+def find_vision_tokenizer(folder, given):
+    """The folder of Emu3's picture tokenizer: the given one, or one beside the language model."""
+    if given:
+        return find_folder(given)
+    for file in sorted(folder.resolve().parent.glob("*/config.json")):
+        with suppress(InputError):                  # other folders may hold anything
+            if read_json(file).get("model_type") == "Emu3VisionVQ":
+                return file.parent
+    raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
+                     "(hub: BAAI/Emu3-VisionTokenizer)")
+
+
+def empty_model(folder, known, vision_tokenizer, changes):
+    """The model that the json files of a folder describe, on the meta device; its layout; whether its embeddings are
+    tied; and the stored tensors {name: function that reads it} by the names of that layout."""
+    layout, values, content = read_config(folder, known)
+    kind = values["kind"]
+    if (kind, layout) == ("emu3", "original"):
+        vision = find_vision_tokenizer(folder, vision_tokenizer)
+        values |= taken(read_json(vision / "config.json"), VQ_ORIGINAL, VQ_ONLY, vision / "config.json")
+        values |= read_resize(vision)
+        known = known | stored_tensors(vision)
+    if (kind, layout) == ("emu3", "hf"):
+        known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
+    ids, tokenizer_file = read_ids(folder, content, values)
+    with torch.device("meta"):
+        m = model.MODELS[kind](configured(values | {"ids": ids} | changes), tokenizer_file)
+    # For Janus-Pro, transformers assumes tied embeddings by default, although the public weights are not tied.
+    tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
+    return m, layout, tied, known
+
+
 def read_state(m, known, layout, dtype, device):
     """Read, convert and shard the tensors of an empty model one by one, so that no process holds more than one whole
     tensor -> {name: tensor}, and texts about missing, unknown and mis-shaped ones."""
@@ -335,38 +367,6 @@ def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
         raise InputError(f"weights in {path} do not fit its config.json: {shown}")
     m.load_state_dict(state, assign=True)
     return m
-
-
-def empty_model(folder, known, vision_tokenizer, changes):
-    """The model that the json files of a folder describe, on the meta device; its layout; whether its embeddings are
-    tied; and the stored tensors {name: function that reads it} by the names of that layout."""
-    layout, values, content = read_config(folder, known)
-    kind = values["kind"]
-    if (kind, layout) == ("emu3", "original"):
-        vision = find_vision_tokenizer(folder, vision_tokenizer)
-        values |= taken(read_json(vision / "config.json"), VQ_ORIGINAL, VQ_ONLY, vision / "config.json")
-        values |= read_resize(vision)
-        known = known | stored_tensors(vision)
-    if (kind, layout) == ("emu3", "hf"):
-        known = {renamed(name, EMU3_FROM_DISK): read for name, read in known.items()}
-    ids, tokenizer_file = read_ids(folder, content, values)
-    with torch.device("meta"):
-        m = model.MODELS[kind](configured(values | {"ids": ids} | changes), tokenizer_file)
-    # For Janus-Pro, transformers assumes tied embeddings by default, although the public weights are not tied.
-    tied = content.get("tie_word_embeddings", (kind, layout) == ("janus", "hf"))
-    return m, layout, tied, known
-
-
-def find_vision_tokenizer(folder, given):
-    """The folder of Emu3's picture tokenizer: the given one, or one beside the language model."""
-    if given:
-        return find_folder(given)
-    for file in sorted(folder.resolve().parent.glob("*/config.json")):
-        with suppress(InputError):                  # other folders may hold anything
-            if read_json(file).get("model_type") == "Emu3VisionVQ":
-                return file.parent
-    raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
-                     "(hub: BAAI/Emu3-VisionTokenizer)")
 
 
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",

@@ -284,7 +284,7 @@ def kernel_of(node):
 # Decoding
 # ---------------------------------------------------------------------------------------------------------------------
 def attend_columns(q, k, v, visible):
-    """New tokens q (B, H, T, D) attend to all columns of a cache k, v (B, G, U, D), visible (B, 1, T, U) -> (B, H, T, D).
+    """New tokens q (B, H, T, D) look at all columns of a cache k, v (B, G, U, D), visible (B, 1, T, U) -> (B, H, T, D).
     Heads that share a key become rows of one head, as not every kernel supports groups."""
     share = q.shape[1] // k.shape[1]
     rows = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)                    # (B, G, H / G T, D)

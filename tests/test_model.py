@@ -648,7 +648,7 @@ class Graph:
 @pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
 def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
     """All of the bookkeeping around a recording, with a stand-in for what only CUDA has: places are put back after the
-    two runs that warm up and the one that is recorded, and each shape of a step has a graph of its own."""
+    run that warms up and the one that is recorded, and each shape of a step has a graph of its own."""
     m, graphs = small(name).eval(), []
     ids = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(5))
     away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None

@@ -201,11 +201,11 @@ def test_settings_that_say_nothing_new_are_read(changes, emu3, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"text_config__rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json: rope_type 'linear' cannot"),
+    ({"text_config__rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json: rope_type 'linear' is not"),
     ({"__vq_config": None}, "do not fit its config.json"),
     ({"vq_config__base_channels": 33}, "no model that can be built"),
     ({"text_config__num_hidden_layers": "three"}, "no model that can be built"),
-    ({"vq_config__temporal_downsample_factor": 2}, "temporal_downsample_factor 2 cannot be honoured, only 4")])
+    ({"vq_config__temporal_downsample_factor": 2}, "temporal_downsample_factor 2 is not supported, only 4")])
 def test_settings_that_cannot_be_honoured_are_one_clear_line(changes, message, emu3, tmp_path):
     """Never a traceback, never a model that differs from what was asked for."""
     emu3[0].save_pretrained(tmp_path)
