@@ -193,7 +193,7 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
 
 def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     """The same through a kernel of plain attention: rows of the rectangle get their mass from its log-sum-exp
-    (kernels.MassFromLse), the others 0, which Eq. 1 does not read. It is `attend_fused` under a mask, and where no
+    (kernels.mass_from_lse), the others 0, which Eq. 1 does not read. It is `attend_fused` under a mask, and where no
     kernel has been tried and found right (kernels.try_lse)."""
     if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernels.kernel_for(q):
         return attend_fused(q, k, v, visible, condition)
