@@ -652,7 +652,7 @@ class Run:
 
     def restore(self, name):
         """Read the weights that a phase left in a folder of the run."""
-        first_decides(lambda: checkpoints.read_manifest(self.folder / name))                # refuses damaged files
+        first_decides(lambda: checkpoints.read_manifest(self.folder / name))        # refuses damaged files
         checkpoints.read_tensors(checkpoints.tensors_of(self.m), self.folder / name)
 
     def elapsed(self):
@@ -806,7 +806,7 @@ def run_phase(run, index, manifest=None):
     for step in range(now.first, phase.steps):
         metrics, norm = take_step(now, step)
         if (step + 1) % config.log_every == 0 or step + 1 == phase.steps:
-            report_step(run, index, step, metrics, norm, now)
+            report_step(now, step, metrics, norm)
         if now.schedule and config.val and (step + 1) % config.val_every == 0:
             held_out(now, step)
         stopping = bool(over_processes(torch.tensor(run.stopping)))
@@ -869,7 +869,7 @@ def check_finite(norm, metrics, phase, step, batches, run):
         return
     origins = gathered([origin for batch in batches for origin in batch.origins])
     shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
-    run.saver.finish()                             # the last good one may be on its way to the disk
+    run.saver.finish()                              # the last good one may be on its way to the disk
     saved = checkpoints.checkpoint_folders(run.folder)
     good = f"last good checkpoint {saved[-1]}" if saved else "no checkpoint yet"
     raise InputError(f"phase {phase.name}, step {step + 1}: loss or gradient is not finite (norm {float(norm)}); "
@@ -902,14 +902,14 @@ def brief(task, row):
     return f"{task} {row['ntp']:.3f} aia " + ("-" if row["aia"] is None else f"{row['aia']:.4f}")
 
 
-def report_step(run, index, step, metrics, norm, now):
+def report_step(now, step, metrics, norm):
     """One line on the terminal, one object in metrics.jsonl."""
-    phase = now.phase
+    run, phase = now.run, now.phase
     seconds = time.time() - now.start
     per_step = seconds / (step + 1 - now.since)                                 # seconds
     lr = learning_rate(step, phase)
     memory = settings.memory_gb()
-    entry = {"phase": index, "name": phase.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
+    entry = {"phase": now.index, "name": phase.name, "step": step + 1, "lr": lr, "grad_norm": norm, "memory_gb": memory,
              "seconds": run.elapsed(), "samples_per_second": phase.batch_size / per_step}
     parts = []
     for task, row in metrics.items():

@@ -3,6 +3,7 @@
 Every benchmark follows its official program, the one by its authors. A quirk of that program that moves the score is
 part of the benchmark and is kept. Comments mark it "official", or "AIA" if it comes from the evaluation code of the
 AIA paper (arXiv 2511.22663).
+
     python eval.py score mmbench --data MMBench --checkpoint RUN --out scores/mmbench
 """
 
@@ -22,7 +23,7 @@ from formats.datasets import stamps
 from formats.weights import find_folder
 from parts.pictures import open_picture, to_picture
 from parts.processes import all_done, processes, rank
-from parts.settings import InputError, aside, first_line, json_lines, lines_to, read_json, whole_lines, write_json
+from parts.settings import InputError, aside, first_line, json_lines, read_json, whole_lines, write_json
 
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -56,6 +57,13 @@ class Item:
     prompt: str
     picture: Path | bytes
     row: dict
+
+
+def lines_to(file, lines):
+    """Write text lines; make the folder if needed."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with aside(file) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def find_file(folder, *names):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.common import average, draw_all, find_file, table
+from benchmarks.common import average, draw_all, find_file, lines_to, table
 from parts.processes import rank
-from parts.settings import InputError, lines_to, text_lines
+from parts.settings import InputError, text_lines
 
 DPGQuestion = namedtuple("DPGQuestion", "id parents l1 l2 text")    # l1, l2: broad and detailed category
 

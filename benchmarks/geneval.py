@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks.common import average, draw_all, find_file
+from benchmarks.common import average, draw_all, find_file, lines_to
 from parts.processes import rank
-from parts.settings import InputError, json_lines, lines_to, read_json, text_lines
+from parts.settings import InputError, json_lines, read_json, text_lines
 
 # Legend: a box is x1, y1, x2, y2 in pixels; a detector's row is a box and its score; an object is (row, mask or None).
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

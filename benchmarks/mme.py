@@ -8,8 +8,8 @@ Variants: "aia" asks for one token, as the AIA paper's program keeps no more; "o
 import io
 from pathlib import Path
 
-from benchmarks.common import SHORT_ANSWER, Item, average, find_file
-from parts.settings import InputError, lines_to, text_lines
+from benchmarks.common import SHORT_ANSWER, Item, average, find_file, lines_to
+from parts.settings import InputError, text_lines
 
 MME_SUFFIX = " " + SHORT_ANSWER
 # task: (group, lines of its official file)

@@ -11,9 +11,9 @@ import re
 import string
 from pathlib import Path
 
-from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, mmbench_letter
+from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, lines_to, mmbench_letter
 from formats.datasets import pyarrow_for
-from parts.settings import InputError, first_line, lines_to, read_json, write_json
+from parts.settings import InputError, first_line, read_json, write_json
 
 MMMU_DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),

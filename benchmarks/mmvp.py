@@ -7,8 +7,8 @@ Variants: "aia" (lettered options, read by rule), "official" (MMVP's own prompt;
 import json
 from pathlib import Path
 
-from benchmarks.common import LETTER_ONLY, Item, find_file, mmbench_letter, table
-from parts.settings import InputError, lines_to
+from benchmarks.common import LETTER_ONLY, Item, find_file, lines_to, mmbench_letter, table
+from parts.settings import InputError
 
 MMVP_JUDGE_SYSTEM = ("You are a helpful and precise assistant for checking the quality of the answer. "
                      "Please answer in only yes or no.")

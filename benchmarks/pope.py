@@ -7,8 +7,8 @@ mean F1 of the three categories in percent, as LLaVA and the AIA paper report it
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.common import Item, average, find_file
-from parts.settings import InputError, json_lines, lines_to, write_json
+from benchmarks.common import Item, average, find_file, lines_to
+from parts.settings import InputError, json_lines, write_json
 
 POPE_CATEGORIES = ("adversarial", "popular", "random")
 

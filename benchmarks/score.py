@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import eval as evaluation
-from benchmarks.common import MAX_NEW_TOKENS, ask_all, read_predictions
+from benchmarks.common import MAX_NEW_TOKENS, ask_all, lines_to, read_predictions
 from benchmarks.dpg import run_dpg
 from benchmarks.fid import run_fid
 from benchmarks.geneval import run_geneval
@@ -24,7 +24,7 @@ from benchmarks.mmvet import mmvet_result, read_mmvet
 from benchmarks.mmvp import mmvp_result, read_mmvp
 from benchmarks.pope import pope_result, read_pope
 from parts.processes import rank
-from parts.settings import InputError, lines_to, opt, write_json
+from parts.settings import InputError, opt, write_json
 
 ANSWERED = {"mmmu": (read_mmmu, mmmu_result), "mmbench": (read_mmbench, mmbench_result),
             "mmvp": (read_mmvp, mmvp_result), "mmvet": (read_mmvet, mmvet_result), "pope": (read_pope, pope_result),

@@ -8,8 +8,6 @@ import io
 import os
 import shutil
 import sys
-import threading
-import warnings
 from pathlib import Path
 
 import torch
@@ -95,8 +93,7 @@ def tensor_names(folder):
 def read_tensors(tensors, folder):
     """Fill tensors {name: tensor} from a checkpoint folder. Each process reads what its shards need."""
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    with warnings.catch_warnings(action="ignore", category=UserWarning):        # that this is a single process
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def configured(values):
@@ -176,11 +173,6 @@ class Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(f"{folder}.part", save_distributed=True)
         self.folder, self.manifest, self.keep = folder, manifest, keep
         self.fs = Summing()
-        self.started = threading.Event()
-
-    def set_up_storage_writer(self, *args, **kwargs):
-        self.started.set()
-        super().set_up_storage_writer(*args, **kwargs)
 
     def finish(self, metadata, results):
         """Called on the first process only, when all shards are on disk."""
@@ -205,13 +197,8 @@ def save_checkpoint(tensors, manifest, folder, keep=0, group=None, stager=None):
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
     if alone and rank():
         return None
-    writer = Writer(folder, manifest, keep)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):        # that this is a single process
-        future = dcp.async_save(tensors, storage_writer=writer, process_group=group, async_stager=stager, no_dist=alone)
-        # The filter is global, so only this thread may set it: wait until the other one has warned, or failed.
-        future.add_done_callback(lambda _: writer.started.set())
-        writer.started.wait()
-    return future
+    return dcp.async_save(tensors, storage_writer=Writer(folder, manifest, keep), process_group=group,
+                          async_stager=stager, no_dist=alone)
 
 
 class Saver:

@@ -455,7 +455,7 @@ def print_claims(claims):
 
 def main(argv=None):
     settings = parse(Study, argv, "python -m lab.study")
-    tell(train.stoppable(lambda: study(settings), "go on with the same command"))
+    tell(train.stoppable(lambda: study(settings), "continue with the same command"))
 
 
 if __name__ == "__main__":

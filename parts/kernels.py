@@ -42,9 +42,9 @@ def chunks_of(device_type):
         CHUNK["cpu"] = before
 
 
-def loss_and_error(x, weight, bias, target, room):
-    """Summed cross-entropy of one chunk, x (n, C) with target (n,), and its gradient by the logits (n, V), which are
-    computed in `room` (at least n, V)."""
+def loss_and_error(x, weight, bias, target, room, differentiate):
+    """Summed cross-entropy of one chunk, x (n, C) with target (n,), and its gradient by the logits (n, V), None unless
+    it is wanted. The logits are computed in `room` (at least n, V)."""
     logits = torch.mm(x, weight.T, out=room[:len(x)])                           # (n, V)
     if bias is not None:
         logits += bias
@@ -54,6 +54,8 @@ def loss_and_error(x, weight, bias, target, room):
     norm = scores.exp_().sum(-1, keepdim=True)                                  # (n, 1)
     # -log p(target) = log sum_v exp(s_v) - s_target
     loss = (norm.log() - picked).sum()
+    if not differentiate:
+        return loss, None
     # d loss / d logits = softmax(logits) - onehot(target)
     error = scores.div_(norm).scatter_add_(1, target[:, None], -torch.ones_like(picked))        # (n, V)
     return loss, error
@@ -77,8 +79,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         room = x.new_empty(min(chunk, len(x)), len(weight))                     # once: new pages are slow on a CPU
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
-            loss, error = loss_and_error(x[rows], weight, bias, target[rows], room)
+            loss, error = loss_and_error(x[rows], weight, bias, target[rows], room, any(ctx.needs_input_grad))
             total += loss
+            if error is None:
+                continue
             if d_bias is not None:
                 d_bias += error.sum(0)
             error = error.to(x.dtype)
@@ -128,6 +132,7 @@ class Kernel:
     name: str
     forward: Callable                    # q, k, v -> out, lse, and more for the backward pass
     backward: Callable                   # d_out, q, k, v, out, lse, and more -> d_q, d_k, d_v
+    grouped: bool = True                 # takes fewer heads of k and v than of q
 
 
 # In order of preference; `try_lse` takes the first that works. The kernels of CUDA have never been run. Their `more` is
@@ -137,7 +142,7 @@ KERNELS = {
         "flash for CPUs",
         lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True),
         lambda d_out, *saved: aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out.contiguous(), *saved, 0.0, True)),),
+            d_out.contiguous(), *saved, 0.0, True), grouped=False),),
     "cuda": (
         Kernel("cudnn",
                lambda q, k, v: aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[:8],
@@ -213,7 +218,7 @@ def mass_from_lse(q, k, lse, rows, keys):
 def attention_and_mass(q, k, v, rows, keys):
     """Causal attention and the mass of some rows on some keys, as in `mass_from_lse`: q (B, H, T, D), k, v (B, G, T, D)
     -> out (B, H, T, D), mass (B, H, T). No map is kept: the part that counts is computed again in the backward pass."""
-    if q.device.type == "cpu":                      # its kernel needs as many heads of k and v as of q
+    if not kernel_for(q).grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out, lse = AttentionWithLse.apply(q, k, v)
     mass = checkpoint(mass_from_lse, q, k, lse, rows, keys, use_reentrant=False, preserve_rng_state=False)
@@ -221,8 +226,7 @@ def attention_and_mass(q, k, v, rows, keys):
 
 
 def exact_attention(q, k, v, n):
-    """What `attention_and_mass` must give, with the mass of all rows on the first n keys. By a flag channel, as in
-    model.attend_fused."""
+    """What `attention_and_mass` must give, with the mass of all rows on the first n keys: a flag channel gives it."""
     flag = torch.zeros_like(v[..., :1])
     flag[:, :, :n] = 1
     out = F.scaled_dot_product_attention(q, k, torch.cat([v, flag], -1), is_causal=True, enable_gqa=True)
@@ -286,10 +290,10 @@ def kernel_of(node):
 def attend_columns(q, k, v, visible):
     """New tokens q (B, H, T, D) look at all columns of a cache k, v (B, G, U, D), visible (B, 1, T, U) -> (B, H, T, D).
     Heads that share a key become rows of one head, as not every kernel supports groups."""
-    share = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)                    # (B, G, H / G T, D)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible.repeat(1, 1, share, 1))
-    return out.unflatten(2, (share, -1)).flatten(1, 2)                          # (B, H, T, D)
+    group = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)                    # (B, G, H / G T, D)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible.repeat(1, 1, group, 1))
+    return out.unflatten(2, (group, -1)).flatten(1, 2)                          # (B, H, T, D)
 
 
 def no_planning(device_type):

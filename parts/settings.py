@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -116,9 +117,13 @@ def moved(argv, prog, names):
 
 
 def run_command(command):
-    """Run a command: bad input ends in one line on stderr and exit status 2, not in a traceback."""
+    """Run a command: bad input ends in one line on stderr and exit status 2, Ctrl-C in one and 130; no traceback."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process is no mistake
     try:
         command()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except (InputError, OSError, SafetensorError) as error:                     # the last two: disk full, no permission
         if os.environ.get("RANK", "0") != "0":      # if all processes fail, let the first one say why: torchrun stops
             time.sleep(3)                           # the others as soon as it has
@@ -194,13 +199,6 @@ def aside(path):
 def write_json(content, file):
     with aside(file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def lines_to(file, lines):
-    """Write text lines; make the folder if needed."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with aside(file) as part:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

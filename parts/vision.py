@@ -162,11 +162,9 @@ class VQ(nn.Module):
 
     def latents(self, pixels):
         """Encode pixels (B, 3, S, S) -> (B, code_dim, h, w), not yet rounded to codes."""
-        raise NotImplementedError
 
     def pixels(self, vectors):
         """Decode code vectors (B, code_dim, h, w) -> (B, 3, S, S), not clipped."""
-        raise NotImplementedError
 
     def rows(self):
         """The codebook (K, code_dim) as latents are compared with it and pictures decoded from it."""

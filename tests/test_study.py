@@ -247,7 +247,7 @@ def test_a_study_that_is_stopped_says_how_to_go_on(number, status, tmp_path, mon
     monkeypatch.setattr(train, "train", stopped)
     with pytest.raises(SystemExit) as stop:
         lab.study.main(["--seeds", "0", "--runs", str(tmp_path), "--out", str(tmp_path / "study.json")])
-    assert stop.value.code == status and "go on with the same command\n" in capsys.readouterr().out
+    assert stop.value.code == status and "continue with the same command\n" in capsys.readouterr().out
 
 
 def test_a_row_keeps_the_parts_of_its_scores(tmp_path):

@@ -300,10 +300,10 @@ def test_unifork_trains_each_branch_alone_at_the_end(tmp_path, unscored, monkeyp
         moved[run.phases[index].name] = {name for name, x in run.m.state_dict().items()
                                          if not torch.equal(x, before[name])}
 
-    def pressed(run, phase, step, *rest):
-        if (run.phases[phase].name, step) == ("branch-gen", 4):
+    def pressed(now, step, *rest):
+        if (now.phase.name, step) == ("branch-gen", 4):
             os.kill(os.getpid(), signal.SIGTERM)
-        return report(run, phase, step, *rest)
+        return report(now, step, *rest)
     monkeypatch.setattr(model, "fork", lambda m: forked.append(m) or fork(m))
     monkeypatch.setattr(train, "run_phase", watched)
     report, given = train.report_step, {"name": "tiny-unifork", "steps": 6}
@@ -349,10 +349,10 @@ def test_five_steps_resume_five_steps_equal_ten(whole, tmp_path, unscored, monke
     (config, _), report = whole, train.report_step
     again = replace(config, out=str(tmp_path / "parts"))
     for index in range(len(train.plan(config))):
-        def pressed(run, phase, step, *rest, stop=(index, 4)):
-            if (phase, step) == stop:
-                os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)[phase % 3])
-            return report(run, phase, step, *rest)
+        def pressed(now, step, *rest, stop=(index, 4)):
+            if (now.index, step) == stop:
+                os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)[now.index % 3])
+            return report(now, step, *rest)
         monkeypatch.setattr(train, "report_step", pressed)
         with pytest.raises(train.Stop):
             train.train(replace(again, resume=index > 0))
@@ -862,10 +862,10 @@ def test_a_lora_run_stops_and_goes_on_the_same(dtype, whole, tmp_path, unscored,
     (config, _), report = whole, train.report_step
     lora_run(config, tmp_path / "whole", dtype=dtype)
 
-    def pressed(run, phase, step, *rest):
-        if (phase, step) == (len(run.phases) - 1, 4):
+    def pressed(now, step, *rest):
+        if (now.index, step) == (len(now.run.phases) - 1, 4):
             os.kill(os.getpid(), signal.SIGTERM)
-        return report(run, phase, step, *rest)
+        return report(now, step, *rest)
     with monkeypatch.context() as patch, pytest.raises(train.Stop):
         patch.setattr(train, "report_step", pressed)
         lora_run(config, tmp_path / "parts", dtype=dtype)
