@@ -1,6 +1,7 @@
 """Claims about training: one step, lambda, phases, resuming, failures, the command line (train.py)."""
 
 import copy
+import faulthandler
 import json
 import math
 import os
@@ -938,6 +939,7 @@ def twenty_steps(m, net, optimizer, text):
 
 def one_of_several(rank, world, files, folder):
     """A process of torchrun, for all layouts of `world` processes. Four leave a checkpoint, which two read."""
+    faulthandler.enable()                           # an abort says where
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     for n, name, parallel, node, lora in LAYOUTS:
@@ -970,7 +972,10 @@ def one_of_several(rank, world, files, folder):
         tensors = {name: gathered(tensor) for name, tensor in tensors_of(m, optimizer).items()}
         if rank == 0:
             torch.save(tensors, f"{folder}/two.pth")
-    dist.destroy_process_group()
+    dist.barrier()
+    # DistributedDataParallel keeps its group alive. Where a thread of gloo lets go of a tensor while the interpreter
+    # shuts down, the process is aborted (github.com/pytorch/pytorch/pull/179291): there is no shutdown here.
+    os._exit(0)
 
 
 def public(texts):
