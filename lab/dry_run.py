@@ -21,7 +21,6 @@ import aia
 import data
 import model
 import train
-from parts.kernels import chunks_of
 from parts.processes import processes
 from parts.settings import InputError, at_least, opt, run_command, tell, write_json
 
@@ -136,7 +135,7 @@ class Ledger(TorchDispatchMode):
 # One step
 # ---------------------------------------------------------------------------------------------------------------------
 def unreal_model(config, phase, attention, recompute):
-    """The model as the first process holds it, without memory, and whether activations are in half precision."""
+    """The model as the first process holds it, without memory."""
     c = replace(model.PRESETS[config.preset], attention=attention, lora_rank=config.lora_rank,
                 checkpoint_activations=recompute)
     half = config.pure_bf16 or config.dtype == "bfloat16"
@@ -148,7 +147,7 @@ def unreal_model(config, phase, attention, recompute):
         parameter.data = parameter.data.to(model.held_type(name, held))
     train.freeze(m, phase)
     train.shard_model(m, config, {"vq", *phase.frozen}, "cpu", config.node)
-    return m, half
+    return m
 
 
 def costly_batch(config, c):
@@ -169,14 +168,13 @@ def rehearse(config, attention, recompute, batch=None):
     """One step of the first process, on costly_batch unless a batch is given -> bytes by kind, bytes sent, FLOPs."""
     phases = (train.RECIPES[config.recipe][0],) if config.recipe else train.PLANS.get(config.preset, train.LARGE)
     phase = [phase for phase in phases if not phase.ratio][-1]                  # the last that trains both tasks
-    m, half = unreal_model(config, phase, attention, recompute)
+    m = unreal_model(config, phase, attention, recompute)
     n = config.micro_batch
     batch = batch or costly_batch(config, m.config)
     passes = max(1, config.batch_size // (n * processes()))
     targets = {batch.task: aia.targets(m.config.layers, batch.task)}
     ledger = Ledger()
-    # Half precision stands for a GPU, so the loss is cut into chunks as it would be there.
-    with chunks_of("cuda" if half else "cpu"), ledger.fake, ledger:
+    with ledger.fake, ledger:
         m.to_empty(device="cpu")
         optimizer = train.make_optimizer(m, phase)
         train.accumulate(m, [batch] * passes, targets, {batch.task: 1.0})

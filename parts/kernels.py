@@ -28,37 +28,12 @@ from parts.settings import first_line
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss in chunks
 # ---------------------------------------------------------------------------------------------------------------------
-CHUNK = {"cpu": 256, "cuda": 1024}              # tokens whose logits exist at the same time, by device type
+CHUNK = {"cpu": 256, "cuda": 1024}              # tokens whose logits exist at the same time
 
 
-@contextlib.contextmanager
-def chunks_of(device_type):
-    """Use the chunks of another device type on a CPU, to predict its memory."""
-    before = CHUNK["cpu"]
-    CHUNK["cpu"] = CHUNK[device_type]
-    try:
-        yield
-    finally:
-        CHUNK["cpu"] = before
-
-
-def loss_and_error(x, weight, bias, target, room, differentiate):
-    """Summed cross-entropy of one chunk, x (n, C) with target (n,), and its gradient by the logits (n, V), None unless
-    it is wanted. The logits are computed in `room` (at least n, V)."""
-    logits = torch.mm(x, weight.T, out=room[:len(x)])                           # (n, V)
-    if bias is not None:
-        logits += bias
-    scores = aia.at_least_float32(logits)                                       # (n, V), changed in place from here on
-    scores -= scores.amax(-1, keepdim=True)
-    picked = scores.gather(1, target[:, None])                                  # (n, 1)
-    norm = scores.exp_().sum(-1, keepdim=True)                                  # (n, 1)
-    # -log p(target) = log sum_v exp(s_v) - s_target
-    loss = (norm.log() - picked).sum()
-    if not differentiate:
-        return loss, None
-    # d loss / d logits = softmax(logits) - onehot(target)
-    error = scores.div_(norm).scatter_add_(1, target[:, None], -torch.ones_like(picked))        # (n, V)
-    return loss, error
+def chunk_for(x):
+    """Tokens of a chunk. Half precision stands for a GPU also where its memory is predicted on a CPU."""
+    return CHUNK["cuda" if x.is_cuda or x.element_size() < 4 else "cpu"]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -71,28 +46,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target):
         wide = torch.promote_types(x.dtype, torch.float32)
-        d_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         total = x.new_zeros((), dtype=wide)
-        chunk = CHUNK.get(x.device.type, CHUNK["cpu"])
-        room = x.new_empty(min(chunk, len(x)), len(weight))                     # once: new pages are slow on a CPU
+        d_x, d_weight, d_bias = ctx.grads = [
+            torch.zeros_like(part, dtype=part.dtype if part is x else wide) if needed else None
+            for part, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)]
+        chunk = chunk_for(x)
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
-            loss, error = loss_and_error(x[rows], weight, bias, target[rows], room, any(ctx.needs_input_grad))
-            total += loss
-            if error is None:
+            scores = F.linear(x[rows], weight, bias).to(wide)                   # (chunk, V)
+            chosen = target[rows, None]                                         # (chunk, 1)
+            norm = scores.logsumexp(-1, keepdim=True)                           # (chunk, 1)
+            # -log p(target) = log sum_v exp(s_v) - s_target
+            total += (norm - scores.gather(1, chosen)).sum()
+            if not any(ctx.needs_input_grad):
                 continue
+            # d loss / d scores = softmax(scores) - onehot(target)
+            error = scores.sub_(norm).exp_().scatter_add_(1, chosen, -torch.ones_like(norm))    # (chunk, V)
             if d_bias is not None:
                 d_bias += error.sum(0)
             error = error.to(x.dtype)
             if d_x is not None:
                 d_x[rows] = error @ weight
-            if d_weight is not None and wide is x.dtype:
-                d_weight.addmm_(error.T, x[rows])                               # no second V x C beside the sum
-            elif d_weight is not None:
+            if d_weight is not None:
                 d_weight += error.T @ x[rows]
-        ctx.grads = d_x, d_weight, d_bias
         return total
 
     @staticmethod
@@ -225,14 +201,6 @@ def attention_and_mass(q, k, v, rows, keys):
     return out, mass
 
 
-def exact_attention(q, k, v, n):
-    """What `attention_and_mass` must give, with the mass of all rows on the first n keys: a flag channel gives it."""
-    flag = torch.zeros_like(v[..., :1])
-    flag[:, :, :n] = 1
-    out = F.scaled_dot_product_attention(q, k, torch.cat([v, flag], -1), is_causal=True, enable_gqa=True)
-    return out[..., :-1], out[..., -1]
-
-
 def outputs_and_gradients(attend, inputs, n):
     """Those of attend(q, k, v) -> out, mass, for the mass of rows from n on."""
     given = [x.detach().requires_grad_() for x in inputs]
@@ -254,7 +222,12 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
               for n in (heads, groups, groups)]
     n = tokens // 3
     keys, rows = torch.arange(tokens, device=device).expand(2, -1).split([n, tokens - n], 1)
-    exact = outputs_and_gradients(lambda q, k, v: exact_attention(q, k, v, n), [x.double() for x in inputs], n)
+
+    def with_flag(q, k, v):
+        flag = F.pad(torch.ones_like(v[:, :, :n, :1]), (0, 0, 0, tokens - n))
+        out = F.scaled_dot_product_attention(q, k, torch.cat([v, flag], -1), is_causal=True, enable_gqa=True)
+        return out[..., :-1], out[..., -1]
+    exact = outputs_and_gradients(with_flag, [x.double() for x in inputs], n)
     faults = []
     for kernel in KERNELS[device_type]:
         PASSED[device_type, dtype] = kernel
@@ -323,17 +296,15 @@ class Recorded:
     def record(self, x):
         """(graph, its input, its output); the graph is None if recording fails. The state is left as it was."""
         before = [part.clone() for part in self.state]
-        graph = out = usual = None
+        graph = out = None
         try:
-            usual = torch.cuda.current_stream()
-            self.step(x)                            # lets libraries allocate memory outside the recording
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = self.step(x)
+            with torch.cuda.stream(torch.cuda.current_stream()):                # a failed recording leaves its own
+                self.step(x)                        # lets libraries allocate memory outside the recording
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    out = self.step(x)
         except (RuntimeError, AssertionError) as error:         # AssertionError: a torch without CUDA
             graph = None
-            if usual:                               # a failed recording leaves its own stream current
-                torch.cuda.set_stream(usual)
             print(f"the decoding step cannot be recorded ({first_line(error)}): plain steps", file=sys.stderr)
         for part, value in zip(self.state, before, strict=True):
             part.copy_(value)

@@ -51,7 +51,7 @@ def test_the_loss_makes_only_gradients_that_are_asked_for():
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(monkeypatch):
     """1,000 chunks of one token that all pull the same word: a sum in bfloat16 would stop growing at 256."""
-    monkeypatch.setitem(CHUNK, "cpu", 1)
+    monkeypatch.setitem(CHUNK, "cuda", 1)           # that of half precision everywhere
     x = torch.ones(1000, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     chunked_cross_entropy(x, weight, None, torch.zeros(1000, dtype=torch.long)).backward()
