@@ -29,19 +29,7 @@ from parts.kernels import indices
 from parts.pictures import load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
 from parts.text import Text, special_tokens, train_bpe
-from parts.world import (
-    DESCRIBE,
-    QUESTIONS_ASKED,
-    TOPICS,
-    World,
-    caption,
-    describe,
-    draw_scenes,
-    make_question,
-    sentences,
-    words_of,
-    world_of,
-)
+from parts.world import DESCRIBE, World, caption, describe, draw_scenes, questions_about, sentences, words_of, world_of
 
 # Legend: B samples of one task, T tokens, N image tokens of one picture, S side of a picture in pixels.
 
@@ -494,10 +482,9 @@ class WorldSource:
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
-            topics = rng.permutation(TOPICS)[:QUESTIONS_ASKED]
-            asked = [make_question(self.world, scene, topic, rng) for topic in topics]
+            asked = questions_about(self.world, scene, rng)
             described = [(DESCRIBE, describe(scene))] * int(rng.integers(2))
-            turns = (*((q.text, q.answer) for q in asked), *described)
+            turns = (*asked, *described)
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 

@@ -12,7 +12,7 @@ the manner of POPE, MME and MMBench. Everything is asked about held-out combinat
 
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,31 +24,17 @@ import data
 import formats.weights
 from formats.checkpoints import checkpoint_folders
 from formats.datasets import FileSource
-from formats.records import Record
+from formats.records import Record, conversation, first_question
+from parts import settings
 from parts.pictures import grid_for, load_picture, to_picture, to_tensor
-from parts.settings import (
-    InputError,
-    aside,
-    at_least,
-    chosen,
-    device_of,
-    moved,
-    opt,
-    parse,
-    read_json,
-    run_command,
-    stream,
-    tell,
-    write_json,
-)
-from parts.text import TOKENIZERS, Text
+from parts.settings import InputError, aside, opt, read_json, stream, write_json
+from parts.text import TOKENIZERS, Text, Typist
 from parts.world import (
-    TOPICS,
-    choice_question,
     combinations,
     draw_scenes,
-    make_question,
+    held_out_questions,
     prompt_text,
+    questions_about,
     read_scenes,
     world_of,
 )
@@ -111,11 +97,6 @@ def answer(m, text, asked, max_new_tokens=16, temperature=0.0, batch=128):
     return answers
 
 
-def conversation(turns, pictures):
-    """A record of turns [(question, answer)], the last answer None, with its pictures."""
-    return Record("the question", "und", tuple(turns), tuple(pictures))
-
-
 def ask(preparer, records):
     """Conversations -> pieces of each, and what m.generate_text takes: ids (B, T), mask (B, T), pixels."""
     device = next(preparer.m.parameters()).device
@@ -128,12 +109,6 @@ def ask(preparer, records):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
-# Which held-out combinations the pictures of a topic show; larger scenes are shown for every topic but count.
-SHOWN = {"existence": ("two objects", "colour attribution", "colours"), "count": ("counting", "two objects"),
-         "position": ("position", "one object"), "colour": ("colours", "colour attribution"),
-         "choice": ("colours", "two objects")}
-
-
 def score_understanding(m, text, world, n, seed=0):
     """Plain accuracy per question topic on n held-out pictures each, and the stricter measures of the three benchmarks.
 
@@ -142,31 +117,15 @@ def score_understanding(m, text, world, n, seed=0):
                the accuracy on questions without yes or no ("how many circles are there?")
     choice     four options; circular wants the right letter under all four rotations (MMBench)
     """
-    rng = stream(seed, "questions")
-    asked = []                                                                  # (measure, number, picture, q)
-    for topic in TOPICS:
-        shown = SHOWN[topic] + (world.several if topic != "count" else ())
-        for i in range(n):
-            scene, _ = world.held_out_scene(shown[i % len(shown)], rng)
-            picture = draw_scenes([scene], world.cell_side)[0]
-            if topic == "existence":
-                # Half of them true, for each kind of scene: where these repeat every four, the answer must not.
-                truth = i % 4 < 2 if len(shown) % 4 else i % 8 < 4
-                questions = [(topic, make_question(world, scene, topic, rng, truth))]
-            elif topic == "choice":
-                first, *others = rotations(make_question(world, scene, topic, rng))
-                questions = [(topic, first), *(("turned", question) for question in others)]
-            else:
-                questions = [(topic, make_question(world, scene, topic, rng, truth)) for truth in (True, False)]
-                questions.append(("open", make_question(world, scene, topic, rng, closed=False)))
-            asked += [(measure, (topic, i), picture, question) for measure, question in questions]
+    asked = [(measure, number, draw_scenes([scene], world.cell_side)[0], question) for measure, number, scene, question
+             in held_out_questions(world, n, stream(seed, "questions"))]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
     right = {}                                                                  # {measure: {number: [right or not]}}
     for (measure, number, _, question), reply in zip(asked, said, strict=True):
         right.setdefault(measure, {}).setdefault(number, []).append(reply == question.answer)
     plain = {measure: float(np.mean(sum(groups.values(), []))) for measure, groups in right.items()}
     strict = {measure: float(np.mean([all(group) for group in groups.values()])) for measure, groups in right.items()}
-    topics = {topic: plain[topic] for topic in TOPICS}
+    topics = {topic: plain[topic] for topic in world.topics}
     pairs = [(reply == "yes", question.answer == "yes") for (measure, _, _, question), reply
              in zip(asked, said, strict=True) if measure == "existence"]
     hits = sum(claimed and true for claimed, true in pairs)
@@ -175,13 +134,6 @@ def score_understanding(m, text, world, n, seed=0):
             "f1": 2 * hits / max(sum(map(sum, pairs)), 1),
             "acc_plus": float(np.mean([strict[topic] for topic in ("count", "position", "colour")])),
             "circular": float(np.mean(circular)), "open": plain["open"]}
-
-
-def rotations(asked):
-    """The same multiple-choice question with its options moved round: four questions (circular evaluation)."""
-    stem = asked.text[:asked.text.index("?") + 1]
-    right = asked.options["ABCD".index(asked.answer)]
-    return [choice_question(stem, asked.options[i:] + asked.options[:i], right) for i in range(4)]
 
 
 def score_generation(m, text, world, n, seed=0):
@@ -234,9 +186,7 @@ class HeldOut:
         records = []
         for i in range(n):
             scene, combination = self.world.held_out_scene(self.world.skills[i % len(self.world.skills)], rng)
-            topics = [TOPICS[k] for k in rng.permutation(len(TOPICS))[:4]]
-            asked = [make_question(self.world, scene, topic, rng) for topic in topics]
-            turns = [(q.text, q.answer) for q in asked]
+            turns = questions_about(self.world, scene, rng)
             if task == "gen":
                 turns = [(prompt_text(combination, rng), "<image>")]
             picture = draw_scenes([scene], self.world.cell_side)[0]
@@ -259,14 +209,6 @@ class FileBatches:
         for start in range(0, n, batch):
             positions = range(start, min(start + batch, n))
             yield data.usable_batch(preparer, lambda i: (self.source.record(task, i), None), positions, bad=self.bad)
-
-
-def first_question(record):
-    """A record cut off after its first question, with the pictures that this question shows."""
-    question = record.turns[0][0]
-    marked = any("<image>" in asked for asked, _ in record.turns)
-    pictures = record.pictures[:question.count("<image>")] if marked else record.pictures
-    return replace(record, turns=((question, None),), pictures=pictures)
 
 
 class FreeDecoding(data.Preparer):
@@ -478,18 +420,18 @@ class Loaded:
     allow_special: bool = opt(False, "let strings such as <|image start|> in your text act as control tokens")
 
 
-def load_run(settings, part=""):
+def load_run(config, part=""):
     """Model, text tokenizer and settings of a run folder (None for public weights). part: a folder of other weights."""
-    if not settings.checkpoint:
+    if not config.checkpoint:
         raise InputError("this command needs --checkpoint, the folder of a run, or of public weights")
-    dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
-    m = formats.weights.load(settings.checkpoint, dtype, device_of(settings.device), settings.vision_tokenizer,
-                             settings.rope_bf16, part=part)
+    dtype = None if config.dtype == "stored" else getattr(torch, config.dtype)
+    m = formats.weights.load(config.checkpoint, dtype, settings.device_of(config.device), config.vision_tokenizer,
+                             config.rope_bf16, part=part)
     if not m.tokenizer_file:
-        raise InputError(f"{settings.checkpoint} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
-    folder = Path(settings.checkpoint)
+        raise InputError(f"{config.checkpoint} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
+    folder = Path(config.checkpoint)
     run = read_json(folder / "settings.json") if (folder / "checkpoints").exists() else None
-    return m, Text(m.tokenizer_file, m.config.kind, settings.allow_special), run
+    return m, Text(m.tokenizer_file, m.config.kind, config.allow_special), run
 
 
 @dataclass(frozen=True)
@@ -506,24 +448,24 @@ class Generate(Loaded):
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
 
 
-def generate(settings):
+def generate(config):
     """Write one picture file."""
-    out = Path(settings.out)
-    at_least(settings, {"seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
+    out = Path(config.out)
+    settings.at_least(config, {"seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
     form = Image.registered_extensions().get(out.suffix.lower())
     if not out.parent.is_dir() or out.is_dir() or form not in Image.SAVE:
         raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
-    m, text, _ = load_run(settings)
-    pixels = draw(m, text, [settings.prompt], settings.seed, settings.guidance or None, settings.temperature,
-                  grid_for(settings.aspect, m.config), settings.negative or None)[0]
+    m, text, _ = load_run(config)
+    pixels = draw(m, text, [config.prompt], config.seed, config.guidance or None, config.temperature,
+                  grid_for(config.aspect, m.config), config.negative or None)[0]
     picture = Image.fromarray(to_picture(pixels))
-    scale = settings.scale or max(240 // max(picture.size), 1)
+    scale = config.scale or max(240 // max(picture.size), 1)
     size = tuple(side * scale for side in picture.size)
     with aside(out) as part:
         picture.resize(size, Image.Resampling.NEAREST).save(part, form)
-    print(f"{settings.out}: {picture.width} x {picture.height}, each pixel shown {scale} times, from "
-          f"{settings.prompt!r} with seed {settings.seed}")
-    return {"out": settings.out, "width": size[0], "height": size[1]}
+    print(f"{config.out}: {picture.width} x {picture.height}, each pixel shown {scale} times, from "
+          f"{config.prompt!r} with seed {config.seed}")
+    return {"out": config.out, "width": size[0], "height": size[1]}
 
 
 @dataclass(frozen=True)
@@ -541,26 +483,26 @@ class Chat(Loaded):
 HELP = "/image FILE shows a picture with your next question, /new starts over, /quit or Ctrl-D ends."
 
 
-def chat(settings):
+def chat(config):
     """Print one answer, or talk until the end of the input."""
-    at_least(settings, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
-    if not 0 < settings.top_p <= 1:
-        raise InputError(f"--top-p {settings.top_p}: give a share above 0, at most 1")
-    m, text, _ = load_run(settings)
+    settings.at_least(config, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
+    if not 0 < config.top_p <= 1:
+        raise InputError(f"--top-p {config.top_p}: give a share above 0, at most 1")
+    m, text, _ = load_run(config)
     preparer = data.Preparer(m, text, training=False)
-    generator = torch.Generator(next(m.parameters()).device).manual_seed(settings.seed)
-    for path in settings.image:
+    generator = torch.Generator(next(m.parameters()).device).manual_seed(config.seed)
+    for path in config.image:
         load_picture(path, m.config.kind)
 
     def reply(turns, pictures):
         ids, mask, pixels = ask(preparer, [conversation(turns, pictures)])[1:]
         typist = Typist(text)
-        m.generate_text(ids, pixels, mask, settings.max_new_tokens, settings.temperature, settings.top_p, generator,
+        m.generate_text(ids, pixels, mask, config.max_new_tokens, config.temperature, config.top_p, generator,
                         typist)
         return typist.end()
-    if settings.question:
-        return {"answer": reply([(settings.question, None)], settings.image)}
-    return {"turns": converse(reply, m.config.kind, list(settings.image))}
+    if config.question:
+        return {"answer": reply([(config.question, None)], config.image)}
+    return {"turns": converse(reply, m.config.kind, list(config.image))}
 
 
 def converse(reply, kind, waiting):
@@ -602,26 +544,6 @@ def converse(reply, kind, waiting):
             print("\n(stopped; this question is forgotten)")
 
 
-class Typist:
-    """Prints an answer as its tokens come; a character of several tokens appears when it is whole."""
-
-    def __init__(self, text):
-        self.text, self.ids, self.shown = text, [], ""
-
-    def __call__(self, token):
-        self.ids.append(int(token[0]))
-        now = self.text.decode(self.ids).strip()
-        if not now.endswith("\ufffd"):
-            print(now[len(self.shown):], end="", flush=True)
-            self.shown = now
-
-    def end(self):
-        """Print what is left, end the line -> the whole answer."""
-        now = self.text.decode(self.ids).strip()
-        print(now[len(self.shown):], flush=True)
-        return now
-
-
 @dataclass(frozen=True)
 class Curves(Loaded):
     """Intensity per layer of both tasks on held-out samples: before AIA, after, and the target."""
@@ -634,26 +556,26 @@ class Curves(Loaded):
                    "public weights, --data and --decode")
 
 
-def curve_command(settings):
+def curve_command(config):
     """Write curves.png and curves.json."""
-    m, text, run = load_run(settings)
-    folder = Path(settings.checkpoint)
-    if run is None and not settings.data:
+    m, text, run = load_run(config)
+    folder = Path(config.checkpoint)
+    if run is None and not config.data:
         raise InputError("curves of public weights need --data FILE.jsonl: the built-in world means nothing to them")
     models = {"after" if run else "public": m}
     for name in ("before", "control") if run else ():
         if (folder / name).exists():
-            models[name] = load_run(settings, name)[0]
-    if settings.data:
-        samples = FileBatches(FileSource(settings.data, m.config.kind))
+            models[name] = load_run(config, name)[0]
+    if config.data:
+        samples = FileBatches(FileSource(config.data, m.config.kind))
     else:
-        samples = HeldOut(world_of(run), settings.seed)
+        samples = HeldOut(world_of(run), config.seed)
     asked = (run["aia_targets"], run["aia_variant"]) if run else ()
     targets = {task: aia.targets(m.config.layers, task, *asked) for task in aia.TASKS}
-    result = curves(models.items(), data.Preparer(m, text), samples, targets, settings.n, settings.decode,
+    result = curves(models.items(), data.Preparer(m, text), samples, targets, config.n, config.decode,
                     final_label(folder) if run else "")
-    own = run and not settings.data and not settings.decode                     # what the run wrote itself
-    out = Path(settings.out or (folder / "curves.png" if own else "curves.png"))
+    own = run and not config.data and not config.decode                     # what the run wrote itself
+    out = Path(config.out or (folder / "curves.png" if own else "curves.png"))
     plot_curves(result, out)
     write_json(result | {"kind": m.config.kind}, out.with_suffix(".json"))
     print_curves(result)
@@ -685,16 +607,16 @@ class ScoreWorld(Loaded):
     seed: int = opt(0, "draws questions, prompts and codes")
 
 
-def score_world(settings):
+def score_world(config):
     """Scores of one run on the built-in world, printed, and stored if --out says where: its own scores.json stays."""
-    m, text, run = load_run(settings)
+    m, text, run = load_run(config)
     if run is None:
-        raise InputError(f"{settings.checkpoint} never saw the built-in world: score takes the folder of a run")
+        raise InputError(f"{config.checkpoint} never saw the built-in world: score takes the folder of a run")
     world = world_of(run)
-    scores, _ = score_both(m, text, world, settings.n, settings.seed)
-    scores |= score_tokenizer(m, world, 2 * settings.n, settings.seed)
-    if settings.out:
-        write_json(scores, settings.out)
+    scores, _ = score_both(m, text, world, config.n, config.seed)
+    scores |= score_tokenizer(m, world, 2 * config.n, config.seed)
+    if config.out:
+        write_json(scores, config.out)
     return scores
 
 
@@ -711,22 +633,20 @@ COMMANDS = {"score": (ScoreWorld, score_world), "generate": (Generate, generate)
             "curves": (Curves, curve_command)}
 MOVED = {name: f"python -m lab.{name}" for name in ("figures", "alignment", "report")} | {
     "bench": "python -m lab.speed, and for a GPU python -m lab.gpu",
-    "collect": "the summary of python -m lab.study"}
+    "collect": "the summary of python -m lab.study", "--hf": "python -m lab.references --hf"}
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    moved(argv, "eval.py", MOVED)
-    if argv[:1] == ["curves"] and any(word.split("=")[0] == "--hf" for word in argv):
-        raise InputError("eval.py curves --hf is now python -m lab.references --hf")
+    settings.moved(argv, "eval.py", MOVED)
     if argv[:2] == ["score", "world"]:
         argv = ["score", *argv[2:]]
     if argv[:1] == ["score"] and argv[1:] and not argv[1].startswith("-"):
         import benchmarks.score  # it stands above this file
-        return tell(benchmarks.score.score(parse(benchmarks.score.Score, argv[1:], "eval.py score")))
-    command, settings = chosen(COMMANDS, "eval.py", __doc__, argv)
-    tell(command and command(settings))
+        return settings.tell(benchmarks.score.score(settings.parse(benchmarks.score.Score, argv[1:], "eval.py score")))
+    command, config = settings.chosen(COMMANDS, "eval.py", __doc__, argv)
+    settings.tell(command and command(config))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    settings.run_command(main)

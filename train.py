@@ -42,9 +42,8 @@ import formats.weights
 import model
 from formats import checkpoints
 from formats.checkpoints import Saver
-from formats.datasets import Encoded, FileSource, bad_report, every, note_bad, open_sources
+from formats.datasets import Encoded, FileSource, bad_report, open_sources, parse_ratio, square_pictures
 from parts import settings
-from parts.pictures import janus_picture, load_picture, to_picture
 from parts.processes import first_decides, gathered, interruptible, join, over_processes, processes, rank
 from parts.settings import InputError, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
@@ -237,7 +236,7 @@ def check_numbers(config):
         raise InputError(f"--weight-decay {config.weight_decay}: give at least 0, or -1 for that of the plan")
     world_of(asdict(config))                        # this and the next two for what they refuse
     fixed_lambdas(config.aia_weight)
-    settings.parse_ratio(config.ratio)
+    parse_ratio(config.ratio)
     if config.encoded and not (config.data or config.val):
         raise InputError("--encoded holds pictures of your own: the built-in world needs none, leave it out")
     if config.pure_bf16 and config.dtype == "float32":
@@ -260,9 +259,9 @@ def plan(config):
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
     if config.data:
         phases = [phase for phase in phases if not phase.world]
-    shares = settings.parse_ratio(config.ratio)     # a phase for a task without a share has nothing to train on
+    shares = parse_ratio(config.ratio)     # a phase for a task without a share has nothing to train on
     phases = [phase for phase in phases if not phase.ratio or any(
-        own and share for own, share in zip(settings.parse_ratio(phase.ratio), shares, strict=True))]
+        own and share for own, share in zip(parse_ratio(phase.ratio), shares, strict=True))]
     if config.arms == "both":
         if not has_aia(config, phases):
             raise InputError("--arms both compares with and without AIA: tiny-unifork and --aia-weight off are without")
@@ -532,7 +531,7 @@ class Run:
         if self.manifest and self.manifest["records"] != self.records():
             raise InputError(f"{self.folder} was started with {self.manifest['records']} records, now there are "
                              f"{self.records()}: resume with the same data, or choose another --out")
-        data.check_tasks(self.source, settings.parse_ratio(config.ratio))
+        data.check_tasks(self.source, parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
 
@@ -675,16 +674,7 @@ class Run:
         """Pictures that train the picture tokenizer: the world's, or the user's at the size of drawn ones."""
         if self.world:
             return self.source.crowded
-        drawn = {}
-        for record in (record for task in aia.TASKS for record in every(self.source, task)):
-            try:
-                for picture in record.pictures:
-                    if picture not in drawn:
-                        pixels = janus_picture(load_picture(picture, self.kind), self.m.config)
-                        drawn[picture] = to_picture(pixels)
-            except InputError as error:
-                note_bad(f"{record.origin}: {error}", self.bad, self.config.on_bad_record == "stop")
-        return list(drawn.values())
+        return square_pictures(self.source, self.m.config, self.bad, self.config.on_bad_record == "stop")
 
 
 def uses_bf16(config, device):
@@ -727,7 +717,7 @@ def train(config, phases=None):
     run = Run(config, phases or plan(config))
     manifest = run.manifest
     begin, step = (manifest["phase"], manifest["step"]) if manifest else (0, 0)
-    first_decides(lambda: trim_log(run.folder / "metrics.jsonl", begin, step))
+    first_decides(lambda: checkpoints.trim_log(run.folder / "metrics.jsonl", begin, step))
     with interruptible(run.stop):
         for index in range(begin, len(run.phases)):
             run_phase(run, index, manifest)
@@ -775,7 +765,7 @@ class Progress:
         """The samples of every step. Both arms meet the same ones, the phases before them others of the same seed."""
         run, phase = self.run, self.phase           # 3 seed + order: no two seeds share an order
         return data.Schedule(run.source, run.preparer, 3 * run.config.seed + phase.order, phase.batch_size,
-                             settings.parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
+                             parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
                              on_bad_record=run.config.on_bad_record, rank=rank(), processes=processes(), mix=mix)
 
     def calibrate(self):
@@ -933,15 +923,6 @@ def report_step(now, step, metrics, norm):
     now.reset(step + 1)
 
 
-def trim_log(path, index, step):
-    """Forget reports of steps that a resumed run takes again."""
-    if path.exists():
-        kept = [row for row in settings.whole_lines(path)
-                if (row.get("phase", row.get("stage")), row["step"]) <= (index, step)]          # older runs: stage
-        with settings.aside(path) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The end of a run
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1032,16 +1013,16 @@ def stoppable(work, again):
     except KeyboardInterrupt:
         print(f"stopped at once; {again}, from the last checkpoint if one was saved")
         sys.exit(130)
-    finally:
-        if dist.is_initialized():                   # threads of a group that is left alone may abort the exit
-            dist.destroy_process_group()
+
+
+MOVED = {"study": "python -m lab.study", "--dry-run-world": "python -m lab.dry_run --world",
+         "--shard": "--parallel hsdp", "--rope-bf16": "a flag of eval.py",
+         "--whole-gradients": "what ddp always does", "--clip": "Phase.clip in train.py"}
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    settings.moved(argv, "train.py", {"study": "python -m lab.study"})
-    if any(word.split("=")[0] == "--dry-run-world" for word in argv):
-        raise InputError("train.py --dry-run-world N is now python -m lab.dry_run --world N")
+    settings.moved(argv, "train.py", MOVED)
     config = settings_from(argv)
     settings.tell(stoppable(lambda: train(config), "continue with the same command and --resume"))
 

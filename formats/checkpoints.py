@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import model
 from parts.processes import first_decides, processes, rank
-from parts.settings import InputError, first_line, read_json, write_json
+from parts.settings import InputError, aside, first_line, read_json, whole_lines, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -84,6 +85,15 @@ def resumed_from(folder, resume, check):
             shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
             os.replace(newer, f"{newer}.damaged")
     return newest, manifest
+
+
+def trim_log(path, index, step):
+    """Forget reports of steps that a resumed run takes again."""
+    if path.exists():
+        kept = [row for row in whole_lines(path)
+                if (row.get("phase", row.get("stage")), row["step"]) <= (index, step)]          # older runs: stage
+        with aside(path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def tensor_names(folder):

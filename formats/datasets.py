@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import aia
 from formats.records import SKIP_HINT, Record, parse_record
-from parts.pictures import load_picture, open_picture, siglip_picture, tokenizer_picture
+from parts.pictures import janus_picture, load_picture, open_picture, siglip_picture, to_picture, tokenizer_picture
 from parts.processes import processes, rank
 from parts.settings import InputError, aside
 
@@ -414,6 +414,20 @@ def every(source, task):
     return (source.record(task, i) for i in range(source.count(task)))
 
 
+def square_pictures(source, config, bad, stop):
+    """All pictures of a source at the size of drawn ones [(S, S, 3) uint8]. Bad ones are noted in the list `bad`, or
+    stop the command."""
+    found = {}
+    for record in (record for task in aia.TASKS for record in every(source, task)):
+        try:
+            for picture in record.pictures:
+                if picture not in found:
+                    found[picture] = to_picture(janus_picture(load_picture(picture, config.kind), config))
+        except InputError as error:
+            note_bad(f"{record.origin}: {error}", bad, stop)
+    return list(found.values())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Order: computed from positions, whatever the size
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,6 +447,17 @@ def shuffled(i, n, key):
         i = left << h | right
         if i < n:
             return i
+
+
+def parse_ratio(text):
+    """The two numbers of --ratio GEN:UND."""
+    try:
+        gen, und = (int(part) for part in text.split(":"))
+    except ValueError:
+        gen = und = -1
+    if min(gen, und) < 0 or gen + und == 0:
+        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
+    return gen, und
 
 
 def deal(position, shares):

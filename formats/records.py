@@ -6,7 +6,7 @@ The layout is described in formats/README.md.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aia
 from parts.settings import InputError
@@ -128,3 +128,16 @@ def parse_record(line, origin, folder, strict=True):
                          'each {"from": ..., "value": text}')
     task = check_turns(turns, len(images), entry.get("task"))
     return Record(origin, task, turns, tuple(one if isinstance(one, bytes) else folder / one for one in images))
+
+
+def conversation(turns, pictures):
+    """A record of turns [(question, answer)], the last answer None, with its pictures."""
+    return Record("the question", "und", tuple(turns), tuple(pictures))
+
+
+def first_question(record):
+    """A record cut off after its first question, with the pictures that this question shows."""
+    question = record.turns[0][0]
+    marked = any("<image>" in asked for asked, _ in record.turns)
+    pictures = record.pictures[:question.count("<image>")] if marked else record.pictures
+    return replace(record, turns=((question, None),), pictures=pictures)

@@ -16,9 +16,10 @@ import numpy as np
 import aia
 import train
 from eval import distance
+from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
 from lab.figures import correlation
-from parts.settings import InputError, machine, opt, parse, parse_ratio, read_json, run_command, tell, write_json
+from parts.settings import InputError, machine, opt, parse, read_json, run_command, tell, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------

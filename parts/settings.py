@@ -80,17 +80,6 @@ def parse(cls, argv=None, prog=None, defaults=(), epilog=""):
     return cls(**vars(cli.parse_args(argv)))
 
 
-def parse_ratio(text):
-    """The two numbers of --ratio GEN:UND."""
-    try:
-        gen, und = (int(part) for part in text.split(":"))
-    except ValueError:
-        gen = und = -1
-    if min(gen, und) < 0 or gen + und == 0:
-        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
-    return gen, und
-
-
 def chosen(commands, prog, doc, argv=None):
     """Find the first word of a command line in commands {name: (settings class, function)} -> function, settings.
     Without a command, or with --help, print doc -> None, None."""
@@ -111,24 +100,35 @@ def tell(result):
 
 
 def moved(argv, prog, names):
-    """Refuse the old name of a command, {old: new}."""
-    if argv and argv[0] in names:
-        raise InputError(f"{prog} {argv[0]} is now {names[argv[0]]}")
+    """Refuse the old name of a command or of a --flag, {old: new}."""
+    for word in argv[:1] + [word.split("=")[0] for word in argv if word.startswith("--")]:
+        if word in names:
+            raise InputError(f"{prog} {word} is now {names[word]}")
 
 
 def run_command(command):
     """Run a command: bad input ends in one line on stderr and exit status 2, Ctrl-C in one and 130; no traceback."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process is no mistake
+    status = 0
     try:
         command()
+    except SystemExit as end:
+        status = end.code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except (InputError, OSError, SafetensorError) as error:                     # the last two: disk full, no permission
         if os.environ.get("RANK", "0") != "0":      # if all processes fail, let the first one say why: torchrun stops
             time.sleep(3)                           # the others as soon as it has
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    # DistributedDataParallel keeps its group alive. A thread of gloo that lets go of a tensor while the interpreter
+    # shuts down aborts the process (github.com/pytorch/pytorch/pull/179291): one of several skips the shutdown.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        os._exit(status or 0)
+    if status:
+        sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

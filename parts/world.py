@@ -248,6 +248,7 @@ class World:
         self.side = GRID * cell                     # of a picture, in pixels
         self.several = tuple(skill for n, skill in SEVERAL.items() if n <= objects)
         self.skills = SKILLS + self.several
+        self.topics = TOPICS
         self.arrangements = ARRANGEMENTS + tuple(skill for skill in self.several for _ in range(4))
         rng = stream(seed, "held out")
         self.combinations = all_combinations(self)
@@ -385,6 +386,13 @@ def choice_question(stem, options, right):
     return Question("choice", text, "ABCD"[options.index(right)], tuple(options))
 
 
+def rotations(asked):
+    """The same multiple-choice question with its options moved round: four questions (circular evaluation)."""
+    stem = asked.text[:asked.text.index("?") + 1]
+    right = asked.options["ABCD".index(asked.answer)]
+    return [choice_question(stem, asked.options[i:] + asked.options[:i], right) for i in range(4)]
+
+
 def ask_choice(world, scene, thing, rng, closed, truth):
     name = "colour" if rng.random() < 0.5 else "shape"
     right = getattr(thing, name)
@@ -415,6 +423,38 @@ def make_question(world, scene, topic, rng, truth=None, closed=None):
     ask = {"existence": ask_existence, "count": ask_count, "position": ask_position, "colour": ask_colour,
            "choice": ask_choice}[topic]
     return ask(world, scene, thing, rng, closed, truth)
+
+
+def questions_about(world, scene, rng):
+    """Questions about some topics in random order, as turns of a conversation [(question, answer)]."""
+    asked = [make_question(world, scene, topic, rng) for topic in rng.permutation(TOPICS)[:QUESTIONS_ASKED]]
+    return [(question.text, question.answer) for question in asked]
+
+
+# Which held-out combinations the pictures of a topic show; larger scenes are shown for every topic but count.
+SHOWN = {"existence": ("two objects", "colour attribution", "colours"), "count": ("counting", "two objects"),
+         "position": ("position", "one object"), "colour": ("colours", "colour attribution"),
+         "choice": ("colours", "two objects")}
+
+
+def held_out_questions(world, n, rng):
+    """Questions about n held-out scenes for each topic, each (measure, (topic, number of its scene), scene, question).
+    Measures are the topics, "open", and "turned": the other rotations of a multiple-choice question."""
+    for topic in TOPICS:
+        shown = SHOWN[topic] + (world.several if topic != "count" else ())
+        for i in range(n):
+            scene, _ = world.held_out_scene(shown[i % len(shown)], rng)
+            if topic == "existence":
+                # Half of them true, for each kind of scene: where these repeat every four, the answer must not.
+                truth = i % 4 < 2 if len(shown) % 4 else i % 8 < 4
+                asked = [(topic, make_question(world, scene, topic, rng, truth))]
+            elif topic == "choice":
+                first, *others = rotations(make_question(world, scene, topic, rng))
+                asked = [(topic, first), *(("turned", question) for question in others)]
+            else:
+                asked = [(topic, make_question(world, scene, topic, rng, truth)) for truth in (True, False)]
+                asked.append(("open", make_question(world, scene, topic, rng, closed=False)))
+            yield from ((measure, (topic, i), scene, question) for measure, question in asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from formats.datasets import (
     every,
     index_file,
     open_sources,
+    parse_ratio,
     picture_key,
     tar_samples,
 )
@@ -358,3 +359,10 @@ def test_a_broken_archive_is_no_shorter_one(harm, tmp_path):
     file.write_bytes(harm(file.read_bytes(), at))
     with pytest.raises((tarfile.TarError, OSError)):
         [*tar_samples(file)]
+
+
+@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])
+def test_a_ratio_that_is_none_is_refused(text):
+    """Two whole numbers, not both zero."""
+    with pytest.raises(InputError, match="--ratio .*GEN:UND"):
+        parse_ratio(text)

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 from made import both_models
-from made_data import answer_of, random, training_scenes
+from made_data import answer_of
 from made_folders import BLUE, RED, command, opened
 from PIL import Image
 
 import aia
 import data
 import eval as evaluation
+import formats.records
 import formats.weights
 import model
 import train
 from parts.pictures import to_tensor
 from parts.settings import write_json
-from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, draw_scenes, make_question, read_scenes
+from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, draw_scenes, read_scenes
 
 
 def result_of(capsys):
@@ -109,15 +110,6 @@ def test_the_tokenizer_score_is_that_of_its_pictures(offset, psnr, reader):
         decode_images = staticmethod(lambda pixels: pixels - 2 * offset / 255 + 1e-4)
     scores = evaluation.score_tokenizer(Darker(1, 1), World(0), 6)
     assert scores["reader"] == reader and scores["psnr"] >= psnr - 0.1 and (offset == 0 or scores["psnr"] < psnr + 0.1)
-
-
-def test_rotations_keep_the_right_option():
-    """The four options move round, so that the right one stands behind each letter once; the first is the original."""
-    for i, scene in enumerate(training_scenes(100)):
-        asked = make_question(World(0), scene, "choice", random(i))
-        turned = evaluation.rotations(asked)
-        assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
-        assert all(q.answer == answer_of(q.text, scene) for q in turned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,17 +235,6 @@ def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypat
         said.append((turns[-1][0], answer))
 
 
-def test_words_appear_as_they_come(runs, capsys):
-    """Never half a character; together they are the answer."""
-    _, text = opened(runs["tiny-emu3"])
-    typist, shown = evaluation.Typist(text), []
-    for token in text.encode(" a 漢 dog"):
-        typist(torch.tensor([token]))
-        shown.append(capsys.readouterr().out)
-    assert len([part for part in shown if part]) > 2 and "".join(shown) == "a 漢 dog" == typist.end()
-    assert capsys.readouterr().out == "\n"
-
-
 @both_models
 def test_several_pictures_may_be_asked_about(name, runs, capsys):
     """--image takes a list; the answer is that of both pictures in front of the question."""
@@ -261,7 +242,7 @@ def test_several_pictures_may_be_asked_about(name, runs, capsys):
     command("chat", "--checkpoint", runs[name], "--image", *files, "--question", "what?", "--max-new-tokens", 3)
     m, text = opened(runs[name])
     samples, ids, mask, pixels = evaluation.ask(data.Preparer(m, text, training=False),
-                                                [evaluation.conversation([("what?", None)], files)])
+                                                [formats.records.conversation([("what?", None)], files)])
     assert sum(role == data.IMAGE for _, role in samples[0]) == 2 * (4 if name == "tiny-emu3" else 1)
     assert result_of(capsys)[1]["answer"] == text.decode(m.generate_text(ids, pixels, mask, 3)[0]).strip()
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"parts/settings.py": 260},
     {"parts/processes.py": 90, "aia.py": 220},
     {"parts/text.py": 270, "parts/pictures.py": 160, "parts/vision.py": 400, "parts/world.py": 480,
-     "parts/kernels.py": 340},
+     "parts/kernels.py": 320},
     {"model.py": 950},
     {"formats/records.py": 200, "formats/checkpoints.py": 260, "formats/weights.py": 520, "formats/datasets.py": 600},
     {"data.py": 800},
@@ -37,7 +37,7 @@ FOLDERS = ("parts", "formats", "benchmarks", "lab")
 OPTIONAL = {"matplotlib", "pyarrow", "openpyxl", "transformers", "huggingface_hub", "pytorch_fid", "cleanfid",
             "resource"}
 LAZY = {"eval.py": {"benchmarks"}}                                      # `eval.py score BENCH` hands over to it
-SHARED = {"main", "COMMANDS"}                                           # global names that several files may have
+SHARED = {"main", "COMMANDS", "MOVED"}                                        # global names that several files may have
 
 
 def tree(file):
@@ -110,7 +110,7 @@ def test_the_method_is_read_in_an_evening():
             if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
                 spoken.add(token.start[0])
         comments += len(spoken)
-    assert lines <= 3570 and 0.15 <= comments / lines <= 0.25
+    assert lines <= 3450 and 0.15 <= comments / lines <= 0.25
 
 
 def test_a_global_name_is_one_thing():

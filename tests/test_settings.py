@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from parts.settings import InputError, opt, parse, parse_ratio
+from parts.settings import InputError, moved, opt, parse
 
 
 def test_a_flag_given_twice_adds():
@@ -18,8 +18,10 @@ def test_a_flag_given_twice_adds():
         assert parse(Settings, words).seeds == ("2", "3")
 
 
-@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])
-def test_a_ratio_that_is_none_is_refused(text):
-    """Two whole numbers, not both zero."""
-    with pytest.raises(InputError, match="--ratio .*GEN:UND"):
-        parse_ratio(text)
+def test_an_old_name_says_the_new_one():
+    """A command is the first word only, a flag may stand anywhere and may hold its value."""
+    names = {"study": "python -m lab.study", "--shard": "--parallel hsdp"}
+    moved(["--data", "study", "--sharded"], "train.py", names)
+    for argv in (["study", "--quick"], ["--seed", "1", "--shard", "2"], ["--shard=2"]):
+        with pytest.raises(InputError, match="^train.py (study|--shard) is now (python -m lab.study|--parallel hsdp)$"):
+            moved(argv, "train.py", names)

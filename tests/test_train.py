@@ -384,7 +384,7 @@ def test_a_killed_job_leaves_a_log_that_is_trimmed(tmp_path):
     """Reports behind the checkpoint are taken again, and a line that was cut short is no line."""
     lines = [json.dumps({"phase": phase, "step": step}) for phase in (0, 1) for step in (1, 2, 3)]
     (tmp_path / "log").write_text("\n".join(lines) + '\n{"phase": 1, "st')
-    train.trim_log(tmp_path / "log", 1, 2)
+    formats.checkpoints.trim_log(tmp_path / "log", 1, 2)
     assert (tmp_path / "log").read_text().splitlines() == lines[:5]
 
 

@@ -24,6 +24,7 @@ from parts.world import (
     make_question,
     prompt_text,
     read_scenes,
+    rotations,
     world_of,
 )
 
@@ -191,3 +192,12 @@ def test_runs_of_before_keep_their_world():
     assert before.held_out == World(3).held_out and before.cell_side == 8
     again = world_of({"seed": 3, "shapes": 6, "colours": 5, "objects": 3, "cell": 16})
     assert again.held_out == World(3, 6, 5, 3).held_out and again.cell_side == 16
+
+
+def test_rotations_keep_the_right_option():
+    """The four options move round, so that the right one stands behind each letter once; the first is the original."""
+    for i, scene in enumerate(training_scenes(100)):
+        asked = make_question(World(0), scene, "choice", random(i))
+        turned = rotations(asked)
+        assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
+        assert all(q.answer == answer_of(q.text, scene) for q in turned)
