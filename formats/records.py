@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, replace
 
 import aia
-from parts.settings import InputError
+from parts.settings import InputError, utf8
 
 SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
 
@@ -110,6 +110,8 @@ def parse_record(line, origin, folder, strict=True):
     Paths are relative to folder. strict: only our own fields are allowed; otherwise the layouts of public data sets are
     read too, and unused fields are ignored.
     """
+    if isinstance(line, bytes):                     # json.loads would guess the encoding, and wrongly in mid-file
+        line = utf8(line)
     try:
         entry = line if isinstance(line, dict) else json.loads(line)
     except (ValueError, RecursionError) as error:

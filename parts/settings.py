@@ -134,14 +134,36 @@ def run_command(command):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+def utf8(content, origin=""):
+    """The text in bytes. UTF-8, with or without a byte-order mark, is the only encoding that is read: guessing another
+    one makes wrong words."""
+    fault = "UTF-16 or UTF-32"
+    if not content.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" not in content[:100]:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            fault = f"not UTF-8 from byte {error.start} on"
+    where = f"{origin}: " if origin else ""
+    raise InputError(f"{where}the text is {fault}: save it as UTF-8 (in PowerShell: Out-File -Encoding utf8)")
+
+
+def read_text(file, name=""):
+    """The text of a UTF-8 file. name: of the file in error messages."""
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name or file} cannot be read ({error.strerror}): check or replace this file") from error
+    return utf8(content, name or file)
+
+
 def read_json(file, what=""):
     """The object in a JSON file. what: a name for the file in error messages."""
     name = f"{what}: {file}" if what else str(file)
+    text = read_text(file, name)
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name} cannot be read ({reason}): check or replace this file") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} cannot be read ({error}): check or replace this file") from error
     if not isinstance(content, dict):
         raise InputError(f"{name} holds no JSON object: check or replace this file")
     return content
@@ -149,10 +171,7 @@ def read_json(file, what=""):
 
 def text_lines(file):
     """[(origin, line)] of the lines of a file that are not blank."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({first_line(error)}): check or replace this file") from error
+    lines = read_text(file).split("\n")
     return [(f"{file} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

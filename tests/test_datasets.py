@@ -341,7 +341,18 @@ def test_one_bad_byte_costs_one_record(album):
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join([lines[0], lines[1].replace(b"yes", b"\xff"), lines[1]]))
     source = FileSource(file, "emu3", "skip")
     assert [source.count(task) for task in aia.TASKS] == [1, 1]
-    assert len(source.bad) == 1 and ":2: not JSON" in source.bad[0]
+    assert len(source.bad) == 1 and ":2: the text is not UTF-8 from byte" in source.bad[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_lines_in_utf_16_are_no_records(encoding, album):
+    """json.loads guesses the encoding of bytes; of a line from the middle of such a file it guesses other words."""
+    file = album(DRAWN, ASKED)
+    file.write_bytes(file.read_text(encoding="utf-8").encode(encoding))
+    with pytest.raises(InputError, match=":1: the text is UTF-16 or UTF-32: save it as UTF-8"):
+        FileSource(file, "emu3")
+    with pytest.raises(InputError, match="holds no usable record"):
+        FileSource(file, "emu3", "skip")
 
 
 @pytest.mark.parametrize("harm", [lambda tar, at: tar[:at], lambda tar, at: tar[:at + 100],

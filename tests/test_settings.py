@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from parts.settings import InputError, moved, opt, parse
+from parts.settings import InputError, json_lines, moved, opt, parse, read_json, text_lines
 
 
 def test_a_flag_given_twice_adds():
@@ -25,3 +25,17 @@ def test_an_old_name_says_the_new_one():
     for argv in (["study", "--quick"], ["--seed", "1", "--shard", "2"], ["--shard=2"]):
         with pytest.raises(InputError, match="^train.py (study|--shard) is now (python -m lab.study|--parallel hsdp)$"):
             moved(argv, "train.py", names)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_text_that_is_not_utf_8_is_refused(encoding, tmp_path):
+    """What PowerShell's > writes is UTF-16; read by a guess, its lines become other words."""
+    file = tmp_path / "a.json"
+    text = '{"word": "é"}\n{"word": "b"}\n'
+    file.write_bytes(text.encode(encoding))
+    for read in (read_json, text_lines, json_lines):
+        with pytest.raises(InputError, match="a.json: the text is (UTF-16|not UTF-8).*: save it as UTF-8"):
+            read(file)
+    for good in ("utf-8", "utf-8-sig"):
+        file.write_bytes(text.encode(good))
+        assert [row["word"] for _, row in json_lines(file, "word")] == ["é", "b"]
