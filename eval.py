@@ -22,13 +22,15 @@ from PIL import Image
 import aia
 import data
 import formats.weights
+import model
 from formats.checkpoints import checkpoint_folders
 from formats.datasets import FileSource
 from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.pictures import grid_for, load_picture, to_picture, to_tensor
 from parts.settings import InputError, aside, opt, read_json, stream, write_json
-from parts.text import TOKENIZERS, Text, Typist
+from parts.terminal import Typist, converse
+from parts.text import TOKENIZERS, Text
 from parts.world import (
     combinations,
     draw_scenes,
@@ -63,6 +65,7 @@ def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, ne
         codes = draw_codes(m, text, prompts[start:start + batch], generator, guidance, temperature, size, negative,
                            roles)
         pixels.append(m.decode_images(codes).cpu())
+        model.finite(pixels[-1])
     return torch.cat(pixels)
 
 
@@ -259,6 +262,7 @@ def measure(m, batches, target, delta):
     for batch in filter(None, batches):
         batch = batch.to(device)
         out = m(batch)
+        model.finite(out.ntp)
         ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
         first = torch.zeros_like(batch.condition)
         first[:, 0] = True
@@ -480,9 +484,6 @@ class Chat(Loaded):
     seed: int = opt(0, "draws the words, where the temperature is not 0")
 
 
-HELP = "/image FILE shows a picture with your next question, /new starts over, /quit or Ctrl-D ends."
-
-
 def chat(config):
     """Print one answer, or talk until the end of the input."""
     settings.at_least(config, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
@@ -503,45 +504,6 @@ def chat(config):
     if config.question:
         return {"answer": reply([(config.question, None)], config.image)}
     return {"turns": converse(reply, m.config.kind, list(config.image))}
-
-
-def converse(reply, kind, waiting):
-    """Questions from the terminal, answered by reply(turns, pictures), until it ends -> their number. The pictures
-    `waiting` belong to the next question."""
-    print(HELP)
-    turns, pictures, answered = [], [], 0
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return answered
-        try:
-            if line == "/quit":
-                return answered
-            if line == "/new":
-                turns, pictures, waiting = [], [], []
-            elif line.startswith("/image "):
-                path = line.removeprefix("/image ").strip()
-                load_picture(path, kind)
-                waiting.append(path)
-                print(f"({path} is shown with your next question)")
-            elif line.startswith("/"):
-                print(HELP)
-            elif line:
-                marks = line.count("<image>")
-                if marks not in (0, len(waiting)):
-                    raise InputError(f"{marks} <image> marks for {len(waiting)} new pictures: write one each, or none")
-                asked = line if marks else "<image>" * len(waiting) + line
-                said = reply([*turns, (asked, None)], [*pictures, *waiting])
-                turns = [*turns, (asked, said)]
-                pictures = [*pictures, *waiting]
-                waiting = []
-                answered = answered + 1
-        except InputError as error:                  # of one line: the conversation goes on
-            print(f"error: {error}")
-        except KeyboardInterrupt:                    # of one answer
-            print("\n(stopped; this question is forgotten)")
 
 
 @dataclass(frozen=True)

@@ -605,6 +605,8 @@ class Unified(nn.Module):
         codes = []
         for i in range(h * w):
             logits = self.code_logits(step(x)).float()                          # (rows, K)
+            if i in (0, h * w - 1):                 # what is broken once stays so; each look makes a GPU wait
+                finite(logits)
             if guided:
                 # Rows alternate: conditional, unconditional. s = u + g (c - u)
                 given, free = logits[0::2], logits[1::2]
@@ -619,16 +621,21 @@ class Unified(nn.Module):
                       generator=None, watch=None):
         """Answer: ids (B, T) as in `logits`, padding on the left -> new ids (B, up to max_new_tokens).
 
-        temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended. watch is called with the
-        tokens (B,) of each step, as they come.
+        temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended, or the longest fills the
+        context. watch is called with the tokens (B,) of each step, as they come.
         """
-        step = self.steps(left_padding(ids, mask), max_new_tokens, "und")
+        mask = left_padding(ids, mask)
+        room = self.config.context - int(mask.sum(1).max())
+        max_new_tokens = min(max_new_tokens, max(room, 1))
+        step = self.steps(mask, max_new_tokens, "und")
         x = self.embed_text(ids, pixels)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new = []
         ask = 1 if ids.device.type == "cpu" else ASK_EVERY
         while len(new) < max_new_tokens and (len(new) % ask or not done.all()):
             logits = self.lm_head(step(x)).float()                              # (B, V)
+            if not new:
+                finite(logits)
             token = sample(logits, temperature, 0, top_p, generator)            # (B,)
             token = token.masked_fill(done, self.ids["pad"])
             new.append(token)
@@ -638,6 +645,7 @@ class Unified(nn.Module):
             x = self.lm.embed_tokens(token[:, None])                            # (B, 1, C)
         if not new:
             return ids[:, :0]
+        finite(logits)
         tokens = torch.stack(new, 1)
         going = (tokens == self.ids["eos"]).cumsum(1) == 0                      # (B, T): rows that have not ended
         return tokens[:, :int(going.any(0).sum()) + 1]
@@ -645,6 +653,10 @@ class Unified(nn.Module):
     def steps(self, mask, new, task):
         """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
         tokens -> the last hidden state (rows, C). After the prompts CUDA replays it: a step is 1,000 small kernels."""
+        given, most = int(mask.sum(1).max()), self.config.context
+        if given + new > most:
+            raise InputError(f"{given} tokens and {new} to come, but the model takes {most}: shorten the text, show "
+                             "fewer pictures, or begin anew (/new in a conversation)")
         cache = Cache(self.lm, mask, new)
         replayed = None
 
@@ -804,6 +816,13 @@ def left_padding(ids, mask):
     if not bool(mask[:, -1].all()):
         raise InputError("prompts for generation must be padded on the left: the last token of every row is continued")
     return mask
+
+
+def finite(x):
+    """Refuse what a model puts out if it is not all numbers: every word drawn from it would be the same, and wrong."""
+    if not bool(torch.isfinite(x).all()):
+        raise InputError("the model puts out NaN or infinity: try --dtype float32; if that does the same, its weights "
+                         "are broken: take an earlier checkpoint, or the original files again")
 
 
 def sample(logits, temperature, top_k, top_p, generator=None):

@@ -75,13 +75,21 @@ def first_decides(work):
 
 @contextlib.contextmanager
 def interruptible(stop):
-    """Ctrl-C, SIGTERM and SLURM's USR1 only call stop(number) inside. A second Ctrl-C interrupts at once, except under
-    torchrun, which sends each one twice."""
+    """Ctrl-C, SIGTERM, SLURM's USR1 and a closed terminal (HUP, unless nohup ignores it) only call stop(number) inside.
+    A second Ctrl-C interrupts at once, except under torchrun, which sends each one twice."""
+    shown = [number for number in (1, 2) if os.isatty(number)]
+
     def handle(number, frame):
         stop(number)
         if number == signal.SIGINT and processes() == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.Signals(number).name == "SIGHUP":
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for file in shown:                      # to print on a closed terminal is an error
+                os.dup2(nowhere, file)
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]        # Windows has no USR1
+    if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append("SIGHUP")
     before = {name: signal.signal(getattr(signal, name), handle) for name in names}
     try:
         yield

@@ -199,26 +199,6 @@ class Text:
         return self.core.decode([i for i in ids if i not in self.control_ids])
 
 
-class Typist:
-    """Prints an answer as its tokens come; a character of several tokens appears when it is whole."""
-
-    def __init__(self, text):
-        self.text, self.ids, self.shown = text, [], ""
-
-    def __call__(self, token):
-        self.ids.append(int(token[0]))
-        now = self.text.decode(self.ids).strip()
-        if not now.endswith("\ufffd"):
-            print(now[len(self.shown):], end="", flush=True)
-            self.shown = now
-
-    def end(self):
-        """Print what is left, end the line -> the whole answer."""
-        now = self.text.decode(self.ids).strip()
-        print(now[len(self.shown):], flush=True)
-        return now
-
-
 def store_tokenizer(text, folder):
     """Copy a tokenizer into a run folder: emu3.tiktoken as an equivalent tokenizer.json, all others as they are."""
     if text.file.suffix == ".tiktoken":

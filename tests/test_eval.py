@@ -1,6 +1,7 @@
 """Claims about judging: scores, curves, and the commands that draw and answer (eval.py)."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ import torch
 from made import both_models
 from made_data import answer_of
 from made_folders import BLUE, RED, command, opened
+from made_runs import refused
 from PIL import Image
 
 import aia
@@ -20,6 +22,7 @@ import eval as evaluation
 import formats.records
 import formats.weights
 import model
+import parts.terminal
 import train
 from parts.pictures import to_tensor
 from parts.settings import write_json
@@ -223,7 +226,7 @@ def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypat
          "/help")
     command("chat", "--checkpoint", runs[name], "--max-new-tokens", 4)
     printed, result = result_of(capsys)
-    assert result == {"turns": 3} and printed.count("error: ") == 2 and printed.count(evaluation.HELP) == 2
+    assert result == {"turns": 3} and printed.count("error: ") == 2 and printed.count(parts.terminal.HELP) == 2
     assert "picture none.png is missing" in printed and "1 <image> marks for 0 new pictures" in printed
     said = []
     for turns, pictures in ([("hello", None)], []), ([("is it <image>?", None)], [picture]), ([("and?", None)], []):
@@ -233,6 +236,42 @@ def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypat
         answer = text.decode(m.generate_text(ids, pixels, mask, 4)[0]).strip()
         assert answer in printed
         said.append((turns[-1][0], answer))
+
+
+@both_models
+def test_what_is_longer_than_the_context_is_refused(name, runs, capsys, monkeypatch, tmp_path):
+    """Positions that the model was never trained on give words and pictures without sense. In a conversation /new
+    helps; an answer ends where the context does."""
+    long = "a red circle " * 200
+    for words in (["chat", "--question", long], ["generate", "--prompt", long, "--out", tmp_path / "a.png"]):
+        line = refused(capsys, words[0], "--checkpoint", runs[name], *words[1:], main=evaluation.main)
+        assert re.fullmatch(r"error: \d+ tokens and \d+ to come, but the model takes 256: shorten .*", line)
+    assert not (tmp_path / "a.png").exists()
+    talk(monkeypatch, long, "/new", "hello")
+    command("chat", "--checkpoint", runs[name], "--max-new-tokens", 2)
+    printed, result = result_of(capsys)
+    assert result == {"turns": 1} and "begin anew (/new" in printed
+    m, _ = opened(runs[name])
+    m.lm_head.weight.data.zero_()                   # never the end of an answer
+    ids = torch.ones(1, 250, dtype=torch.long)
+    assert m.generate_text(ids, max_new_tokens=50).shape == (1, 6)
+
+
+@both_models
+def test_a_model_that_puts_out_nan_is_refused(name, runs, capsys, monkeypatch, tmp_path):
+    """One broken weight makes every word the same: no answer, picture, score or curve is made of that."""
+    load = formats.weights.load
+
+    def broken(*key, **more):
+        m = load(*key, **more)
+        m.lm.norm.weight.data[3] = math.nan
+        return m
+    monkeypatch.setattr(formats.weights, "load", broken)
+    for words in (["chat", "--question", "what?"], ["generate", "--out", tmp_path / "a.png"], ["score", "--n", 1],
+                  ["curves", "--n", 1, "--out", tmp_path / "a.png"]):
+        line = refused(capsys, words[0], "--checkpoint", runs[name], *words[1:], main=evaluation.main)
+        assert line.startswith("error: the model puts out NaN or infinity: try --dtype float32")
+    assert not [*tmp_path.iterdir()]
 
 
 @both_models

@@ -1,6 +1,13 @@
 """Claims about one of several processes: what it learns from its environment (parts/processes.py)."""
 
+import fcntl
+import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +47,44 @@ def test_the_first_signal_is_noted_and_the_second_stops():
         assert met == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_closed_terminal_asks_for_an_end_unless_it_is_ignored():
+    """HUP is noted like SIGTERM; under nohup, which ignores it, a run goes on."""
+    met = []
+    with interruptible(met.append):
+        signal.raise_signal(signal.SIGHUP)
+    assert met == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible(met.append):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert met == [signal.SIGHUP]
+
+
+CLOSED = """
+import sys, time
+from parts.processes import interruptible
+met = []
+with interruptible(met.append):
+    print("ready", flush=True)
+    while not met:
+        time.sleep(0.01)
+    print("on a closed terminal", flush=True)
+    print("here too", file=sys.stderr, flush=True)
+    open(sys.argv[1], "w").write("saved")
+"""
+
+
+def test_what_is_printed_after_the_terminal_is_closed_stops_nothing(tmp_path):
+    """The system refuses what is written to a closed terminal; the checkpoint that comes after must be saved."""
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", CLOSED, tmp_path / "file"], stdin=terminal, stdout=terminal,
+                               stderr=terminal, start_new_session=True, cwd=Path(__file__).parent.parent,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(terminal)
+    assert b"ready" in os.read(screen, 100)
+    os.close(screen)
+    assert process.wait(60) == 0 and (tmp_path / "file").read_text() == "saved"

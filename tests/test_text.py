@@ -5,12 +5,11 @@ import unicodedata
 
 import pytest
 import sentencepiece
-import torch
 from made_data import BYTES, PRESET, both_kinds, random, rank_file, training_scenes
 
 import model
 from parts.settings import InputError
-from parts.text import SPECIAL, Text, Typist, find_tokenizer, store_tokenizer
+from parts.text import SPECIAL, Text, find_tokenizer, store_tokenizer
 from parts.world import caption
 
 
@@ -186,14 +185,3 @@ def test_a_tokenizer_of_a_newer_library_is_named(texts, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="tokenizer.json cannot be used .* newer version"):
         Text(tmp_path / "tokenizer.json", "emu3")
-
-
-def test_words_appear_as_they_come(texts, capsys):
-    """Never half a character; together they are the answer."""
-    text = texts["emu3"]
-    typist, shown = Typist(text), []
-    for token in text.encode(" a 漢 dog"):
-        typist(torch.tensor([token]))
-        shown.append(capsys.readouterr().out)
-    assert len([part for part in shown if part]) > 2 and "".join(shown) == "a 漢 dog" == typist.end()
-    assert capsys.readouterr().out == "\n"
