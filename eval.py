@@ -28,6 +28,7 @@ from formats.datasets import FileSource
 from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.pictures import grid_for, load_picture, to_picture, to_tensor
+from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, save_figure
 from parts.settings import InputError, aside, opt, read_json, stream, write_json
 from parts.terminal import Typist, converse
 from parts.text import TOKENIZERS, Text
@@ -301,8 +302,6 @@ def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of results
 # ---------------------------------------------------------------------------------------------------------------------
-VERMILION, BLUE, GREEN, SKY = "#D55E00", "#0072B2", "#009E73", "#56B4E9"
-PALETTE = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", SKY)                   # Okabe and Ito
 COLOUR = {"gen": VERMILION, "und": BLUE, "target": "black",
           "before": "#999999", "control": SKY, "after": VERMILION, "public": VERMILION}
 ARMS = ("before", "control", "after", "public")     # models of a run in the order of training, or public weights
@@ -327,43 +326,6 @@ def label_of(name, row):
 
 
 PANEL = {"gen": "generation: image tokens look at text", "und": "understanding: answers look at the image"}
-
-
-def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1)):
-    """Panels, two in a row, in the one look of all figures. ends: of the x axis; None: those of the data."""
-    from matplotlib.figure import Figure
-    columns = min(len(titles), 2)
-    rows = (len(titles) + 1) // 2
-    figure = Figure((4.5 * columns, 3.4 * rows + 0.5), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for panel in panels[:, 0]:
-        panel.set_ylabel(ylabel)
-    for panel in panels.flat[len(titles):]:
-        panel.remove()
-    panels = panels.flat[:len(titles)]
-    for panel, title in zip(panels, titles, strict=True):
-        panel.set_title(title, fontsize=11)
-        panel.set_xlabel(xlabel)
-        if ends:
-            panel.set_xlim(ends)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def save_figure(figure, panels, file, bottom=0, legend=True):
-    """Write the file, with a legend below all panels that names each label once. bottom: of the y axis; None: that of
-    the data."""
-    entries = {}                                                                # {label: handle}
-    for panel in panels:
-        panel.set_ylim(bottom=bottom)
-        handles, labels = panel.get_legend_handles_labels()
-        entries |= zip(labels, handles, strict=True)
-    if legend and entries:
-        width = 0.6 + 0.075 * max(map(len, entries))                            # of a column, in inches
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False, fontsize=9,
-                      ncols=max(int(figure.get_figwidth() / width), 1))
-    with aside(file) as part:
-        figure.savefig(part, format=Path(file).suffix[1:] or "png")
 
 
 def plot_arms(panel, x, rows):
@@ -440,9 +402,11 @@ def load_run(config, part=""):
 
 @dataclass(frozen=True)
 class Generate(Loaded):
-    """Draw a picture from a prompt."""
+    """Draw pictures from prompts. Several lie in a sheet, with a row for each prompt, and in a file each beside it."""
 
-    prompt: str = opt("a red circle above a blue square", "what to draw")
+    prompt: tuple = opt(("a red circle above a blue square",), "what to draw; several texts are several prompts")
+    prompts: str = opt("", "UTF-8 file with a prompt in each line, in place of --prompt")
+    n: int = opt(1, "pictures for each prompt, with seeds that follow --seed")
     out: str = opt("picture.png", "PNG file to write")
     aspect: str = opt("1:1", "WIDTH:HEIGHT of the picture; Janus-Pro draws squares only")
     negative: str = opt("", "Emu3: prompt to be guided away from; empty: the model's own")
@@ -453,23 +417,39 @@ class Generate(Loaded):
 
 
 def generate(config):
-    """Write one picture file."""
+    """Write one picture, or a sheet of several and a file for each, NAME-PROMPT-SEED."""
     out = Path(config.out)
-    settings.at_least(config, {"seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
+    settings.at_least(config, {"n": 1, "seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
     form = Image.registered_extensions().get(out.suffix.lower())
-    if not out.parent.is_dir() or out.is_dir() or form not in Image.SAVE:
-        raise InputError(f"--out {out} cannot be written: give a file in an existing folder that ends in .png")
+    settings.check_out(out)
+    if form not in Image.SAVE:
+        raise InputError(f"--out {out} cannot be written: give a file that ends in .png")
+    prompts = config.prompt
+    if config.prompts:
+        prompts = [line for _, line in settings.text_lines(config.prompts)]
     m, text, _ = load_run(config)
-    pixels = draw(m, text, [config.prompt], config.seed, config.guidance or None, config.temperature,
-                  grid_for(config.aspect, m.config), config.negative or None)[0]
-    picture = Image.fromarray(to_picture(pixels))
-    scale = config.scale or max(240 // max(picture.size), 1)
-    size = tuple(side * scale for side in picture.size)
+    grid = grid_for(config.aspect, m.config)
+    sheet = None
+    for row, prompt in enumerate(prompts):
+        for column in range(config.n):
+            seed = config.seed + column             # one at a time: each can be drawn again alone
+            pixels = draw(m, text, [prompt], seed, config.guidance or None, config.temperature, grid,
+                          config.negative or None)[0]
+            picture = Image.fromarray(to_picture(pixels))
+            scale = config.scale or max(240 // max(picture.size), 1)
+            picture = picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST)
+            sheet = sheet or Image.new("RGB", (picture.width * config.n, picture.height * len(prompts)))
+            sheet.paste(picture, (picture.width * column, picture.height * row))
+            file = out
+            if config.n * len(prompts) > 1:
+                file = out.with_stem(f"{out.stem}-{row + 1}-{seed}")
+                with aside(file) as part:
+                    picture.save(part, form)
+            print(f"{file}: {picture.width} x {picture.height}, each pixel shown {scale} times, from {prompt!r} with "
+                  f"seed {seed}")
     with aside(out) as part:
-        picture.resize(size, Image.Resampling.NEAREST).save(part, form)
-    print(f"{config.out}: {picture.width} x {picture.height}, each pixel shown {scale} times, from "
-          f"{config.prompt!r} with seed {config.seed}")
-    return {"out": config.out, "width": size[0], "height": size[1]}
+        sheet.save(part, form)
+    return {"out": config.out, "width": sheet.width, "height": sheet.height}
 
 
 @dataclass(frozen=True)
@@ -520,6 +500,8 @@ class Curves(Loaded):
 
 def curve_command(config):
     """Write curves.png and curves.json."""
+    settings.at_least(config, {"n": 1, "seed": 0})
+    settings.check_out(config.out)
     m, text, run = load_run(config)
     folder = Path(config.checkpoint)
     if run is None and not config.data:
@@ -571,6 +553,8 @@ class ScoreWorld(Loaded):
 
 def score_world(config):
     """Scores of one run on the built-in world, printed, and stored if --out says where: its own scores.json stays."""
+    settings.at_least(config, {"n": 1, "seed": 0})
+    settings.check_out(config.out)
     m, text, run = load_run(config)
     if run is None:
         raise InputError(f"{config.checkpoint} never saw the built-in world: score takes the folder of a run")

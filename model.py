@@ -827,7 +827,7 @@ def finite(x):
 
 def sample(logits, temperature, top_k, top_p, generator=None):
     """Draw one id per row of logits (B, V) -> (B,). temperature 0: the largest; top_k 0 and top_p 1: from all."""
-    if temperature == 0:
+    if temperature < 1e-5:                          # to divide by it would give infinity
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:

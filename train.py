@@ -44,6 +44,7 @@ from formats import checkpoints
 from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, open_sources, parse_ratio, square_pictures
 from parts import settings
+from parts.lock import owned
 from parts.processes import first_decides, gathered, interruptible, join, over_processes, processes, rank
 from parts.settings import InputError, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
@@ -464,7 +465,7 @@ class Run:
     def __init__(self, config, phases):
         self.config = config
         self.phases = phases
-        self.folder = Path(config.out or f"runs/{config.preset}-seed{config.seed}")
+        self.folder = run_folder(config)
         self.bad = []                               # texts about records that were left out
         self.stopping = 0                           # the signal that asks for an end
         self.held = None                            # batches of --val, made when they are first needed
@@ -714,7 +715,20 @@ def train(config, phases=None):
     """All phases, those of the plan unless given, then the evaluation -> the result that is printed as the last line;
     None except on the first process."""
     check_numbers(config)
-    run = Run(config, phases or plan(config))
+    phases = phases or plan(config)
+    start_processes(config)
+    with owned(run_folder(config)):
+        run = Run(config, phases)
+        run_phases(run)
+        return finish(run)
+
+
+def run_folder(config):
+    return Path(config.out or f"runs/{config.preset}-seed{config.seed}")
+
+
+def run_phases(run):
+    """All phases that are left, until they are done or a signal asks for an end."""
     manifest = run.manifest
     begin, step = (manifest["phase"], manifest["step"]) if manifest else (0, 0)
     first_decides(lambda: checkpoints.trim_log(run.folder / "metrics.jsonl", begin, step))
@@ -725,7 +739,6 @@ def train(config, phases=None):
         run.saver.finish()
         if over_processes(torch.tensor(run.stopping)):
             raise Stop(run.stopping)
-    return finish(run)
 
 
 class Progress:

@@ -12,7 +12,8 @@ import numpy as np
 
 import aia
 import model
-from eval import ARMS, COLOUR, LABEL, PALETTE, canvas, distance, label_of, plot_arms, save_figure
+from eval import ARMS, COLOUR, LABEL, distance, label_of, plot_arms
+from parts.plots import PALETTE, canvas, save_figure
 from parts.settings import InputError, opt, parse, read_json, run_command, tell, whole_lines, write_json
 
 # L layers. A run here is what load_result returns: {"curves": {task: {"target", "arms"}}, "kind", "log"}.

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aia
-from eval import BLUE, LABEL, VERMILION, canvas, distance, final_label, label_of, save_figure
+from eval import LABEL, distance, final_label, label_of
 from lab.figures import TASK_NAME, load_result, named, training_log
+from parts.plots import BLUE, VERMILION, canvas, save_figure
 from parts.settings import InputError, aside, opt, parse, read_json, run_command, tell
 
 

@@ -215,6 +215,12 @@ def aside(path):
         raise InputError(f"{path} cannot be written ({reason}): choose a folder that exists, and make room") from error
 
 
+def check_out(file):
+    """Refuse a file that cannot be written, before hours of work for it. Empty: nothing is to be written."""
+    if not Path(file).parent.is_dir() or (file and Path(file).is_dir()):
+        raise InputError(f"--out {file} cannot be written: give a file in a folder that exists")
+
+
 def write_json(content, file):
     with aside(file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ def converse(reply, kind, waiting):
             if line == "/new":
                 turns, pictures, waiting = [], [], []
             elif line.startswith("/image "):
-                path = line.removeprefix("/image ").strip()
+                path = line.removeprefix("/image ").strip().strip("'\"")         # terminals quote a dragged file
                 load_picture(path, kind)
                 waiting.append(path)
                 print(f"({path} is shown with your next question)")

@@ -194,6 +194,36 @@ def test_a_drawing_is_repeated_by_its_seed(name, runs, tmp_path, capsys):
 
 
 @both_models
+def test_each_of_several_pictures_can_be_drawn_again_alone(name, runs, tmp_path, capsys):
+    """Two prompts from a file, two seeds: a sheet with a row for each prompt, and four files, each equal to that of the
+    command with its prompt and seed."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cross\n\nzwei: é\n", encoding="utf-8")
+    folder = ("--checkpoint", runs[name])
+    command("generate", *folder, "--prompts", file, "--n", 2, "--seed", 5, "--out", tmp_path / "a.png", "--scale", 1)
+    sheet = Image.open(tmp_path / "a.png")
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        "a.png", "a-1-5.png", "a-1-6.png", "a-2-5.png", "a-2-6.png"}
+    side = sheet.width // 2
+    for row, prompt in enumerate(("a red cross", "zwei: é")):
+        for column in range(2):
+            part = tmp_path / f"a-{row + 1}-{5 + column}.png"
+            command("generate", *folder, "--prompt", prompt, "--seed", 5 + column, "--out", tmp_path / "one.png",
+                    "--scale", 1)
+            assert part.read_bytes() == (tmp_path / "one.png").read_bytes()
+            box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+            assert list(sheet.crop(box).getdata()) == list(Image.open(part).getdata())
+    capsys.readouterr()
+    for words in (["generate", "--n", 0], ["generate", "--seed", -1], ["score", "--n", 0], ["curves", "--n", 0],
+                  ["curves", "--seed", -1], ["score", "--seed", -1]):
+        assert f"error: {words[1]} {words[2]}: give at least" in refused(capsys, words[0], *folder, *words[1:],
+                                                                         main=evaluation.main)
+    for words in (["generate", "--out", tmp_path / "no/a.png"], ["curves", "--out", tmp_path / "no/a.png"],
+                  ["score", "--out", tmp_path]):
+        assert "cannot be written: give a file" in refused(capsys, words[0], *folder, *words[1:], main=evaluation.main)
+
+
+@both_models
 def test_chat_prints_the_models_answer(name, runs, capsys):
     """What is printed is the greedy answer, alone on the lines before the result."""
     picture, question = runs[name] / "red.png", "is there a red circle?"

@@ -10,7 +10,7 @@ from PIL import Image
 
 import aia
 import lab.figures
-from lab.figures import save_figure
+from parts.plots import save_figure
 from parts.settings import write_json
 
 

@@ -42,6 +42,7 @@ from formats.checkpoints import (
     tensor_names,
     tensors_of,
 )
+from parts.lock import held
 from parts.pictures import to_tensor
 from parts.processes import processes, rank
 from parts.settings import InputError
@@ -322,6 +323,14 @@ def test_unifork_trains_each_branch_alone_at_the_end(tmp_path, unscored, monkeyp
     train.train(settings(tmp_path / "parts", **given, resume=True))
     one, two = (stored(newest_checkpoint(tmp_path / name)[0]) for name in ("whole", "parts"))
     assert equal(one, two)
+
+
+def test_a_run_folder_in_use_is_left_alone(tmp_path, capsys):
+    """The same job twice would mix its log and remove the checkpoints of the first: refused before anything is read."""
+    with held(tmp_path / "run"):
+        line = refused(capsys, "--out", tmp_path / "run", "--resume", "--steps", 1)
+    assert line.startswith(f"error: {tmp_path}/run is in use by process {os.getpid()}")
+    assert not (tmp_path / "run").exists()
 
 
 def stored(place):

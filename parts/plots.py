@@ -1,0 +1,45 @@
+"""The one look of all figures: colours, panels, files."""
+
+from pathlib import Path
+
+from parts.settings import aside
+
+VERMILION, BLUE, GREEN, SKY = "#D55E00", "#0072B2", "#009E73", "#56B4E9"
+PALETTE = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", SKY)                   # Okabe and Ito
+
+
+def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1)):
+    """Panels, two in a row, in the one look of all figures. ends: of the x axis; None: those of the data."""
+    from matplotlib.figure import Figure
+    columns = min(len(titles), 2)
+    rows = (len(titles) + 1) // 2
+    figure = Figure((4.5 * columns, 3.4 * rows + 0.5), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel(ylabel)
+    for panel in panels.flat[len(titles):]:
+        panel.remove()
+    panels = panels.flat[:len(titles)]
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel(xlabel)
+        if ends:
+            panel.set_xlim(ends)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save_figure(figure, panels, file, bottom=0, legend=True):
+    """Write the file, with a legend below all panels that names each label once. bottom: of the y axis; None: that of
+    the data."""
+    entries = {}                                                                # {label: handle}
+    for panel in panels:
+        panel.set_ylim(bottom=bottom)
+        handles, labels = panel.get_legend_handles_labels()
+        entries |= zip(labels, handles, strict=True)
+    if legend and entries:
+        width = 0.6 + 0.075 * max(map(len, entries))                            # of a column, in inches
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False, fontsize=9,
+                      ncols=max(int(figure.get_figwidth() / width), 1))
+    with aside(file) as part:
+        figure.savefig(part, format=Path(file).suffix[1:] or "png")
