@@ -23,7 +23,7 @@ import aia
 import data
 import formats.weights
 import model
-from formats.checkpoints import checkpoint_folders
+from formats import checkpoints
 from formats.datasets import FileSource
 from formats.records import Record, conversation, first_question
 from parts import settings
@@ -282,6 +282,16 @@ def measure(m, batches, target, delta):
             "ntp": ntp / tokens, "aia": aia.loss(found, target, delta, valid).item(), "samples": len(found)}
 
 
+def arms(folder, m):
+    """(name, m) for the weights of a run before AIA, those trained on without it, and the final ones, one after the
+    other in the same model: two may not fit where one was trained."""
+    for name in ("before", "control", checkpoints.newest_checkpoint(folder)[0].relative_to(folder)):
+        if (folder / name).exists():
+            checkpoints.read_manifest(folder / name)            # refuses damaged files
+            checkpoints.read_tensors(checkpoints.tensors_of(m), folder / name)
+            yield name if isinstance(name, str) else "after", m
+
+
 def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
     """Both tasks of several models (name, m), one after the other and with one picture tokenizer, and their targets ->
     one JSON-ready dict. decode: on what each model says and draws by itself. final: label of the model "after"."""
@@ -312,7 +322,7 @@ WITHOUT = "at the end, without AIA"
 
 def final_label(folder):
     """Label of the final weights of a run folder, which depends on whether its last phase had AIA."""
-    *_, last = [None, *checkpoint_folders(folder)]
+    *_, last = [None, *checkpoints.checkpoint_folders(folder)]
     if last is None:                                # a folder of results only
         return LABEL["after"]
     manifest = read_json(last / "manifest.json")
@@ -386,13 +396,13 @@ class Loaded:
     allow_special: bool = opt(False, "let strings such as <|image start|> in your text act as control tokens")
 
 
-def load_run(config, part=""):
-    """Model, text tokenizer and settings of a run folder (None for public weights). part: a folder of other weights."""
+def load_run(config):
+    """Model, text tokenizer and settings of a run folder (None for public weights)."""
     if not config.checkpoint:
         raise InputError("this command needs --checkpoint, the folder of a run, or of public weights")
     dtype = None if config.dtype == "stored" else getattr(torch, config.dtype)
     m = formats.weights.load(config.checkpoint, dtype, settings.device_of(config.device), config.vision_tokenizer,
-                             config.rope_bf16, part=part)
+                             config.rope_bf16)
     if not m.tokenizer_file:
         raise InputError(f"{config.checkpoint} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
     folder = Path(config.checkpoint)
@@ -506,30 +516,27 @@ def curve_command(config):
     folder = Path(config.checkpoint)
     if run is None and not config.data:
         raise InputError("curves of public weights need --data FILE.jsonl: the built-in world means nothing to them")
-    models = {"after" if run else "public": m}
-    for name in ("before", "control") if run else ():
-        if (folder / name).exists():
-            models[name] = load_run(config, name)[0]
     if config.data:
         samples = FileBatches(FileSource(config.data, m.config.kind))
     else:
         samples = HeldOut(world_of(run), config.seed)
     asked = (run["aia_targets"], run["aia_variant"]) if run else ()
     targets = {task: aia.targets(m.config.layers, task, *asked) for task in aia.TASKS}
-    result = curves(models.items(), data.Preparer(m, text), samples, targets, config.n, config.decode,
+    models = arms(folder, m) if run else [("public", m)]
+    result = curves(models, data.Preparer(m, text), samples, targets, config.n, config.decode,
                     final_label(folder) if run else "")
     own = run and not config.data and not config.decode                     # what the run wrote itself
     out = Path(config.out or (folder / "curves.png" if own else "curves.png"))
-    plot_curves(result, out)
-    write_json(result | {"kind": m.config.kind}, out.with_suffix(".json"))
-    print_curves(result)
+    show_curves(result, out, m.config.kind)
     print(f"{out} and {out.with_suffix('.json')}")
-    return {f"aia_{task}": {name: result[task][name]["aia"] for name in models if result[task][name]}
+    return {f"aia_{task}": {name: row["aia"] for name, row in result[task].items() if isinstance(row, dict)}
             for task in aia.TASKS}
 
 
-def print_curves(result):
-    """A line per model and task: L_AIA and the mean distance to the target."""
+def show_curves(result, out, kind):
+    """Draw and store what `curves` returned, and print a line per model and task."""
+    plot_curves(result, out)
+    write_json(result | {"kind": kind}, out.with_suffix(".json"))
     for task in aia.TASKS:
         for name, row in result[task].items():
             if isinstance(row, dict):

@@ -247,6 +247,26 @@ def check_numbers(config):
                          "instead, which stores all frozen weights in bfloat16")
 
 
+def check_effects(config, phases):
+    """Refuse settings of a command line that change nothing in their combination."""
+    usual = asdict(TrainConfig()) | SETTINGS_OF.get(config.preset, {})
+    usual |= RECIPES[config.recipe][1] if config.recipe else {}
+    idle = {}                                       # {reason: names}
+    if not has_aia(config, phases):
+        idle["no phase has AIA"] = ("rho", "calibration")
+    elif config.aia_weight != "rho":
+        idle["--aia-weight gives lambda"] = ("rho", "calibration")
+    if config.data:
+        idle["--data takes the place of the built-in world"] = (*WORLD[1:], "pool", "eval_n")
+    elif not config.val:
+        idle["the built-in world has no bad records"] = ("on_bad_record",)
+    if not config.init:
+        idle["it belongs to --init"] = ("vision_tokenizer",)
+    if not config.val:
+        idle["there is no --val"] = ("val_every",)
+    settings.check_idle(config, usual, idle)
+
+
 def plan(config):
     """The phases of a run, flags applied."""
     if config.lora_rank and not config.init:
@@ -340,7 +360,7 @@ def shard_model(m, config, frozen, device, node=None):
         node = node or int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
         shape, names = (processes() // node, node), ("copy", "part")
     precision = MixedPrecisionPolicy()
-    if uses_bf16(config, device) and not config.pure_bf16:
+    if settings.uses_bf16(config, device) and not config.pure_bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     offload = CPUOffloadPolicy(torch.cuda.is_available()) if config.offload else OffloadPolicy()
     mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=names)
@@ -474,7 +494,7 @@ class Run:
         self.checkpoint, self.manifest = first_decides(lambda: checkpoints.resumed_from(
             self.folder, config.resume, lambda stored: check_settings(stored, config, self.folder)))
         self.began = time.time() - (self.manifest["seconds"] if self.manifest else 0.0)
-        self.bf16 = uses_bf16(config, self.device)
+        self.bf16 = settings.uses_bf16(config, self.device)
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32             # of activations
         print(f"device {self.device}, {'bfloat16' if self.bf16 else 'float32'} activations, {torch.get_num_threads()} "
               f"threads, process 1 of {processes()}, torch {torch.__version__}, Python {platform.python_version()}")
@@ -678,16 +698,10 @@ class Run:
         return square_pictures(self.source, self.m.config, self.bad, self.config.on_bad_record == "stop")
 
 
-def uses_bf16(config, device):
-    """Whether activations are in bfloat16."""
-    if config.dtype == "auto" and device.startswith("cuda"):
-        return config.pure_bf16 or torch.cuda.is_bf16_supported()
-    return config.pure_bf16 or config.dtype == "bfloat16"
-
-
 # Settings that a run may change when it resumes: where it runs and how often it reports.
 FREE = {"resume", "device", "out", "log_every", "save_every", "micro_batch", "eval_n", "attention", "val_every", "keep",
         "checkpoint_activations", "compile", "encoded", "parallel", "offload", "on_bad_record"}
+PATHS = {"data", "val", "init", "vision_tokenizer"}       # may change too, but not appear or go: files may have moved
 # Settings of older runs that are gone, with the values that change nothing. (None: whatever it was.)
 GONE = {"dry_run_world": (0,), "tokens": (0,), "tflops": (989.0,), "utilisation": (0.4,), "shard": None,
         "whole_gradients": None, "rope_bf16": (False,), "clip": (1.0, 5.0)}
@@ -703,9 +717,10 @@ def check_settings(stored, config, folder):
         flag = "--" + name.replace("_", "-")
         if GONE.get(name) and value not in GONE[name]:
             raise InputError(f"{folder} was started with {flag} {value}, which is gone: start anew in another folder")
-        if name not in FREE | GONE.keys() and value != given.get(name):
-            raise InputError(f"{folder} was started with {flag} {value}, not {given.get(name)}: "
-                             "resume with the same settings, or choose another folder")
+        same = value == given.get(name) or (name in PATHS and bool(value) == bool(given[name]))
+        if name not in FREE | GONE.keys() and not same:
+            raise InputError(f"{folder} was started with {flag} {value}, not {given.get(name)}: resume with the same "
+                             f"settings, or train its weights in another folder: --init {folder} --out FOLDER")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -806,6 +821,7 @@ def run_phase(run, index, manifest=None):
     run.m.train()
     if now.schedule and config.val and not run.held:            # a bad record is reported now, not after hours
         run.held = held_batches(run)
+    metrics = None
     for step in range(now.first, phase.steps):
         metrics, norm = take_step(now, step)
         if (step + 1) % config.log_every == 0 or step + 1 == phase.steps:
@@ -820,6 +836,9 @@ def run_phase(run, index, manifest=None):
             now.bar.close()
             raise Stop(run.stopping)
     now.bar.close()
+    if metrics and metrics.get("tokenizer", {}).get("codes") == 1:
+        print("warning: the picture tokenizer has collapsed to one code, so all pictures are the same to the model and "
+              "losses of drawing mean nothing: start anew with another --seed, or with pictures that differ more")
     run.m.eval()
     if phase.end:
         run.write(phase.end)
@@ -919,7 +938,7 @@ def report_step(now, step, metrics, norm):
         row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         entry[task] = row                           # what follows adds to it
         if phase.pictures:
-            parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}")
+            parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}" + " (collapsed)" * (row["codes"] == 1))
         else:
             weighted = now.lambdas[task] * (row["aia"] or 0.0)
             row |= {"lambda": now.lambdas[task], "ratio": row["ntp"] / weighted if weighted else None}
@@ -956,7 +975,7 @@ def finish(run):
     last = {task: curves[task]["after"] for task in aia.TASKS}
     result = {"und": None, "gen": None, "reader": None, "psnr": None}
     if run.world:
-        scores = {name: score_arm(run, name, m) for name, m in arms(run, m)}
+        scores = {name: score_arm(run, name, m) for name, m in evaluation.arms(run.folder, m)}
         scores |= scores.pop("after") | evaluation.score_tokenizer(m, run.world, 4 * config.eval_n, config.seed)
         result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
         settings.write_json(scores, run.folder / "scores.json")
@@ -980,24 +999,10 @@ def curves_of(run, m):
     if run.world:
         samples = evaluation.HeldOut(run.world, run.config.seed)
     targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
-    curves = evaluation.curves(arms(run, m), data.Preparer(m, run.text), samples, targets,
+    curves = evaluation.curves(evaluation.arms(run.folder, m), data.Preparer(m, run.text), samples, targets,
                                final=evaluation.final_label(run.folder))
-    evaluation.plot_curves(curves, run.folder / "curves.png")
-    settings.write_json(curves, run.folder / "curves.json")
-    evaluation.print_curves(curves)
+    evaluation.show_curves(curves, run.folder / "curves.png", run.kind)
     return curves
-
-
-def arms(run, m):
-    """(name, m) for the weights before AIA, those trained on without it, and the final ones, one after the other in the
-    same model: two may not fit where one was trained."""
-    for name in ("before", "control"):
-        if (run.folder / name).exists():
-            checkpoints.read_manifest(run.folder / name)        # refuses damaged files
-            checkpoints.read_tensors(checkpoints.tensors_of(m), run.folder / name)
-            yield name, m
-    checkpoints.read_tensors(checkpoints.tensors_of(m), checkpoints.newest_checkpoint(run.folder)[0])
-    yield "after", m
 
 
 def score_arm(run, name, m):
@@ -1037,6 +1042,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     settings.moved(argv, "train.py", MOVED)
     config = settings_from(argv)
+    check_effects(config, plan(config))
     settings.tell(stoppable(lambda: train(config), "continue with the same command and --resume"))
 
 

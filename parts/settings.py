@@ -41,6 +41,15 @@ def at_least(settings, least):
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least {low}, below 2^63")
 
 
+def check_idle(settings, usual, idle):
+    """Refuse fields {reason: names} that do nothing, if they differ from the usual values."""
+    for reason, names in idle.items():
+        for name in names:
+            if getattr(settings, name) != usual[name]:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(settings, name)} has no effect, as {reason}: leave it out")
+
+
 class Extend(argparse.Action):
     """Repeating a flag appends to its values; the first use replaces the default."""
 
@@ -122,6 +131,11 @@ def run_command(command):
             time.sleep(3)                           # the others as soon as it has
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        print("error: another process has ended: see what it printed", file=sys.stderr)
+        status = 1
     # DistributedDataParallel keeps its group alive. A thread of gloo that lets go of a tensor while the interpreter
     # shuts down aborts the process (github.com/pytorch/pytorch/pull/179291): one of several skips the shutdown.
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -256,6 +270,13 @@ def device_of(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} is not available here: use cpu or auto, one process per GPU") from error
     return name
+
+
+def uses_bf16(config, device):
+    """Whether activations are in bfloat16."""
+    if config.dtype == "auto" and device.startswith("cuda"):
+        return config.pure_bf16 or torch.cuda.is_bf16_supported()
+    return config.pure_bf16 or config.dtype == "bfloat16"
 
 
 def machine():

@@ -297,6 +297,7 @@ def test_a_model_that_puts_out_nan_is_refused(name, runs, capsys, monkeypatch, t
         m.lm.norm.weight.data[3] = math.nan
         return m
     monkeypatch.setattr(formats.weights, "load", broken)
+    monkeypatch.setattr(evaluation, "arms", lambda folder, m: [("after", m)])
     for words in (["chat", "--question", "what?"], ["generate", "--out", tmp_path / "a.png"], ["score", "--n", 1],
                   ["curves", "--n", 1, "--out", tmp_path / "a.png"]):
         line = refused(capsys, words[0], "--checkpoint", runs[name], *words[1:], main=evaluation.main)

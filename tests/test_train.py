@@ -504,7 +504,8 @@ def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_p
     (["--pure-bf16", "--dtype", "float32"], "leave out one of them"), (["--fork-layer", "1"], "needs --init FOLDER")])
 def test_bad_settings_are_refused_with_one_line(words, message, tmp_path, capsys):
     """The line names cause and remedy, and nothing has been written: the corrected command runs at once."""
-    assert re.search(message, refused(capsys, "--pool", 8, "--out", tmp_path / "run", *words))
+    small = () if "--data" in words else ("--pool", 8)
+    assert re.search(message, refused(capsys, *small, "--out", tmp_path / "run", *words))
     assert not (tmp_path / "run").exists()
 
 
@@ -515,6 +516,32 @@ def test_numbers_that_cannot_work_are_refused(flag, value, tmp_path, capsys, mon
     monkeypatch.setattr(train, "finish", lambda run: {})
     given = ["--steps", 1, "--pool", 8, "--batch-size", 4, "--calibration", 1, "--out", tmp_path / "run", flag, value]
     assert flag in refused(capsys, *given)
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--rho", 3, "--aia-weight", "paper"], "--rho 3.0 has no effect, as --aia-weight gives lambda"),
+    (["--calibration", 3, "--preset", "tiny-unifork"], "--calibration 3 has no effect, as no phase has AIA"),
+    (["--rho", 3, "--aia-weight", "off"], "no phase has AIA"), (["--val-every", 3], "there is no --val"),
+    (["--shapes", 6, "--data", "a.jsonl"], "--shapes 6 has no effect, as --data"),
+    (["--cell", 8, "--preset", "small-emu3", "--data", "a.jsonl"], "--cell 8 has no effect, as --data"),
+    (["--on-bad-record", "skip"], "world has no bad records"), (["--vision-tokenizer", "x"], "it belongs to --init")])
+def test_a_setting_without_effect_is_refused(words, reason, tmp_path, capsys):
+    """Who sets it expects a difference. What a preset sets by itself is no mistake of the user's."""
+    assert reason in refused(capsys, "--out", tmp_path / "run", *words)
+    config = train.settings_from(["--preset", "small-emu3", "--data", "a.jsonl"])
+    train.check_effects(config, train.plan(config))
+
+
+def test_a_collapsed_picture_tokenizer_is_told(tmp_path, unscored, capsys, monkeypatch):
+    """One code for every picture: losses fall to nothing, and only the drawings would show that they mean nothing."""
+    step = train.tokenizer_step
+
+    def collapsed(m, *rest):
+        return {"tokenizer": step(m, *rest)["tokenizer"] | {"codes": 1}}
+    monkeypatch.setattr(train, "tokenizer_step", collapsed)
+    train.train(settings(tmp_path, steps=2))
+    printed = capsys.readouterr().out
+    assert "codes 1 (collapsed)" in printed and "warning: the picture tokenizer has collapsed to one code" in printed
 
 
 def test_the_folder_of_a_run_is_protected(whole, tmp_path, capsys):
@@ -559,7 +586,8 @@ def result_of(out):
     return json.loads(out.strip().splitlines()[-1].removeprefix("result "))
 
 
-TWO_STEPS = ("--steps", 2, "--pool", 32, "--eval-n", 2, "--batch-size", 8, "--calibration", 1)
+OWN_STEPS = ("--steps", 2, "--batch-size", 8, "--calibration", 1)
+TWO_STEPS = (*OWN_STEPS, "--pool", 32, "--eval-n", 2)
 
 
 @both_models
@@ -628,7 +656,7 @@ def own(tmp_path):
 @both_models
 def test_own_pictures_end_in_losses_instead_of_scores(name, own, tmp_path, capsys):
     """Nobody knows what is on them, so und, gen and reader are null and the losses on --val take their place."""
-    command("--preset", name, *TWO_STEPS, "--data", own, "--val", own, "--out", tmp_path / "run")
+    command("--preset", name, *OWN_STEPS, "--data", own, "--val", own, "--out", tmp_path / "run")
     result = result_of(capsys.readouterr().out)
     assert result["und"] is result["gen"] is result["reader"] is None
     assert all(result[f"{key}_{task}"] > 0 for key in ("val_ntp", "aia") for task in aia.TASKS)
@@ -646,8 +674,8 @@ def test_a_bad_record_is_named_or_skipped_in_every_stage(line, what, own, tmp_pa
         record = json.loads(first)
         record["conversations"][0]["value"] *= 200
         own.write_text("\n".join([json.dumps(record), *others]))
-    assert f"{own}:{line}: " in refused(capsys, *TWO_STEPS, "--data", own, "--out", tmp_path / "stops")
-    command(*TWO_STEPS, "--data", own, "--out", tmp_path / "run", "--on-bad-record", "skip")
+    assert f"{own}:{line}: " in refused(capsys, *OWN_STEPS, "--data", own, "--out", tmp_path / "stops")
+    command(*OWN_STEPS, "--data", own, "--out", tmp_path / "run", "--on-bad-record", "skip")
     out = capsys.readouterr().out
     assert f"1 bad records were left out:\n  {own}: 1\n  {own}:{line}: " in out and result_of(out)["val_ntp_und"] > 0
     assert out.count(f"{own}:{line}: ") == 1
@@ -704,7 +732,7 @@ def test_a_missing_task_is_told_before_anything_is_trained(own, tmp_path, unscor
     """And the remedy that is printed works, also where UniFork has a phase for that task alone."""
     lines = own.read_text().splitlines()
     own.write_text("\n".join(line for line in lines if '"value": "<image>"' in line))
-    assert "--ratio 1:0" in refused(capsys, *TWO_STEPS, "--data", own, "--out", tmp_path / "run")
+    assert "--ratio 1:0" in refused(capsys, *OWN_STEPS, "--data", own, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     plan = train.plan(settings(tmp_path, "tiny-unifork", data=(str(own),), ratio="1:0"))
     assert [phase.name for phase in plan] == ["tokenizer", "align", "joint", "branch-gen"]
