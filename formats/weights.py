@@ -5,16 +5,15 @@ import json
 import math
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import model
 from formats.checkpoints import configured, from_manifest, newest_checkpoint, read_manifest
+from formats.hub import find_folder, find_vision_tokenizer, stored_tensors
 from parts.settings import InputError, aside, first_line, read_json
 from parts.text import SPECIAL, TOKENIZER_NOTES, TOKENIZERS, find_tokenizer, special_ids, token_ids
 from parts.vision import Emu3VQ
@@ -59,7 +58,6 @@ EMU3_TO_DISK = ((r"^model\.text_model\.", "text_model.model."), (r"^lm_head\.", 
                 (r"^model\.vqmodel\.", "vqmodel."))
 EMU3_FROM_DISK = ((r"^text_model\.model\.", "model.text_model."), (r"^text_model\.lm_head\.", "lm_head."),
                   (r"^vqmodel\.", "model.vqmodel."))
-UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, but never used
 
 
 def renamed(name, rules):
@@ -239,64 +237,6 @@ def read_ids(folder, content, values):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-def find_folder(name):
-    """A folder (or .pth file) as it is, or the local copy of a hub id, which is downloaded if necessary."""
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
-    if Path(name).parent.exists() or not hub_id:    # if runs/ exists, a mistyped runs/name is no hub id
-        return Path(name)
-    import huggingface_hub
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name)))
-    except Exception as error:                      # unknown id, no network, no permission: the library raises anything
-        raise InputError(f"{name} is no folder and cannot be downloaded from the hub ({first_line(error)}): run "
-                         f"`hf download {name}` on a machine with network access, then give that folder") from error
-
-
-def weight_files(path):
-    """The files of weights in a folder: those of its index, or else of the first kind found. A file is its own."""
-    if path.is_file():
-        return [path]
-    files = []
-    for index in sorted(path.glob("*.index.json"))[:1]:
-        files = sorted({path / name for name in (read_json(index).get("weight_map") or {}).values()})
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
-        files = files or sorted(path.glob(pattern))
-    if not files:
-        raise InputError(f"{path} holds no weights: give a folder with *.safetensors, pytorch_model*.bin or *.pth")
-    if len(files) > 1 and files[0].suffix == ".pth":
-        raise InputError(f"{path} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
-    return files
-
-
-def stored_tensors(path):
-    """{name: function that reads this tensor} of a folder, or of one .pth file. Pickled files run no code."""
-    known = {}
-    for file in weight_files(path):
-        try:
-            if file.suffix == ".safetensors":
-                source = safe_open(file, "pt")
-                read = source.get_tensor
-            else:
-                source = torch.load(file, "cpu", weights_only=True, mmap=True)
-                read = source.get
-            known |= {name: functools.partial(read, name) for name in source.keys()}
-        except Exception as error:                  # missing, truncated, not a checkpoint: the remedy is the same
-            raise InputError(f"weights {file} cannot be read ({first_line(error)}): download it again") from error
-    return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
-
-
-def find_vision_tokenizer(folder, given):
-    """The folder of Emu3's picture tokenizer: the given one, or one beside the language model."""
-    if given:
-        return find_folder(given)
-    for file in sorted(folder.resolve().parent.glob("*/config.json")):
-        with suppress(InputError):                  # other folders may hold anything
-            if read_json(file).get("model_type") == "Emu3VisionVQ":
-                return file.parent
-    raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
-                     "(hub: BAAI/Emu3-VisionTokenizer)")
-
-
 def empty_model(folder, known, vision_tokenizer, changes):
     """The model that the json files of a folder describe, on the meta device; its layout; whether its embeddings are
     tied; and the stored tensors {name: function that reads it} by the names of that layout."""

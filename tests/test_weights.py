@@ -287,20 +287,6 @@ def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path, device):
     assert replace(formats.weights.load(tmp_path / "out").config, ids=ours.config.ids) == ours.config
 
 
-def test_a_hub_id_is_resolved_or_the_download_is_named(janus, tmp_path, monkeypatch):
-    """With a local copy it is that folder; without network the one line says what to run."""
-    import huggingface_hub
-    janus[0].save_pretrained(tmp_path / "copy")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / "copy"))
-    assert formats.weights.load("someone/some-model").config.layers == 3
-
-    def offline(name):
-        raise ConnectionError("no network\nat all")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(InputError, match=r"^someone/some-model is no folder .*\(no network\): run `hf download"):
-        formats.weights.load("someone/some-model")
-
-
 def test_tied_embeddings_are_honoured(janus, tmp_path):
     """A file without lm_head.weight is complete if config.json ties it to the word embeddings, and only then."""
     janus[0].save_pretrained(tmp_path)
