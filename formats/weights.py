@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 import model
 from formats.checkpoints import configured, from_manifest, newest_checkpoint, read_manifest
-from formats.hub import find_folder, find_vision_tokenizer, stored_tensors
+from formats.hub import (
+    find_folder,
+    find_vision_tokenizer,
+    refuse_adapter,
+    refuse_pointer,
+    refuse_quantised,
+    stored_tensors,
+)
 from parts.settings import InputError, aside, first_line, read_json
 from parts.text import SPECIAL, TOKENIZER_NOTES, TOKENIZERS, find_tokenizer, special_ids, token_ids
 from parts.vision import Emu3VQ
@@ -188,6 +195,7 @@ def read_config(folder, known):
     Janus-Pro's original leaves out come from known {name: function that reads the tensor}."""
     file = folder / "config.json"
     content = read_json(file)
+    refuse_quantised(content, file)
     model_type = content.get("model_type")
     if model_type not in LAYOUTS:
         raise InputError(f"{file}: model_type {model_type!r} is not one of {', '.join(LAYOUTS)}: give another folder")
@@ -284,6 +292,8 @@ def read_state(m, known, layout, dtype, device):
 def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
     """A model from public weights, built without memory and then filled tensor by tensor. Arguments as in `load`."""
     folder = path if path.is_dir() else path.parent
+    for file in filter(None, (folder / "config.json", find_tokenizer(folder))):
+        refuse_pointer(file)
     known = stored_tensors(path)
     if path.is_file() and not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json: copy the json files of the model that {path.name} was "
@@ -323,6 +333,7 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     attention, checkpoint_activations: see model.Config
     """
     home = folder = find_folder(folder)
+    refuse_adapter(folder)
     changes = {"attention": attention, "rope_bf16": rope_bf16, "checkpoint_activations": checkpoint_activations}
     if lora_rank:
         changes["lora_rank"] = lora_rank
