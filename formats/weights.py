@@ -319,13 +319,21 @@ def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
     return m
 
 
+def rounded_rope(manifest, home):
+    """Whether a run rounded its rotary frequencies: older ones say it in their settings, not in the model's Config."""
+    stored = manifest.get("settings")
+    if not stored and (home / "settings.json").exists():        # RUN/before has no settings of its own
+        stored = read_json(home / "settings.json")
+    return (stored or {}).get("rope_bf16", False)
+
+
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
          shard=None, lora_rank=None, fork_layer=0, checkpoint_activations=False):
     """A model in eval mode, from the folder of a run, or from a folder or hub id of public weights in any layout.
 
     dtype             None: as stored; the picture tokenizer is always float32
     vision_tokenizer  folder of Emu3's picture tokenizer; None: one beside the language model
-    rope_bf16         round the rotary frequencies as the published scripts do
+    rope_bf16         round the rotary frequencies as the published scripts do; False: only if the run was trained so
     part              "before" or "control" of a run; RUN/before may also be given as the folder
     shard             shard(m), called while the model is empty, may make its parameters DTensors
     lora_rank         add LoRA to a model without it; None: LoRA only if the run has it
@@ -334,7 +342,9 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     """
     home = folder = find_folder(folder)
     refuse_adapter(folder)
-    changes = {"attention": attention, "rope_bf16": rope_bf16, "checkpoint_activations": checkpoint_activations}
+    changes = {"attention": attention, "checkpoint_activations": checkpoint_activations}
+    if rope_bf16:
+        changes["rope_bf16"] = True
     if lora_rank:
         changes["lora_rank"] = lora_rank
     if fork_layer:
@@ -354,6 +364,8 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
                          f"load({str(folder)!r}), 'FOLDER'), and start from that FOLDER")
     if fork_layer and manifest["config"].get("fork_layer"):
         raise InputError(f"{folder} is forked already: leave out --fork-layer")
+    if rounded_rope(manifest, home):
+        changes["rope_bf16"] = True
     return from_manifest(manifest, saved, changes, device, shard, dtype, find_tokenizer(home)).eval()
 
 
