@@ -125,7 +125,7 @@ def stated_ids(s):
     """[(origin, role, id or ids)] of special tokens, by the json files and, for models of full size, as published."""
     content = s.file("config.json")
     stated = []
-    fields = {role: field for role, field in ID_FIELDS.items() if role in s.text.ids} | {"placeholder": "image_token_id"}
+    fields = {role: name for role, name in ID_FIELDS.items() if role in s.text.ids} | {"placeholder": "image_token_id"}
     sections = {"config.json": content, "config.json text_config": content.get("text_config") or {},
                 "config.json language_config": content.get("language_config") or {},
                 "generation_config.json": s.file("generation_config.json")}
@@ -270,7 +270,7 @@ def losses(s):
         own, other = np.mean(found[True]), np.mean(found[False])
         name, verdict, expected = "picture loss", LOOK, "lower after its own caption"
         if task == "und":
-            name, verdict, expected = "caption loss", judged(other - own >= 0.2), "at least 0.2 lower (not Emu3-Gen)"
+            name, verdict, expected = "caption loss", judged(other - own >= 0.2), "at least 0.2 lower"
         rows.append(row(name, verdict, f"{own:.3f} a token, of the wrong pair {other:.3f}", expected,
                         own=float(own), other=float(other)))
     return rows
@@ -286,7 +286,7 @@ def drawing(s):
     """What the model draws, into a file."""
     size = tuple(min(side, DRAWN_SIDE) for side in s.config.grid) if s.config.kind == "emu3" else None
     s.save(evaluation.draw(s.m, s.text, [TO_DRAW], size=size)[0], "drawing.png")
-    return [row("drawing", LOOK, str(s.out / "drawing.png"), f"{TO_DRAW!r} (Emu3: smaller than it has learned)")]
+    return [row("drawing", LOOK, str(s.out / "drawing.png"), repr(TO_DRAW))]
 
 
 def paper_curves(s):
