@@ -286,7 +286,7 @@ def drawing(s):
     """What the model draws, into a file."""
     size = tuple(min(side, DRAWN_SIDE) for side in s.config.grid) if s.config.kind == "emu3" else None
     s.save(evaluation.draw(s.m, s.text, [TO_DRAW], size=size)[0], "drawing.png")
-    return [row("drawing", LOOK, str(s.out / "drawing.png"), repr(TO_DRAW))]
+    return [row("drawing", LOOK, "drawing.png", repr(TO_DRAW))]
 
 
 def paper_curves(s):
