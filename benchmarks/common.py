@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from formats.datasets import stamps
-from formats.weights import find_folder
+from formats.hub import find_folder
 from parts.pictures import open_picture, to_picture
 from parts.processes import all_done, processes, rank
 from parts.settings import InputError, aside, first_line, json_lines, read_json, whole_lines, write_json

@@ -5,16 +5,22 @@ import json
 import math
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import model
 from formats.checkpoints import configured, from_manifest, newest_checkpoint, read_manifest
+from formats.hub import (
+    find_folder,
+    find_vision_tokenizer,
+    refuse_adapter,
+    refuse_pointer,
+    refuse_quantised,
+    stored_tensors,
+)
 from parts.settings import InputError, aside, first_line, read_json
 from parts.text import SPECIAL, TOKENIZER_NOTES, TOKENIZERS, find_tokenizer, special_ids, token_ids
 from parts.vision import Emu3VQ
@@ -59,7 +65,6 @@ EMU3_TO_DISK = ((r"^model\.text_model\.", "text_model.model."), (r"^lm_head\.", 
                 (r"^model\.vqmodel\.", "vqmodel."))
 EMU3_FROM_DISK = ((r"^text_model\.model\.", "model.text_model."), (r"^text_model\.lm_head\.", "lm_head."),
                   (r"^vqmodel\.", "model.vqmodel."))
-UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, but never used
 
 
 def renamed(name, rules):
@@ -190,6 +195,7 @@ def read_config(folder, known):
     Janus-Pro's original leaves out come from known {name: function that reads the tensor}."""
     file = folder / "config.json"
     content = read_json(file)
+    refuse_quantised(content, file)
     model_type = content.get("model_type")
     if model_type not in LAYOUTS:
         raise InputError(f"{file}: model_type {model_type!r} is not one of {', '.join(LAYOUTS)}: give another folder")
@@ -239,64 +245,6 @@ def read_ids(folder, content, values):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-def find_folder(name):
-    """A folder (or .pth file) as it is, or the local copy of a hub id, which is downloaded if necessary."""
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
-    if Path(name).parent.exists() or not hub_id:    # if runs/ exists, a mistyped runs/name is no hub id
-        return Path(name)
-    import huggingface_hub
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name)))
-    except Exception as error:                      # unknown id, no network, no permission: the library raises anything
-        raise InputError(f"{name} is no folder and cannot be downloaded from the hub ({first_line(error)}): run "
-                         f"`hf download {name}` on a machine with network access, then give that folder") from error
-
-
-def weight_files(path):
-    """The files of weights in a folder: those of its index, or else of the first kind found. A file is its own."""
-    if path.is_file():
-        return [path]
-    files = []
-    for index in sorted(path.glob("*.index.json"))[:1]:
-        files = sorted({path / name for name in (read_json(index).get("weight_map") or {}).values()})
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
-        files = files or sorted(path.glob(pattern))
-    if not files:
-        raise InputError(f"{path} holds no weights: give a folder with *.safetensors, pytorch_model*.bin or *.pth")
-    if len(files) > 1 and files[0].suffix == ".pth":
-        raise InputError(f"{path} holds {len(files)} checkpoints: give one of them, such as {files[-1]}")
-    return files
-
-
-def stored_tensors(path):
-    """{name: function that reads this tensor} of a folder, or of one .pth file. Pickled files run no code."""
-    known = {}
-    for file in weight_files(path):
-        try:
-            if file.suffix == ".safetensors":
-                source = safe_open(file, "pt")
-                read = source.get_tensor
-            else:
-                source = torch.load(file, "cpu", weights_only=True, mmap=True)
-                read = source.get
-            known |= {name: functools.partial(read, name) for name in source.keys()}
-        except Exception as error:                  # missing, truncated, not a checkpoint: the remedy is the same
-            raise InputError(f"weights {file} cannot be read ({first_line(error)}): download it again") from error
-    return {name: read for name, read in known.items() if not re.search(UNUSED, name)}
-
-
-def find_vision_tokenizer(folder, given):
-    """The folder of Emu3's picture tokenizer: the given one, or one beside the language model."""
-    if given:
-        return find_folder(given)
-    for file in sorted(folder.resolve().parent.glob("*/config.json")):
-        with suppress(InputError):                  # other folders may hold anything
-            if read_json(file).get("model_type") == "Emu3VisionVQ":
-                return file.parent
-    raise InputError(f"{folder} holds the language model alone: give --vision-tokenizer FOLDER "
-                     "(hub: BAAI/Emu3-VisionTokenizer)")
-
-
 def empty_model(folder, known, vision_tokenizer, changes):
     """The model that the json files of a folder describe, on the meta device; its layout; whether its embeddings are
     tied; and the stored tensors {name: function that reads it} by the names of that layout."""
@@ -344,6 +292,8 @@ def read_state(m, known, layout, dtype, device):
 def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
     """A model from public weights, built without memory and then filled tensor by tensor. Arguments as in `load`."""
     folder = path if path.is_dir() else path.parent
+    for file in filter(None, (folder / "config.json", find_tokenizer(folder))):
+        refuse_pointer(file)
     known = stored_tensors(path)
     if path.is_file() and not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json: copy the json files of the model that {path.name} was "
@@ -369,13 +319,21 @@ def load_public(path, dtype, device, vision_tokenizer, changes, shard=None):
     return m
 
 
+def rounded_rope(manifest, home):
+    """Whether a run rounded its rotary frequencies: older ones say it in their settings, not in the model's Config."""
+    stored = manifest.get("settings")
+    if not stored and (home / "settings.json").exists():        # RUN/before has no settings of its own
+        stored = read_json(home / "settings.json")
+    return (stored or {}).get("rope_bf16", False)
+
+
 def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
          shard=None, lora_rank=None, fork_layer=0, checkpoint_activations=False):
     """A model in eval mode, from the folder of a run, or from a folder or hub id of public weights in any layout.
 
     dtype             None: as stored; the picture tokenizer is always float32
     vision_tokenizer  folder of Emu3's picture tokenizer; None: one beside the language model
-    rope_bf16         round the rotary frequencies as the published scripts do
+    rope_bf16         round the rotary frequencies as the published scripts do; False: only if the run was trained so
     part              "before" or "control" of a run; RUN/before may also be given as the folder
     shard             shard(m), called while the model is empty, may make its parameters DTensors
     lora_rank         add LoRA to a model without it; None: LoRA only if the run has it
@@ -383,7 +341,10 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     attention, checkpoint_activations: see model.Config
     """
     home = folder = find_folder(folder)
-    changes = {"attention": attention, "rope_bf16": rope_bf16, "checkpoint_activations": checkpoint_activations}
+    refuse_adapter(folder)
+    changes = {"attention": attention, "checkpoint_activations": checkpoint_activations}
+    if rope_bf16:
+        changes["rope_bf16"] = True
     if lora_rank:
         changes["lora_rank"] = lora_rank
     if fork_layer:
@@ -403,6 +364,8 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
                          f"load({str(folder)!r}), 'FOLDER'), and start from that FOLDER")
     if fork_layer and manifest["config"].get("fork_layer"):
         raise InputError(f"{folder} is forked already: leave out --fork-layer")
+    if rounded_rope(manifest, home):
+        changes["rope_bf16"] = True
     return from_manifest(manifest, saved, changes, device, shard, dtype, find_tokenizer(home)).eval()
 
 

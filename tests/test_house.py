@@ -21,14 +21,15 @@ FLOORS = [
      "parts/kernels.py": 320, "parts/terminal.py": 80,
      "parts/plots.py": 70},
     {"model.py": 950},
-    {"formats/records.py": 200, "formats/checkpoints.py": 260, "formats/weights.py": 520, "formats/datasets.py": 600},
+    {"formats/records.py": 200, "formats/checkpoints.py": 260, "formats/hub.py": 200, "formats/weights.py": 520,
+     "formats/datasets.py": 600},
     {"data.py": 800},
     {"eval.py": 850},
     {"train.py": 1050},
     {f"benchmarks/{name}.py": 340 if name == "common" else 280 for name in (
         "common", "judge", "mmmu", "mmbench", "mmvp", "mmvet", "pope", "mme", "geneval", "dpg", "fid", "score")},
-    {f"lab/{name}.py": 600 for name in (
-        "figures", "references", "alignment", "report", "study", "dry_run", "speed", "gpu")},
+    {f"lab/{name}.py": 400 if name == "check" else 600 for name in (
+        "figures", "references", "alignment", "report", "study", "dry_run", "speed", "gpu", "check")},
 ]
 LINES = {file: lines for floor in FLOORS for file, lines in floor.items()}
 FILES = [*LINES]
@@ -36,7 +37,7 @@ METHOD = ["aia.py", "model.py", "data.py", "train.py", "eval.py"]       # what a
 FOLDERS = ("parts", "formats", "benchmarks", "lab")
 # Libraries that only some commands need, imported where they are used.
 OPTIONAL = {"matplotlib", "pyarrow", "openpyxl", "transformers", "huggingface_hub", "pytorch_fid", "cleanfid",
-            "resource"}
+            "resource", "jinja2"}
 LAZY = {"eval.py": {"benchmarks"}}                                      # `eval.py score BENCH` hands over to it
 SHARED = {"main", "COMMANDS", "MOVED"}                                        # global names that several files may have
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import formats.weights
 import model
+from formats.checkpoints import save_checkpoint, tensors_of
 from formats.weights import (
     EMU3_FROM_DISK,
     EMU3_TO_DISK,
@@ -287,18 +288,21 @@ def test_a_transformers_model_is_written_back_as_it_was(pair, tmp_path, device):
     assert replace(formats.weights.load(tmp_path / "out").config, ids=ours.config.ids) == ours.config
 
 
-def test_a_hub_id_is_resolved_or_the_download_is_named(janus, tmp_path, monkeypatch):
-    """With a local copy it is that folder; without network the one line says what to run."""
-    import huggingface_hub
-    janus[0].save_pretrained(tmp_path / "copy")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / "copy"))
-    assert formats.weights.load("someone/some-model").config.layers == 3
-
-    def offline(name):
-        raise ConnectionError("no network\nat all")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(InputError, match=r"^someone/some-model is no folder .*\(no network\): run `hf download"):
-        formats.weights.load("someone/some-model")
+@pytest.mark.parametrize("where", ["config", "settings", "settings.json"])
+def test_a_run_with_rounded_rotations_keeps_them(where, tmp_path):
+    """Its weights learned with them. Older runs say so in their settings; RUN/before only in those of its run."""
+    m = tiny("tiny-emu3", **SMALL)
+    manifest = {"config": asdict(m.config), "dtype": "float32", "settings": {}}
+    if where == "settings.json":
+        (tmp_path / where).write_text('{"rope_bf16": true}')
+    else:
+        manifest[where]["rope_bf16"] = True
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("before", "checkpoints/0-0000000"):
+        save_checkpoint(tensors_of(m), manifest, tmp_path / name).result()
+        assert formats.weights.load(tmp_path / name).config.rope_bf16
+    assert formats.weights.load(tmp_path).config.rope_bf16
+    assert formats.weights.load(tmp_path, part="before").config.rope_bf16
 
 
 def test_tied_embeddings_are_honoured(janus, tmp_path):
