@@ -7,6 +7,7 @@ the manner of POPE, MME and MMBench. Everything is asked about held-out combinat
     python eval.py generate --checkpoint runs/tiny-emu3-seed0 --prompt "a red circle above a blue square" --out red.png
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
+    python eval.py check    Janus-Pro-7B              # does this code read a folder of public weights rightly?
     python eval.py score pope --data POPE --preds answers.jsonl --out scores/pope
 """
 
@@ -597,6 +598,9 @@ def main(argv=None):
     if argv[:1] == ["score"] and argv[1:] and not argv[1].startswith("-"):
         import benchmarks.score  # it stands above this file
         return settings.tell(benchmarks.score.score(settings.parse(benchmarks.score.Score, argv[1:], "eval.py score")))
+    if argv[:1] == ["check"]:
+        import lab.check  # it stands above this file too
+        return settings.tell(lab.check.check(settings.parse(lab.check.Check, argv[1:], "eval.py check")))
     command, config = settings.chosen(COMMANDS, "eval.py", __doc__, argv)
     settings.tell(command and command(config))
 

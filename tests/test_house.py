@@ -38,7 +38,7 @@ FOLDERS = ("parts", "formats", "benchmarks", "lab")
 # Libraries that only some commands need, imported where they are used.
 OPTIONAL = {"matplotlib", "pyarrow", "openpyxl", "transformers", "huggingface_hub", "pytorch_fid", "cleanfid",
             "resource", "jinja2"}
-LAZY = {"eval.py": {"benchmarks"}}                                      # `eval.py score BENCH` hands over to it
+LAZY = {"eval.py": {"benchmarks", "lab"}}                                      # `eval.py score BENCH` hands over to it
 SHARED = {"main", "COMMANDS", "MOVED"}                                        # global names that several files may have
 
 
