@@ -61,6 +61,8 @@ def newest_checkpoint(folder):
             return newest, read_manifest(newest)
         except InputError as error:
             print(f"{error}: looking for an earlier one", file=sys.stderr)
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist: give the folder of a run, or a folder or hub id of public weights")
     raise InputError(f"{folder} holds no checkpoint that can be read: give the folder of a run that has saved one")
 
 

@@ -22,7 +22,7 @@ import data
 import model
 import train
 from parts.processes import processes
-from parts.settings import InputError, at_least, opt, run_command, tell, write_json
+from parts.settings import InputError, at_least, check_out, opt, run_command, tell, write_json
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ def checked(config):
     for name in ("tflops", "utilisation"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
+    check_out(config.out)
     c = model.PRESETS[config.preset]
     wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
              getattr(config, name)]

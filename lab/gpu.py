@@ -34,6 +34,7 @@ from lab.speed import made_batch, released_loss, step_flops
 from parts.kernels import indices, kernel_for, try_lse
 from parts.settings import (
     InputError,
+    check_out,
     device_of,
     first_line,
     machine,
@@ -529,6 +530,7 @@ def opened(settings, bench):
     if not (bench.cuda or settings.tiny or settings.parts == ("predicted",)):
         raise InputError("there is no GPU here: --tiny --out tiny.json tries the command without one")
     out = Path(settings.out)
+    check_out(out)
     content = read_json(out) if out.exists() else {"rows": [], "complete": []}
     if content["rows"] and content["tiny"] != settings.tiny:
         raise InputError(f"{out} holds rows {'of' if content['tiny'] else 'without'} --tiny: give another --out")

@@ -21,7 +21,7 @@ import eval as evaluation
 from formats.datasets import FileSource
 from formats.records import question_parts
 from parts.pictures import load_picture
-from parts.settings import InputError, device_of, opt, parse, run_command, tell, text_lines, write_json
+from parts.settings import InputError, check_out, device_of, opt, parse, run_command, tell, text_lines, write_json
 
 # Legend: H heads, T tokens, L layers. A sample is (task, origin, inputs of the model, roles (1, T) as in data.py).
 
@@ -170,6 +170,7 @@ def hf_curves(settings):
     good = not settings.image_ids or (first.isdigit() and last.isdigit() and int(first) <= int(last))
     if not (settings.hf and settings.data and good):
         raise InputError("give --hf FOLDER, --data FILE and, if that holds token ids, --image-ids FIRST:LAST")
+    check_out(settings.out)
     dtype = "auto" if settings.dtype == "stored" else settings.dtype
     device = device_of(settings.device)
     m = from_hub(settings.hf, "AutoModelForImageTextToText", "AutoModelForCausalLM", dtype=dtype,

@@ -19,7 +19,7 @@ from eval import distance
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
 from lab.figures import correlation
-from parts.settings import InputError, machine, opt, parse, read_json, run_command, tell, write_json
+from parts.settings import InputError, check_out, machine, opt, parse, read_json, run_command, tell, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,8 +141,7 @@ def chosen_rows(settings):
         raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
     if not (settings.seeds and all(seed.isdecimal() for seed in settings.seeds)):
         raise InputError(f"--seeds {' '.join(settings.seeds)}: give whole numbers")
-    if settings.out and not Path(settings.out).parent.is_dir():
-        raise InputError(f"--out {settings.out}: there is no folder {Path(settings.out).parent}")
+    check_out(settings.out)
     return list(dict.fromkeys(needed for name in names for needed in (*needs(name), name)))
 
 

@@ -160,7 +160,7 @@ def test_a_published_study_is_not_replaced_by_one_that_knows_less(tmp_path, monk
         assert f"written to {file}" in capsys.readouterr().out
         assert len(json.loads(file.read_text())["rows"]) == 1
         assert file == published or len(json.loads(published.read_text())["rows"]) == 2
-    with pytest.raises(InputError, match="there is no folder .*missing"):
+    with pytest.raises(InputError, match="missing.study.json cannot be written: give a file in a folder that exists"):
         lab.study.main(["--rows", "aia", "--out", str(tmp_path / "missing/study.json")])
 
 

@@ -491,7 +491,7 @@ def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_p
 @pytest.mark.parametrize("words, message", [
     (["--bogus", "1"], "unrecognized arguments: --bogus"), (["--preset", "gpt"], "--preset: invalid choice: 'gpt'"),
     (["--step", "5"], "unrecognized arguments: --step"), (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    (["--preset", "emu3-8b"], "needs --init FOLDER"), (["--init", "nowhere"], "nowhere holds no checkpoint"),
+    (["--preset", "emu3-8b"], "needs --init FOLDER"), (["--init", "nowhere"], "nowhere does not exist: give"),
     (["--data", "none.jsonl"], "data set none.jsonl cannot be read"), (["--ratio", "0:0"], "--ratio '0:0'.*GEN:UND"),
     (["--aia-weight", "lots"], "--aia-weight 'lots'"), (["--aia-targets", "S4"], "32 layers, this model has"),
     (["--aia-targets", "none.json"], "none.json cannot be read"), (["--device", "toaster"], "--device toaster"),
