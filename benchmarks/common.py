@@ -66,12 +66,22 @@ def lines_to(file, lines):
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def find_file(folder, *names):
-    """The first file of a benchmark that matches one of several names or patterns."""
-    for name in names:
-        for file in sorted(Path(folder).glob(name)):
-            return file
-    raise InputError(f"{folder} holds no {' or '.join(names)}: give --data the benchmark as it is distributed")
+def find_file(folder, *names, itself=False):
+    """The only file (or folder) in a benchmark's folder that matches one of several names or patterns. itself: `folder`
+    may be that file. InputError if nothing or more than one thing matches: a guess would score another benchmark."""
+    folder = Path(folder)
+    if itself and folder.is_file():
+        return folder
+    if folder.is_file():
+        raise InputError(f"--data {folder} is a file: give the folder of the benchmark as it is distributed")
+    files = sorted({file for name in names for file in folder.glob(name)})
+    if not files:
+        raise InputError(f"{folder} holds no {' or '.join(names)}: give --data the benchmark as it is distributed")
+    if len(files) > 1:
+        listed = ", ".join(file.relative_to(folder).as_posix() for file in files)
+        remedy = "give --data the file itself" if itself else "keep only one there"
+        raise InputError(f"{folder} holds {len(files)} candidates ({listed[:200]}): {remedy}")
+    return files[0]
 
 
 def table(file, *needed, delimiter=",", missing=()):
@@ -137,14 +147,17 @@ def weights_of(checkpoint):
     return hashlib.sha256(json.dumps(stamps(files, folder)).encode()).hexdigest()[:12]
 
 
-def settings_of(settings, prompts):
-    """Everything the answers or pictures depend on. Refused if the output folder holds results of other settings."""
+def settings_of(settings, prompts, data_name):
+    """Everything the answers or pictures depend on. data_name: of the file with the questions or prompts. Refused if
+    the output folder holds results of other settings."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
     mine = {name: getattr(settings, name) for name in DECISIVE}
+    mine["data"] = data_name
     mine["questions"] = f"{len(prompts)} (SHA-256 {digest})"
     mine["weights"] = weights_of(settings.checkpoint)
     file = Path(settings.out) / "settings.json"
     stored = read_json(file) if file.exists() else mine
+    stored.setdefault("data", data_name)            # older results do not name it
     for name, value in mine.items():
         if stored.get(name) != value:
             raise InputError(f"{settings.out} holds results with {name} {stored.get(name)!r}, but it is now {value!r}: "
@@ -226,13 +239,13 @@ def join_answers(out, items):
         file.unlink()
 
 
-def ask_all(settings, items):
-    """Write OUT/predictions.jsonl: the raw answers in the order of the items.
+def ask_all(settings, items, data_name):
+    """Write OUT/predictions.jsonl: the raw answers in the order of the items. data_name: see settings_of.
 
     Answers that a killed run has stored are kept. Under torchrun every process asks its share of the questions.
     """
     out = Path(settings.out)
-    mine = settings_of(settings, {item.id: item.prompt for item in items})
+    mine = settings_of(settings, {item.id: item.prompt for item in items}, data_name)
     if (out / "predictions.jsonl").exists():
         return
     for item in items:
@@ -291,13 +304,13 @@ def store_pictures(pictures, files):
             Image.fromarray(picture).save(part, format="PNG")
 
 
-def draw_all(settings, prompts, files):
-    """Draw {name: prompt} into {name: [picture files]}, except where all files exist.
+def draw_all(settings, prompts, files, data_name):
+    """Draw {name: prompt} into {name: [picture files]}, except where all files exist. data_name: see settings_of.
 
     Every prompt has its own seed, so a resumed or shared run draws the same pictures.
     """
     names = [*prompts]
-    mine = settings_of(settings, prompts)
+    mine = settings_of(settings, prompts, data_name)
     seeds = {name: settings.seed + i for i, name in enumerate(names)}
     if todo := [name for name in names[rank()::processes()] if not all(file.exists() for file in files[name])]:
         m, text = load_asked(settings, mine)

@@ -143,24 +143,27 @@ def dpg_report(folder, items, answers, result):
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def read_dpg(settings):
-    """Rows of questions as dicts, and {item: prompt}: from dpg_bench.csv and prompts/, or from ULMEvalKit's table."""
+    """File and rows of questions as dicts, and {item: prompt}: from dpg_bench.csv and prompts/, or from ULMEvalKit's
+    table."""
     folder = Path(settings.data)
     rows = []
     prompts = {}
     if settings.variant == "ulmevalkit" and not (folder / "dpg_bench.csv").exists():
-        for origin, row in table(find_file(folder, "*.tsv"), "index", "text", "questions", delimiter="\t"):
+        file = find_file(folder, "*.tsv", itself=True)
+        for origin, row in table(file, "index", "text", "questions", delimiter="\t"):
             prompts[row["index"]] = row["text"]
             try:
                 rows += [{"item_id": row["index"]} | question for question in json.loads(row["questions"])]
             except (ValueError, TypeError) as error:
                 raise InputError(f"{origin}: its questions must be a JSON list of objects ({error}): download it again"
                                  ) from error
-        return rows, prompts
+        return file, rows, prompts
     needed = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-    rows = [row for _, row in table(find_file(folder, "dpg_bench.csv"), *needed)]
-    for file in sorted(folder.glob("prompts/*.txt")):
-        prompts[file.stem] = "\n".join(line for _, line in text_lines(file))
-    return rows, prompts
+    file = find_file(folder, "dpg_bench.csv")
+    rows = [row for _, row in table(file, *needed)]
+    for prompt in sorted(folder.glob("prompts/*.txt")):
+        prompts[prompt.stem] = "\n".join(line for _, line in text_lines(prompt))
+    return file, rows, prompts
 
 
 def dpg_boxes(file, pic_num):
@@ -183,23 +186,23 @@ def dpg_answers(judge, file, boxes, questions):
 def run_dpg(settings, judge):
     """Draw a grid of 2 x 2 pictures for each prompt unless they are given, and score them with a VQA judge. Writes
     dpg-bench_results.txt and dpg-bench_results_detail.txt."""
-    rows, prompts = read_dpg(settings)
+    file, rows, prompts = read_dpg(settings)
     items = dpg_questions(rows, settings.variant)
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
         if not prompts:
             raise InputError(f"{settings.data} holds no prompts/*.txt to draw: give --data the folder of DPG-Bench")
-        draw_all(settings, prompts, {name: [folder / f"{name}.png"] for name in prompts})
+        draw_all(settings, prompts, {name: [folder / f"{name}.png"] for name in prompts}, file.name)
     if rank():
         return None
-    pictures = sorted(file for file in folder.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    pictures = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not pictures:
         raise InputError(f"{folder} holds no pictures: give --preds a folder of files named after their prompts")
     if judge is None:
         return {"score": None, "reason": f"a VQA judge must look at {folder}: --judge-export FILE writes the requests"}
-    boxes = {file.name: dpg_boxes(file, settings.pictures) for file in pictures}
-    answers = {file.name: dpg_answers(judge, file, boxes[file.name], items.get(file.name.split(".")[0], ()))
-               for file in pictures}
+    boxes = {picture.name: dpg_boxes(picture, settings.pictures) for picture in pictures}
+    answers = {picture.name: dpg_answers(judge, picture, boxes[picture.name], items.get(picture.name.split(".")[0], ()))
+               for picture in pictures}
     if judge.wanted:
         return None
     result = dpg_score(rows, answers, settings.pictures, settings.variant)
@@ -208,4 +211,4 @@ def run_dpg(settings, judge):
     lines_to(Path(settings.out) / "dpg-bench_results_detail.txt", details)
     lines_to(Path(settings.out) / "dpg-bench_results.txt", dpg_report(folder, items, answers, result))
     result.pop("images", None)
-    return result | {"pictures": len(pictures)}
+    return result | {"pictures": len(pictures), "data": file.name}

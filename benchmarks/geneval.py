@@ -181,11 +181,11 @@ def geneval_line(folder, file, metadata, classes, judge):
             "reason": result["reason"], "metadata": json.dumps(metadata), "details": json.dumps(result["details"])}
 
 
-def draw_geneval(settings, rows, folder):
+def draw_geneval(settings, rows, folder, data_name):
     """The pictures in GenEval's layout: FOLDER/NUMBER/metadata.jsonl and samples/."""
     prompts = {name: row["prompt"] for name, row in rows.items()}
     files = {name: [folder / name / f"samples/{i:05d}.png" for i in range(settings.pictures)] for name in rows}
-    draw_all(settings, prompts, files)
+    draw_all(settings, prompts, files, data_name)
     if rank() == 0:
         for name, row in rows.items():
             lines_to(folder / name / "metadata.jsonl", [json.dumps(row)])
@@ -193,13 +193,11 @@ def draw_geneval(settings, rows, folder):
 
 def run_geneval(settings, judge):
     """Draw the pictures unless they are given, and score them with detector and colour judge. Writes results.jsonl."""
-    file = Path(settings.data)
-    if not file.is_file():
-        file = find_file(file, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
+    file = find_file(settings.data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl", itself=True)
     rows = {f"{i:05d}": row for i, (_, row) in enumerate(json_lines(file, "tag", "include", "prompt"))}
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
-        draw_geneval(settings, rows, folder)
+        draw_geneval(settings, rows, folder, file.name)
     if rank():
         return None
     pictures = [*geneval_pictures(folder, file, rows)]

@@ -185,7 +185,8 @@ def mmmu_items(parquet, file, settings):
 
 
 def read_mmmu(folder, settings):
-    """Parquet files of the 30 subjects, in the order in which the official parser draws its random answers."""
+    """The folder, and the questions in its parquet files of the 30 subjects, in the order in which the official parser
+    draws its random answers."""
     parquet = pyarrow_for(folder).parquet
     items = []
     for subject in MMMU_SUBJECTS:
@@ -193,7 +194,7 @@ def read_mmmu(folder, settings):
             items += mmmu_items(parquet, file, settings)
     if not items:
         raise InputError(f"{folder} holds no SUBJECT/validation*.parquet: give --data the folder of MMMU")
-    return items
+    return Path(folder), items
 
 
 def mmmu_gold(text):

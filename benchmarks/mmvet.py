@@ -74,7 +74,7 @@ def mmvet_score(scores, metadata, decimals=1):
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def read_mmvet(folder, settings):
-    """mm-vet.json: {id: fields}."""
+    """The file mm-vet.json, {id: fields}, and its questions."""
     file = find_file(folder, "mm-vet.json")
     items = []
     for name, row in read_json(file).items():
@@ -83,7 +83,7 @@ def read_mmvet(folder, settings):
                 raise InputError(f"{file}, {name} has no {field!r}: download it again")
         picture = Path(folder) / "images" / row["imagename"]
         items.append(Item(name, row["question"] + " ", picture, row))           # AIA: an empty suffix after a blank
-    return items
+    return file, items
 
 
 def mmvet_grades(rows, responses, judge, template, runs):

@@ -79,8 +79,9 @@ def check_labels(folder, name, images, force):
 
 
 def read_pope(folder, settings):
-    """LLaVA's questions. The labels are in one file for each category, see check_labels."""
-    rows = json_lines(find_file(folder, "llava_pope_test.jsonl"), "question_id", "image", "text", "category")
+    """File and items of LLaVA's questions. The labels are in one file for each category, see check_labels."""
+    file = find_file(folder, "llava_pope_test.jsonl")
+    rows = json_lines(file, "question_id", "image", "text", "category")
     for origin, row in rows:
         if row["category"] not in POPE_CATEGORIES:
             raise InputError(f"{origin}: category {row['category']!r} is not one of {', '.join(POPE_CATEGORIES)}: "
@@ -88,7 +89,8 @@ def read_pope(folder, settings):
     for name in POPE_CATEGORIES:
         check_labels(folder, name, [row["image"] for _, row in rows if row["category"] == name], settings.force)
     pictures = Path(folder) / "val2014"
-    return [Item(str(row["question_id"]), row["text"], pictures / row["image"], row) for _, row in rows]
+    items = [Item(str(row["question_id"]), row["text"], pictures / row["image"], row) for _, row in rows]
+    return file, items
 
 
 def pope_result(settings, items, texts, judge):

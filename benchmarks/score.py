@@ -43,8 +43,8 @@ class Score(evaluation.Loaded):
 
     POSITIONAL = ("bench",)
     bench: str = opt("", "benchmark", tuple(BENCH_VARIANTS))
-    data: str = opt("", "folder of the benchmark as it is distributed; mmbench, geneval: or its file; fid: folder of "
-                    "pictures, or an .npz with mu and sigma")
+    data: str = opt("", "folder of the benchmark as it is distributed; mmbench, geneval, dpg's .tsv: or the file; fid: "
+                    "folder of pictures, or an .npz with mu and sigma")
     out: str = opt("", "folder for answers or pictures, submission files, and scores.json")
     preds: str = opt("", "score these and run no model: predictions.jsonl; geneval, dpg, fid: a folder of pictures")
     variant: str = opt("", "way to score; empty: the first of " + "; ".join(
@@ -90,21 +90,21 @@ def refuse_flags(settings):
 def score_answers(settings, judge):
     """Read the questions, ask the model unless answers are given, and score what is on disk."""
     read, result = ANSWERED[settings.bench]
-    items = read(settings.data, settings)
+    file, items = read(settings.data, settings)
     for name, times in Counter(item.id for item in items).items():
         if times > 1:
             raise InputError(f"{settings.data}: id {name!r} occurs {times} times: download it again")
     if not items:
         raise InputError(f"{settings.data} holds no questions: download it again")
     if not settings.preds:
-        ask_all(settings, items)
+        ask_all(settings, items, file.name)
     if rank():
         return None
-    file = settings.preds or Path(settings.out) / "predictions.jsonl"
-    scores = result(settings, items, read_predictions(file, items), judge)
+    preds = settings.preds or Path(settings.out) / "predictions.jsonl"
+    scores = result(settings, items, read_predictions(preds, items), judge)
     if scores is None:                          # requests to the judge are open
         return None
-    return scores | {"questions": len(items)}
+    return scores | {"questions": len(items), "data": file.name}
 
 
 def print_benchmark(scores):

@@ -1,10 +1,11 @@
 """Claims about what the benchmarks share (benchmarks/common.py). Asking and drawing: see test_score.py."""
 
 import pytest
-from made_benchmarks import png
+from made_benchmarks import png, written
 from PIL import Image
 
-from benchmarks.common import Item, mmbench_letter, rgb
+from benchmarks.common import Item, find_file, mmbench_letter, rgb
+from parts.settings import InputError
 
 DOOR = {"A": "Open", "B": "Closed"}
 
@@ -15,6 +16,22 @@ DOOR = {"A": "Open", "B": "Closed"}
 def test_mmbench_letter_leaves_what_it_cannot_read(pred, letter):
     """Unlike MMMU's rule it never guesses: the text stays and scores as wrong."""
     assert mmbench_letter(pred, DOOR) == letter
+
+
+def test_a_benchmarks_file_is_found_only_if_there_is_no_choice(tmp_path):
+    """The first of several in the alphabet would be scored without a word; a file is taken only where it can be all of
+    --data."""
+    with pytest.raises(InputError, match=r"holds no a\*.tsv or b.tsv: give --data the benchmark"):
+        find_file(tmp_path, "a*.tsv", "b.tsv")
+    one = written(tmp_path / "a1.tsv")
+    assert find_file(tmp_path, "a*.tsv", "a1.tsv") == find_file(one, "x", itself=True) == one
+    with pytest.raises(InputError, match="a1.tsv is a file: give the folder of the benchmark"):
+        find_file(one, "a*.tsv")
+    written(tmp_path / "sub/b.tsv")
+    with pytest.raises(InputError, match=r"holds 2 candidates \(a1.tsv, sub/b.tsv\): keep only one there"):
+        find_file(tmp_path, "a*.tsv", "*/b.tsv")
+    with pytest.raises(InputError, match="give --data the file itself"):
+        find_file(tmp_path, "a*.tsv", "*/b.tsv", itself=True)
 
 
 def test_transparency_is_white_for_mmmu_and_dropped_elsewhere(tmp_path):

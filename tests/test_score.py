@@ -228,6 +228,11 @@ def test_a_folder_holds_answers_of_one_kind(run_of, alone, tmp_path, capsys):
     command(*janus)
     edit(tmp_path / "data/Questions.csv", "Is it", "Was it")
     assert re.search(r"out holds results with questions '8 \(SHA-256", refused(capsys, *janus))
+    edit(tmp_path / "data/Questions.csv", "Was it", "Is it")
+    edit(tmp_path / "out/settings.json", "Questions.csv", "Other.csv")
+    assert re.search("out holds results with data 'Other.csv', but it is now 'Questions.csv'", refused(capsys, *janus))
+    edit(tmp_path / "out/settings.json", ' "data": "Other.csv",\n', "")        # of before the name was stored
+    command(*janus)
     geneval_files(tmp_path / "data")
     flags = ("--checkpoint", run_of["emu3"], "--gen-roles", "plain", "--out", tmp_path / "drawn")
     assert "--gen-roles plain changes the role words" in refused(capsys, "geneval", tmp_path, *flags)
