@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 from formats.datasets import stamps
 from formats.weights import find_folder
-from parts.pictures import open_picture, to_picture
+from parts.pictures import on_white, open_picture, to_picture
 from parts.processes import all_done, processes, rank
 from parts.settings import InputError, aside, first_line, json_lines, read_json, whole_lines, write_json
 
@@ -185,14 +185,12 @@ WHITE = ("mmmu",)                                   # benchmarks whose AIA reade
 
 
 def rgb(item, bench):
-    """Picture of an item (H, W, 3) uint8. Most readers drop transparency; MMMU's pastes the picture on white."""
+    """Picture of an item (H, W, 3) uint8."""
     try:
         picture = open_picture(item.picture, "janus")               # the wider size limits, for both kinds
-        if bench in WHITE and ("A" in picture.getbands() or "transparency" in picture.info):
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.composite(picture, white, picture.getchannel("A"))
-        return np.asarray(picture.convert("RGB"))
+        if bench in WHITE:
+            return np.asarray(on_white(picture))
+        return np.asarray(picture.convert("RGB"))   # AIA: its other readers drop transparency, unlike ours for training
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"question {item.id}: {first_line(error)}: download the benchmark again") from error
 

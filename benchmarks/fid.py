@@ -77,7 +77,7 @@ def fid_network(mode, device):
 
 def fid_pixels(file, mode):
     """A picture, resized as the package does: (3, 299, 299), in [-1, 1] for "pytorch", in [0, 255] for "clean"."""
-    try:
+    try:                                            # official: convert("RGB") drops transparency
         content = np.load(file, allow_pickle=False) if file.suffix == ".npy" else Image.open(file).convert("RGB")
         array = np.array(content)
         if array.ndim != 3 or array.shape[2] != 3:
