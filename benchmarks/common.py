@@ -9,6 +9,7 @@ AIA paper (arXiv 2511.22663).
 
 import csv
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from formats.datasets import stamps
 from formats.weights import find_folder
 from parts.pictures import on_white, open_picture, to_picture
 from parts.processes import all_done, processes, rank
-from parts.settings import InputError, aside, first_line, json_lines, read_json, whole_lines, write_json
+from parts.settings import InputError, aside, first_line, json_lines, read_json, read_text, whole_lines, write_json
 
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -87,13 +88,13 @@ def find_file(folder, *names, itself=False):
 def table(file, *needed, delimiter=",", missing=()):
     """[(origin, row)] of a table with a header. A value that is one of the words `missing` becomes None."""
     csv.field_size_limit(2**31 - 1)             # pictures in base64
+    lines = io.StringIO(read_text(file), newline="")
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            rows = [*csv.DictReader(lines, delimiter=delimiter)]
-        if not rows:
-            raise ValueError("it holds no rows")
-    except (OSError, ValueError, csv.Error) as error:
+        rows = [*csv.DictReader(lines, delimiter=delimiter)]
+    except csv.Error as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}): download it again") from error
+    if not rows:
+        raise InputError(f"{file} holds no rows: download it again")
     found = []
     for number, row in enumerate(rows, 1):
         origin = f"{file} record {number}"

@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 
-from parts.settings import InputError, json_lines
+from parts.settings import InputError, json_lines, read_text
 
 
 class NoReply(Exception):
@@ -99,12 +99,9 @@ PROMPTS = {"mmbench": (761, "c43f2c868ec5c557796b973a7178990240d996db37d65f75092
 
 def judge_prompt(settings):
     """Text of the --judge-prompt file, and its name in the scores: "official", or else its SHA-256."""
-    try:
-        with open(settings.judge_prompt, encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--judge-prompt {settings.judge_prompt!r} cannot be read: a judge of {settings.bench} needs "
-                         "a file with the official text") from error
+    if not settings.judge_prompt:
+        raise InputError(f"a judge of {settings.bench} needs --judge-prompt, a file with the official text")
+    text = read_text(settings.judge_prompt, f"--judge-prompt {settings.judge_prompt}")
     marked = text
     if settings.bench == "mmbench":
         marked = marked.replace("{q}", "\1").replace("{o}", "\2").replace("{p}", "\3")

@@ -122,6 +122,6 @@ def mmvet_result(settings, items, texts, judge):
     for kind, means in (("cap-score", result["capabilities"]), ("cap-int-score", result["sets"])):
         columns = means | {key: result[key] for key in ("total", "std", "runs")}
         file = out / f"{stem}-{kind}-{settings.runs}runs.csv"
-        with aside(file) as part, open(part, "w", newline="") as lines:
+        with aside(file) as part, open(part, "w", encoding="utf-8", newline="") as lines:
             csv.writer(lines).writerows([["", *columns], [model, *columns.values()]])
     return {"score": result["total"], **result, "judge_prompt": name}
