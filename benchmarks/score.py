@@ -24,7 +24,7 @@ from benchmarks.mmvet import mmvet_result, read_mmvet
 from benchmarks.mmvp import mmvp_result, read_mmvp
 from benchmarks.pope import pope_result, read_pope
 from parts.processes import rank
-from parts.settings import InputError, opt, write_json
+from parts.settings import InputError, opt, read_json, write_json
 
 ANSWERED = {"mmmu": (read_mmmu, mmmu_result), "mmbench": (read_mmbench, mmbench_result),
             "mmvp": (read_mmvp, mmvp_result), "mmvet": (read_mmvet, mmvet_result), "pope": (read_pope, pope_result),
@@ -87,6 +87,21 @@ def refuse_flags(settings):
             raise InputError(message)
 
 
+def make_out(settings):
+    """Make the output folder. Refuse one with results of another benchmark: files of both would lie there as one."""
+    out = Path(settings.out)
+    for name, field in (("settings.json", "bench"), ("scores.json", "benchmark")):
+        if not (out / name).exists():
+            continue
+        owner = read_json(out / name).get(field, "something else")
+        if owner != settings.bench:
+            raise InputError(f"--out {out} holds results of {owner} ({name}): give {settings.bench} its own folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be created ({error.strerror}): give a folder") from error
+
+
 def score_answers(settings, judge):
     """Read the questions, ask the model unless answers are given, and score what is on disk."""
     read, result = ANSWERED[settings.bench]
@@ -138,10 +153,7 @@ def score(settings):
     refuse_flags(settings)
     recorded = "" if settings.judge == "none" else settings.judge
     judge = Judge(recorded, settings.judge_export) if recorded or settings.judge_export else None
-    try:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {settings.out} cannot be created ({error.strerror}): give a folder") from error
+    make_out(settings)
     scores = DRAWN.get(settings.bench, score_answers)(settings, judge)
     if judge and judge.wanted:
         export_requests(settings, judge)

@@ -238,6 +238,21 @@ def test_a_folder_holds_answers_of_one_kind(run_of, alone, tmp_path, capsys):
     assert "--gen-roles plain changes the role words" in refused(capsys, "geneval", tmp_path, *flags)
 
 
+@pytest.mark.parametrize("file, owner", [("scores.json", {"benchmark": "pope"}), ("settings.json", {"bench": "pope"}),
+                                         ("settings.json", {"preset": "tiny-emu3"})])
+def test_a_folder_holds_results_of_one_benchmark(file, owner, tmp_path, capsys):
+    """MM-Vet and POPE both write a results.json: nobody could tell later whose it is. A run folder is refused too."""
+    preds = answers(tmp_path / "said.jsonl", mmvp_files(tmp_path / "data"))
+    written(tmp_path / "out" / file, json.dumps(owner))
+    before = sorted((tmp_path / "out").iterdir())
+    line = refused(capsys, "mmvp", tmp_path, "--preds", preds)
+    other = "pope" if "pope" in owner.values() else "something else"
+    assert line.endswith(f"out holds results of {other} ({file}): give mmvp its own folder")
+    assert sorted((tmp_path / "out").iterdir()) == before
+    written(tmp_path / "out" / file, json.dumps({"benchmark": "mmvp", "bench": "mmvp"}))
+    assert command("mmvp", tmp_path, "--preds", preds)["score"] == 50
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 # ---------------------------------------------------------------------------------------------------------------------
