@@ -303,6 +303,14 @@ def store_pictures(pictures, files):
             Image.fromarray(picture).save(part, format="PNG")
 
 
+def tell_left_out(names, total, what):
+    """Say what the score of a benchmark leaves out: some `names` of `total` things, and what is wrong with them."""
+    if names:
+        listed = ", ".join(names[:3])
+        print(f"warning: {len(names)} of {total} {what}, such as {listed[:200]}: the score leaves them out, as the "
+              "official program does")
+
+
 def draw_all(settings, prompts, files, data_name):
     """Draw {name: prompt} into {name: [picture files]}, except where all files exist. data_name: see settings_of.
 

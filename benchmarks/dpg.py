@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.common import average, draw_all, find_file, lines_to, table
+from benchmarks.common import average, draw_all, find_file, lines_to, table, tell_left_out
 from parts.processes import rank
 from parts.settings import InputError, text_lines
 
@@ -149,7 +149,7 @@ def read_dpg(settings):
     rows = []
     prompts = {}
     if settings.variant == "ulmevalkit" and not (folder / "dpg_bench.csv").exists():
-        file = find_file(folder, "*.tsv", itself=True)
+        file = find_file(folder, "DPG*.tsv", itself=True)
         for origin, row in table(file, "index", "text", "questions", delimiter="\t"):
             prompts[row["index"]] = row["text"]
             try:
@@ -168,9 +168,24 @@ def read_dpg(settings):
 
 def dpg_boxes(file, pic_num):
     """Boxes of the samples in a picture file; none if it cannot be read: the official program leaves it out."""
-    with contextlib.suppress(OSError), Image.open(file) as picture:
+    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(file) as picture:
         return dpg_crops(picture.width // 2 if pic_num > 1 else picture.width, pic_num)
     return []
+
+
+def dpg_missing(boxes, items, folder, official):
+    """Items without a readable picture. boxes {file name: boxes of its samples}. The official program leaves them out;
+    ULMEvalKit scores all prompts, so there they are an InputError."""
+    drawn = {name.split(".")[0] for name, found in boxes.items() if found}
+    missing = [item for item in items if item not in drawn]
+    if len(missing) == len(items):
+        raise InputError(f"{folder} holds no readable picture named after a prompt, such as {missing[0]}.png: give "
+                         "--preds the pictures of DPG-Bench")
+    if missing and not official:
+        raise InputError(f"{folder} lacks readable pictures of {len(missing)} of {len(items)} prompts, such as "
+                         f"{missing[0]}: ulmevalkit scores all; draw them, or take --variant official")
+    tell_left_out(missing, len(items), "prompts have no readable picture")
+    return missing
 
 
 def dpg_answers(judge, file, boxes, questions):
@@ -201,6 +216,7 @@ def run_dpg(settings, judge):
     if judge is None:
         return {"score": None, "reason": f"a VQA judge must look at {folder}: --judge-export FILE writes the requests"}
     boxes = {picture.name: dpg_boxes(picture, settings.pictures) for picture in pictures}
+    missing = dpg_missing(boxes, items, folder, settings.variant == "official")
     answers = {picture.name: dpg_answers(judge, picture, boxes[picture.name], items.get(picture.name.split(".")[0], ()))
                for picture in pictures}
     if judge.wanted:
@@ -211,4 +227,5 @@ def run_dpg(settings, judge):
     lines_to(Path(settings.out) / "dpg-bench_results_detail.txt", details)
     lines_to(Path(settings.out) / "dpg-bench_results.txt", dpg_report(folder, items, answers, result))
     result.pop("images", None)
-    return result | {"pictures": len(pictures), "data": file.name}
+    tell_left_out(result.get("failed"), len(pictures), "pictures cannot be scored")
+    return result | {"pictures": len(pictures), "missing": missing, "data": file.name}

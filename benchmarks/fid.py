@@ -82,7 +82,7 @@ def fid_pixels(file, mode):
         array = np.array(content)
         if array.ndim != 3 or array.shape[2] != 3:
             raise ValueError(f"its shape is {array.shape}, not (height, width, 3)")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"picture {file} cannot be read ({first_line(error)}): replace it") from error
     if mode == "pytorch":
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255

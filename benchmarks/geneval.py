@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks.common import average, draw_all, find_file, lines_to
+from benchmarks.common import average, draw_all, find_file, lines_to, tell_left_out
 from parts.processes import rank
 from parts.settings import InputError, json_lines, read_json, text_lines
 
@@ -167,6 +167,15 @@ def geneval_pictures(folder, file, rows):
                 yield picture, metadata
 
 
+def geneval_missing(pictures, rows):
+    """Names of the prompts with fewer pictures than others have."""
+    counts = Counter(f"{int(picture.parent.parent.name):05d}" for picture, _ in pictures)
+    most = max(counts.values())
+    missing = [name for name in rows if counts[name] < most]
+    tell_left_out(missing, len(rows), f"prompts have fewer than {most} pictures")
+    return missing
+
+
 def geneval_line(folder, file, metadata, classes, judge):
     """A line of results.jsonl: what detector and colour judge say about one picture."""
     name = file.relative_to(folder).as_posix()
@@ -203,6 +212,7 @@ def run_geneval(settings, judge):
     pictures = [*geneval_pictures(folder, file, rows)]
     if not pictures:
         raise InputError(f"{folder} holds no NUMBER/samples/*.png: give --preds the folder of pictures of GenEval")
+    missing = geneval_missing(pictures, rows)
     if judge is None:
         return {"score": None, "reason": f"a detector must look at {folder}: --judge-export FILE writes the requests"}
     classes = [line for _, line in text_lines(find_file(file.parent, "object_names.txt"))]
@@ -211,4 +221,5 @@ def run_geneval(settings, judge):
         return None
     lines_to(Path(settings.out) / "results.jsonl", map(json.dumps, results))
     summary = geneval_summary([(row["tag"], row["metadata"], row["correct"]) for row in results])
-    return {"score": summary["overall"], **summary, "prompts": file.name, "pictures": len(results)}
+    return {"score": summary["overall"], **summary, "prompts": file.name, "pictures": len(results),
+            "missing": missing}
