@@ -60,6 +60,14 @@ class Item:
     row: dict
 
 
+def tell_left_out(names, total, what):
+    """Say what the score of a benchmark leaves out: some `names` of `total` things, and what is wrong with them."""
+    if names and rank() == 0:
+        listed = ", ".join(names[:3])
+        print(f"warning: {len(names)} of {total} {what}, such as {listed[:200]}: the score leaves them out, as the "
+              "official program does")
+
+
 def lines_to(file, lines):
     """Write text lines; make the folder if needed."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -301,14 +309,6 @@ def store_pictures(pictures, files):
         file.parent.mkdir(parents=True, exist_ok=True)
         with aside(file) as part:
             Image.fromarray(picture).save(part, format="PNG")
-
-
-def tell_left_out(names, total, what):
-    """Say what the score of a benchmark leaves out: some `names` of `total` things, and what is wrong with them."""
-    if names:
-        listed = ", ".join(names[:3])
-        print(f"warning: {len(names)} of {total} {what}, such as {listed[:200]}: the score leaves them out, as the "
-              "official program does")
 
 
 def draw_all(settings, prompts, files, data_name):

@@ -80,7 +80,11 @@ def read_mme(folder, settings):
     items = []
     for task in MME_TASKS:
         home = Path(folder) / "MME_Benchmark_release_version" / task
-        for number, (origin, line) in enumerate(text_lines(templates / f"{task}.txt"), 1):
+        lines = text_lines(templates / f"{task}.txt")
+        if not lines or len(lines) % 2:             # now, not after all questions have been answered
+            raise InputError(f"{templates / task}.txt has {len(lines)} lines, but needs two for each picture: download "
+                             "it again")
+        for number, (origin, line) in enumerate(lines, 1):
             fields = line.strip().split("\t")
             if len(fields) != 3 or fields[2].lower() not in ("yes", "no"):
                 raise InputError(f"{origin} needs a picture, a question, and Yes or No, between tabs: download it "

@@ -11,7 +11,7 @@ import re
 import string
 from pathlib import Path
 
-from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, lines_to, mmbench_letter
+from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, lines_to, mmbench_letter, tell_left_out
 from formats.datasets import pyarrow_for
 from parts.settings import InputError, first_line, read_json, write_json
 
@@ -184,19 +184,6 @@ def mmmu_items(parquet, file, settings):
     return items
 
 
-def read_mmmu(folder, settings):
-    """The folder, and the questions in its parquet files of the 30 subjects, in the order in which the official parser
-    draws its random answers."""
-    parquet = pyarrow_for(folder).parquet
-    items = []
-    for subject in MMMU_SUBJECTS:
-        for file in sorted(Path(folder).glob(f"{subject}/validation*.parquet")):
-            items += mmmu_items(parquet, file, settings)
-    if not items:
-        raise InputError(f"{folder} holds no SUBJECT/validation*.parquet: give --data the folder of MMMU")
-    return Path(folder), items
-
-
 def mmmu_gold(text):
     """The answer column: a text, or a list of texts stored as a Python literal."""
     golds = None
@@ -222,6 +209,25 @@ def mmmu_answers(settings, items):
         if not isinstance(row, dict) or not {"ground_truth", "question_type"} <= set(row):
             raise InputError(f"{file} has no answer to {item.id}: use the one of MMMU's validation set")
     return answers
+
+
+def read_mmmu(folder, settings):
+    """The folder, and the questions in its parquet files of the 30 subjects, in the order in which the official parser
+    draws its random answers."""
+    parquet = pyarrow_for(folder).parquet
+    items = []
+    absent = []
+    for subject in MMMU_SUBJECTS:
+        files = sorted(Path(folder).glob(f"{subject}/validation*.parquet"))
+        if not files:
+            absent.append(subject)
+        for file in files:
+            items += mmmu_items(parquet, file, settings)
+    if not items:
+        raise InputError(f"{folder} holds no SUBJECT/validation*.parquet: give --data the folder of MMMU")
+    tell_left_out(absent, len(MMMU_SUBJECTS), "subjects have no file")
+    mmmu_answers(settings, items)                   # a bad key is refused now, not after all questions have been asked
+    return Path(folder), items
 
 
 def mmmu_result(settings, items, texts, judge):

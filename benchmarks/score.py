@@ -16,7 +16,7 @@ from benchmarks.common import MAX_NEW_TOKENS, ask_all, lines_to, read_prediction
 from benchmarks.dpg import run_dpg
 from benchmarks.fid import run_fid
 from benchmarks.geneval import run_geneval
-from benchmarks.judge import Judge
+from benchmarks.judge import PROMPTS, Judge, judge_prompt
 from benchmarks.mmbench import mmbench_result, read_mmbench
 from benchmarks.mme import mme_result, read_mme
 from benchmarks.mmmu import mmmu_result, read_mmmu
@@ -24,7 +24,7 @@ from benchmarks.mmvet import mmvet_result, read_mmvet
 from benchmarks.mmvp import mmvp_result, read_mmvp
 from benchmarks.pope import pope_result, read_pope
 from parts.processes import rank
-from parts.settings import InputError, opt, read_json, write_json
+from parts.settings import InputError, at_least, opt, read_json, write_json
 
 ANSWERED = {"mmmu": (read_mmmu, mmmu_result), "mmbench": (read_mmbench, mmbench_result),
             "mmvp": (read_mmvp, mmvp_result), "mmvet": (read_mmvet, mmvet_result), "pope": (read_pope, pope_result),
@@ -66,6 +66,7 @@ class Score(evaluation.Loaded):
 
 def refuse_flags(settings):
     """Refuse flags that do not go together, before anything is read or written."""
+    at_least(settings, {"pictures": 1, "batch": 1, "runs": 1, "n": 1, "seed": 0, "guidance": 0})
     bench, variant = settings.bench, settings.variant
     world = variant == "world"
     given = settings.preds or (bench == "fid" and settings.features)
@@ -81,8 +82,8 @@ def refuse_flags(settings):
              "--prompt-style vlmevalkit has a system text of its own for MM-Vet, which is not available here: use aia"),
             (bench == "dpg" and settings.pictures not in (1, 4),
              f"--pictures {settings.pictures}: dpg takes 4, as a grid, or 1"),
-            (min(settings.pictures, settings.batch, settings.runs) < 1,
-             "--pictures, --batch and --runs must be at least 1")):
+            (not world and not Path(settings.data).exists(),
+             f"--data {settings.data} does not exist: give the benchmark as it is distributed")):
         if wrong:
             raise InputError(message)
 
@@ -153,6 +154,8 @@ def score(settings):
     refuse_flags(settings)
     recorded = "" if settings.judge == "none" else settings.judge
     judge = Judge(recorded, settings.judge_export) if recorded or settings.judge_export else None
+    if judge and settings.bench in PROMPTS:
+        judge_prompt(settings)                      # a bad one is refused now, not after all questions have been asked
     make_out(settings)
     scores = DRAWN.get(settings.bench, score_answers)(settings, judge)
     if judge and judge.wanted:

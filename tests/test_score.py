@@ -253,6 +253,22 @@ def test_a_folder_holds_results_of_one_benchmark(file, owner, tmp_path, capsys):
     assert command("mmvp", tmp_path, "--preds", preds)["score"] == 50
 
 
+@pytest.mark.parametrize("bench, change, message", [
+    ("mme", lambda f: edit(f / "data/eval_tool/Your_Results/OCR.txt", "\n0.jpg", " 0.jpg"),
+     r"OCR.txt has 5 lines, but needs two for each picture"),
+    ("mme", lambda f: written(f / "data/eval_tool/Your_Results/OCR.txt"), r"OCR.txt has 0 lines"),
+    ("mmmu", lambda f: written(f / "data/answer_dict_val.json", "{}"), r"json has no answer to validation_Art_1"),
+    ("mmvet --judge J", lambda f: written(f / "J"), r"a judge of mmvet needs --judge-prompt")])
+def test_what_scoring_needs_is_checked_before_asking(bench, change, message, run_of, tmp_path, capsys, monkeypatch):
+    """Answering thousands of questions takes hours."""
+    bench, *flags = bench.split()
+    FILES[bench](tmp_path / "data")
+    change(tmp_path)
+    flags = [tmp_path / flag if flag == "J" else flag for flag in flags]
+    monkeypatch.setattr(benchmarks.common, "ask_group", None)
+    assert re.search(message, refused(capsys, bench, tmp_path, "--checkpoint", run_of["janus"], *flags))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +283,9 @@ def test_a_folder_holds_results_of_one_benchmark(file, owner, tmp_path, capsys):
     ("mmvp", lambda f: edit(f / "data/Questions.csv", ",(b)", ",(c)"), r"Questions.csv record 2 needs an Index"),
     ("mmvp", lambda f: edit(f / "data/Questions.csv", "(b)\n3", "(b)\n1"), r"data: id '1' occurs 2 times"),
     ("mmvp", lambda f: edit(f / "data/Questions.csv", "Correct Answer", "Answer"), r"record 1 has no 'Correct Answer'"),
-    ("mmvp", lambda f: shutil.rmtree(f / "data"), r"data holds no Questions.csv"),
+    ("mmvp", lambda f: shutil.rmtree(f / "data"), r"--data .*data does not exist: give the bench"),
+    ("mmvp --data J", lambda f: None, r"--data .*J is a file: give the folder of the benchmark"),
+    ("mmvp --data I", lambda f: (f / "I").mkdir(), r"I holds no Questions.csv: give --data the benchmark"),
     ("mmvet", lambda f: edit(f / "data/mm-vet.json", '"answer"', '"reply"'), r"mm-vet.json, v1_0 has no 'answer'"),
     ("mme", lambda f: edit(f / "data/eval_tool/Your_Results/OCR.txt", "\tNo", ""), r"OCR.txt line 2 needs a picture"),
     ("mmmu", lambda f: written(f / "data/Art/validation-00000-of-00001.parquet", "PAR1"), r"Art/.*cannot be read"),
@@ -281,7 +299,12 @@ def test_a_folder_holds_results_of_one_benchmark(file, owner, tmp_path, capsys):
     ("pope", lambda f: edit(f / "data/llava_pope_test.jsonl", "random", "other"), r"category 'other' is not one of"),
     ("mmvp --variant aia2", lambda f: None, r"--variant 'aia2' does not exist for mmvp: use one of aia, official"),
     ("mmvet --prompt-style vlmevalkit", lambda f: None, r"--prompt-style vlmevalkit has a system text of its own"),
-    ("mmvp --batch 0", lambda f: None, r"--pictures, --batch and --runs must be at least 1"),
+    ("mmvp --batch 0", lambda f: None, r"--batch 0: give at least 1"),
+    ("mmvp --runs 0", lambda f: None, r"--runs 0: give at least 1"),
+    ("geneval --pictures -1", lambda f: None, r"--pictures -1: give at least 1"),
+    ("geneval --seed -1", lambda f: None, r"--seed -1: give at least 0"),
+    ("geneval --guidance nan", lambda f: None, r"--guidance nan: give at least 0"),
+    ("fid --variant world --checkpoint I --n 0", lambda f: None, r"--n 0: give at least 1"),
     ("mmvp", lambda f: written(f / "out"), r"--out .*out cannot be created"),
     ("geneval", lambda f: geneval_files(f / "data"), r"said.jsonl holds no NUMBER/samples"),
     ("geneval --preds I", lambda f: geneval_files(f / "data") or written(f / "I/00001/metadata.jsonl", "{}"),
