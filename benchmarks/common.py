@@ -93,6 +93,13 @@ def find_file(folder, *names, itself=False):
     return files[0]
 
 
+def check_texts(origin, row, *names):
+    """Refuse a row of a data file in which one of the named fields is not a text."""
+    for name in names:
+        if not isinstance(row[name], str):
+            raise InputError(f"{origin}: {name!r} is not a text: download it again")
+
+
 def table(file, *needed, delimiter=",", missing=()):
     """[(origin, row)] of a table with a header. A value that is one of the words `missing` becomes None."""
     csv.field_size_limit(2**31 - 1)             # pictures in base64

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks.common import average, draw_all, find_file, lines_to, tell_left_out
+from benchmarks.common import average, check_texts, draw_all, find_file, lines_to, tell_left_out
 from parts.processes import rank
 from parts.settings import InputError, json_lines, read_json, text_lines
 
@@ -154,6 +154,26 @@ def geneval_summary(results):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+def geneval_rows(file):
+    """{number: line} of the metadata file. A line that cannot be scored is refused before anything is drawn."""
+    rows = {}
+    for number, (origin, row) in enumerate(json_lines(file, "tag", "include", "prompt")):
+        check_texts(origin, row, "tag", "prompt")
+        try:
+            sound = all(isinstance(clause["class"], str) and isinstance(clause["count"], int)
+                        for clause in [*row["include"], *row.get("exclude", [])])
+            for i, clause in enumerate(row["include"]):
+                _, target = clause.get("position", ("", -1))
+                sound = sound and target < i        # the target is an earlier clause
+        except (TypeError, ValueError, KeyError):
+            sound = False
+        if not sound:
+            raise InputError(f"{origin}: include and exclude must list objects with a class, a count, and at most a "
+                             "position relative to an earlier one: download it again")
+        rows[f"{number:05d}"] = row
+    return rows
+
+
 def geneval_pictures(folder, file, rows):
     """(picture, metadata) of all pictures in NUMBER/samples. Folder names are digits; file names begin with digits and
     .png."""
@@ -203,7 +223,7 @@ def draw_geneval(settings, rows, folder, data_name):
 def run_geneval(settings, judge):
     """Draw the pictures unless they are given, and score them with detector and colour judge. Writes results.jsonl."""
     file = find_file(settings.data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl", itself=True)
-    rows = {f"{i:05d}": row for i, (_, row) in enumerate(json_lines(file, "tag", "include", "prompt"))}
+    rows = geneval_rows(file)
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
         draw_geneval(settings, rows, folder, file.name)

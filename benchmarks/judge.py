@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 
+from benchmarks.common import check_texts
 from parts.settings import InputError, json_lines, read_text
 
 
@@ -34,6 +35,7 @@ class Judge:
         self.calls = Counter()                  # {key: number of calls so far}
         self.replies = {}                       # {key: [text]}
         for origin, row in json_lines(file, "key", "replies") if file else ():
+            check_texts(origin, row, "key")
             if not isinstance(row["replies"], list) or not all(isinstance(reply, str) for reply in row["replies"]):
                 raise InputError(f"{origin}: replies must be a list of strings, one for each call")
             self.replies.setdefault(row["key"], []).extend(row["replies"])
@@ -71,7 +73,8 @@ class Judge:
         """Colour judge: a colour name for each box of class `name`. image: name of the file; boxes: [(box, mask)]."""
         numbers = [[float(value) for value in box] for box, _ in boxes]
         reply = self.decoded(image, self.ask(kind="color", image=image, class_name=name, boxes=numbers))
-        if not isinstance(reply, list) or len(reply) != len(boxes):
+        named = isinstance(reply, list) and all(isinstance(colour, str) for colour in reply)
+        if not named or len(reply) != len(boxes):
             raise InputError(f"{self.file}: the colours of {name} in {image} must be a list of {len(boxes)} names")
         return reply
 

@@ -161,9 +161,11 @@ def read_mmbench(folder, settings):
         try:
             image = pictures[image] if image.isdigit() else image
             row["index"] = int(row["index"])
-            picture = base64.b64decode(image, validate=True)
+            picture = base64.b64decode("".join(image.split()), validate=True)   # it may be wrapped into lines
         except (ValueError, KeyError) as error:
             raise InputError(f"{origin}: index or image cannot be read ({error}): download it again") from error
+        if not mmbench_options(row):
+            raise InputError(f"{origin} has no options A, B, ...: give --data a table of MMBench")
         items.append(Item(str(row["index"]), mmbench_prompt(row, settings.prompt_style), picture, row))
     if not any(item.row["index"] < MMBENCH_STEP for item in items):
         raise InputError(f"{file} holds no row with an index below {MMBENCH_STEP}: give --data the whole file")

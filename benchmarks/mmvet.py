@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Item, find_file
+from benchmarks.common import Item, check_texts, find_file
 from benchmarks.judge import judge_prompt
 from parts.settings import InputError, aside, read_json, write_json
 
@@ -81,6 +81,7 @@ def read_mmvet(folder, settings):
         for field in ("imagename", "question", "answer", "capability"):
             if not isinstance(row, dict) or field not in row:
                 raise InputError(f"{file}, {name} has no {field!r}: download it again")
+        check_texts(f"{file}, {name}", row, "imagename", "question", "answer")
         picture = Path(folder) / "images" / row["imagename"]
         items.append(Item(name, row["question"] + " ", picture, row))           # AIA: an empty suffix after a blank
     return file, items

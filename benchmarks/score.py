@@ -35,6 +35,8 @@ BENCH_VARIANTS = {
     "mmmu": ("aia", "official"), "mmbench": ("aia", "vlmevalkit"), "mmvp": ("aia", "official"), "mmvet": ("official",),
     "pope": ("aia",), "mme": ("aia", "official"), "geneval": ("official",), "dpg": ("official", "ulmevalkit"),
     "fid": ("pytorch", "clean", "world")}
+JUDGED = {("mmbench", "aia"), ("mmbench", "vlmevalkit"), ("mmvp", "official"), ("mmvet", "official"),
+          ("geneval", "official"), ("dpg", "official"), ("dpg", "ulmevalkit")}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ def refuse_flags(settings):
             (bench == "dpg" and settings.pictures not in (1, 4),
              f"--pictures {settings.pictures}: dpg takes 4, as a grid, or 1"),
             (not world and not Path(settings.data).exists(),
-             f"--data {settings.data} does not exist: give the benchmark as it is distributed")):
+             f"--data {settings.data} does not exist: give the benchmark as it is distributed"),
+            (settings.preds and not Path(settings.preds).exists(),
+             f"--preds {settings.preds} does not exist: give a file of answers, or a folder of pictures"),
+            ((settings.judge_export or settings.judge != "none") and (bench, variant) not in JUDGED,
+             f"{bench} --variant {variant} asks no judge: leave out --judge and --judge-export")):
         if wrong:
             raise InputError(message)
 

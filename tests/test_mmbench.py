@@ -1,9 +1,10 @@
 """Claims about MMBench: prompts, reading letters, CircularEval, the judge, the submission (benchmarks/mmbench.py)."""
 
+import base64
 import hashlib
 
 import pytest
-from made_benchmarks import Script, answers, command, judged, mmbench_files, mmbench_rows, refused, written
+from made_benchmarks import Script, answers, command, judged, mmbench_files, mmbench_rows, png, refused, written
 
 from benchmarks.common import LETTER_ONLY
 from benchmarks.mmbench import (
@@ -129,6 +130,15 @@ def test_mmbench_takes_no_other_benchmarks_table(tmp_path, capsys):
     assert command(*flags, "--data", folder / "MMBench_DEV_CN.tsv")["data"] == "MMBench_DEV_CN.tsv"
     written(folder / "mmbench_dev_20230712.tsv", whole)             # the paper's file
     assert command(*flags)["data"] == "mmbench_dev_20230712.tsv"
+
+
+def test_mmbench_pictures_may_be_wrapped_into_lines(tmp_path):
+    """The official reader ignores line breaks in base64."""
+    pytest.importorskip("openpyxl")
+    picture = base64.encodebytes(png(size=(64, 64))).decode()
+    assert "\n" in picture.strip()
+    said = mmbench_files(tmp_path / "data", image=picture)
+    assert command("mmbench", tmp_path, "--preds", answers(tmp_path / "said.jsonl", said))["score"] == 50
 
 
 def test_mmbench_submission_is_the_table_with_the_letters(tmp_path):
