@@ -237,8 +237,9 @@ def ask_group(settings, preparer, items):
 
 
 def answers_in(*files):
-    """{id: row} of files of answers."""
-    return {row["id"]: row for row in whole_lines(*files) if "id" in row}
+    """{id: row} of files of answers. What is no answer is left out: it will be asked again."""
+    return {row["id"]: row for row in whole_lines(*files)
+            if isinstance(row.get("id"), str) and isinstance(row.get("response"), str)}
 
 
 def join_answers(out, items):

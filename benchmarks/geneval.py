@@ -171,6 +171,8 @@ def geneval_rows(file):
             raise InputError(f"{origin}: include and exclude must list objects with a class, a count, and at most a "
                              "position relative to an earlier one: download it again")
         rows[f"{number:05d}"] = row
+    if not rows:
+        raise InputError(f"{file} holds no prompts: download it again")
     return rows
 
 

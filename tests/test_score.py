@@ -111,7 +111,8 @@ def test_raw_answers_are_stored_in_order_resumed_and_shared(bench, kind, batch, 
     assert command(bench, tmp_path, "--preds", file) == scores
 
     file.unlink()
-    written(tmp_path / "out/answers-0.jsonl", lines[3] + lines[2][:-9])
+    odd = json.dumps({"id": []}) + "\n" + json.dumps({"id": names[0]}) + "\n"
+    written(tmp_path / "out/answers-0.jsonl", odd + lines[3] + lines[2][:-9])
     written(tmp_path / "out/answers-1.jsonl", lines[1])
     asked = []
 
@@ -320,6 +321,12 @@ def test_what_scoring_needs_is_checked_before_asking(bench, change, message, run
     ("fid --data F.npz", lambda f: stored(f, mu=np.zeros(2)), r"F.npz holds mu: store mu and sigma, or features"),
     ("fid --data F.npz", lambda f: stored(f, mu=np.zeros(2), sigma=np.eye(3)), r"mu \(2,\) and sigma .*do not match"),
     ("fid --data F.npz", lambda f: stored(f, features=np.full((2, 3), np.nan)), r"are not finite"),
+    ("fid --data F.npz", lambda f: stored(f, features=np.array(["a", "b"])), r"F.npz cannot be read \(could not conv"),
+    ("fid --data F.npz", lambda f: stored(f), r"F.npz holds nothing: store mu and sigma"),
+    ("fid --data F.npz", lambda f: written(f / "F.npz"), r"F.npz cannot be read \(No data left in file\)"),
+    ("fid --data F.npz", lambda f: np.save(open(f / "F.npz", "wb"), np.eye(2)), r"F.npz cannot be read"),
+    ("geneval", lambda f: geneval_files(f / "data") or written(f / "data/evaluation_metadata.jsonl"),
+     r"evaluation_metadata.jsonl holds no prompts: download it again"),
     ("fid --data F.npz", lambda f: stored(f, features=np.zeros((1, 3))), r"two or more pictures")])
 def test_bad_files_are_refused_in_one_line(bench, change, message, tmp_path, capsys):
     """The line names place and remedy, the status is 2, and nothing that looks like a result is left behind."""
