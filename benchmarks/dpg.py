@@ -203,6 +203,8 @@ def run_dpg(settings, judge):
     dpg-bench_results.txt and dpg-bench_results_detail.txt."""
     file, rows, prompts = read_dpg(settings)
     items = dpg_questions(rows, settings.variant)
+    if not items:
+        raise InputError(f"{file} holds no questions that count: download it again")
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
         if not prompts:

@@ -160,16 +160,19 @@ def geneval_rows(file):
     for number, (origin, row) in enumerate(json_lines(file, "tag", "include", "prompt")):
         check_texts(origin, row, "tag", "prompt")
         try:
-            sound = all(isinstance(clause["class"], str) and isinstance(clause["count"], int)
-                        for clause in [*row["include"], *row.get("exclude", [])])
+            sound = True
+            for clause in [*row["include"], *row.get("exclude", [])]:
+                texts = isinstance(clause["class"], str) and isinstance(clause.get("color", ""), str)
+                sound = sound and texts and isinstance(clause["count"], int)
             for i, clause in enumerate(row["include"]):
-                _, target = clause.get("position", ("", -1))
-                sound = sound and target < i        # the target is an earlier clause
+                if "position" in clause:
+                    _, target = clause["position"]
+                    sound = sound and 0 <= target < i                           # an earlier clause
         except (TypeError, ValueError, KeyError):
             sound = False
         if not sound:
-            raise InputError(f"{origin}: include and exclude must list objects with a class, a count, and at most a "
-                             "position relative to an earlier one: download it again")
+            raise InputError(f"{origin}: include and exclude must list objects with a class, a count, and perhaps a "
+                             "colour, or a position relative to an earlier one: download it again")
         rows[f"{number:05d}"] = row
     if not rows:
         raise InputError(f"{file} holds no prompts: download it again")
@@ -190,7 +193,7 @@ def geneval_pictures(folder, file, rows):
 
 
 def geneval_missing(pictures, rows):
-    """Names of the prompts with fewer pictures than others have."""
+    """Names of the prompts with fewer pictures than others have, after a warning."""
     counts = Counter(f"{int(picture.parent.parent.name):05d}" for picture, _ in pictures)
     most = max(counts.values())
     missing = [name for name in rows if counts[name] < most]

@@ -203,6 +203,7 @@ def test_geneval_says_which_pictures_are_missing(tmp_path, capsys):
 @pytest.mark.parametrize("old, new", [
     ('"a dog"', "5"), ('"single_object"', "[]"), ('"include": [{"class": "dog", "count": 1}]', '"include": 5'),
     ('"count": 1', '"count": "1"'), ('"class": "dog"', '"class": ["dog"]'), ('"class": "dog", ', ""),
+    ('"count": 1', '"count": 1, "color": ["red"]'), ('"count": 1', '"count": 1, "position": ["left of", -1]'),
     ('"count": 1', '"count": 1, "position": ["left of", 0]'), ('"count": 1', '"count": 1, "position": "left"')])
 def test_geneval_refuses_a_line_that_cannot_be_scored(old, new, tmp_path, capsys):
     """Before anything is drawn. An object cannot lie left of itself, or of one that comes later."""

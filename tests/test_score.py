@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made_benchmarks import (
+    DPG_FIRST,
     FILES,
     GENEVAL,
     answers,
@@ -316,6 +317,9 @@ def test_what_scoring_needs_is_checked_before_asking(bench, change, message, run
     ("geneval --preds I", lambda f: geneval_files(f / "data") or written(f / "I/00001/metadata.jsonl", "{}"),
      r"00001/metadata.jsonl is not line 1, from 0, of evaluation_metadata.jsonl: give --data"),
     ("dpg", lambda f: dpg_files(f / "data"), r"said.jsonl holds no pictures"),
+    ("dpg", lambda f: written(f / "data/dpg_bench.csv",
+                              ",".join(DPG_FIRST) + "\n" + ",".join(map(json.dumps, DPG_FIRST.values()))),
+     r"dpg_bench.csv holds no questions that count"),
     ("fid", lambda f: (f / "data/1.png").unlink(), r"data holds 1 pictures: FID needs"),
     ("fid --data F.npz", lambda f: written(f / "F.npz", "PK"), r"F.npz cannot be read"),
     ("fid --data F.npz", lambda f: stored(f, mu=np.zeros(2)), r"F.npz holds mu: store mu and sigma, or features"),
