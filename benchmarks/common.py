@@ -96,7 +96,7 @@ def find_file(folder, *names, itself=False):
 def check_texts(origin, row, *names):
     """Refuse a row of a data file in which one of the named fields is not a text."""
     for name in names:
-        if not isinstance(row[name], str):
+        if not isinstance(row.get(name), str):
             raise InputError(f"{origin}: {name!r} is not a text: download it again")
 
 

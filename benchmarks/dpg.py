@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.common import average, draw_all, find_file, lines_to, table, tell_left_out
+from benchmarks.common import average, check_texts, draw_all, find_file, lines_to, table, tell_left_out
 from parts.processes import rank
 from parts.settings import InputError, text_lines
 
@@ -153,10 +153,13 @@ def read_dpg(settings):
         for origin, row in table(file, "index", "text", "questions", delimiter="\t"):
             prompts[row["index"]] = row["text"]
             try:
-                rows += [{"item_id": row["index"]} | question for question in json.loads(row["questions"])]
+                asked = [{"item_id": row["index"]} | question for question in json.loads(row["questions"])]
             except (ValueError, TypeError) as error:
                 raise InputError(f"{origin}: its questions must be a JSON list of objects ({error}): download it again"
                                  ) from error
+            for question in asked:
+                check_texts(origin, question, "category_broad", "question_natural_language")
+            rows += asked
         return file, rows, prompts
     needed = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
     file = find_file(folder, "dpg_bench.csv")

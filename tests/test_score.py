@@ -320,6 +320,8 @@ def test_what_scoring_needs_is_checked_before_asking(bench, change, message, run
     ("dpg", lambda f: written(f / "data/dpg_bench.csv",
                               ",".join(DPG_FIRST) + "\n" + ",".join(map(json.dumps, DPG_FIRST.values()))),
      r"dpg_bench.csv holds no questions that count"),
+    ("dpg --variant ulmevalkit", lambda f: dpg_files(f / "data", "ulmevalkit") or edit(
+        f / "data/DPG_Bench.tsv", '""a1?""', "5"), r"tsv record 1: 'question_natural_language' is not a text"),
     ("fid", lambda f: (f / "data/1.png").unlink(), r"data holds 1 pictures: FID needs"),
     ("fid --data F.npz", lambda f: written(f / "F.npz", "PK"), r"F.npz cannot be read"),
     ("fid --data F.npz", lambda f: stored(f, mu=np.zeros(2)), r"F.npz holds mu: store mu and sigma, or features"),
