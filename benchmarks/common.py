@@ -9,6 +9,7 @@ AIA paper (arXiv 2511.22663).
 
 import csv
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ import data
 import eval as evaluation
 from formats.datasets import stamps
 from formats.hub import find_folder
-from parts.pictures import open_picture, to_picture
+from parts.pictures import on_white, open_picture, to_picture
 from parts.processes import all_done, processes, rank
-from parts.settings import InputError, aside, first_line, json_lines, read_json, whole_lines, write_json
+from parts.settings import InputError, aside, first_line, json_lines, read_json, read_text, whole_lines, write_json
 
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -59,6 +60,14 @@ class Item:
     row: dict
 
 
+def tell_left_out(names, total, what):
+    """Say what the score of a benchmark leaves out: some `names` of `total` things, and what is wrong with them."""
+    if names and rank() == 0:
+        listed = ", ".join(names[:3])
+        print(f"warning: {len(names)} of {total} {what}, such as {listed[:200]}: the score leaves them out, as the "
+              "official program does")
+
+
 def lines_to(file, lines):
     """Write text lines; make the folder if needed."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -66,24 +75,41 @@ def lines_to(file, lines):
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def find_file(folder, *names):
-    """The first file of a benchmark that matches one of several names or patterns."""
+def find_file(folder, *names, itself=False):
+    """The only file (or folder) in a benchmark's folder that matches one of several names or patterns. itself: `folder`
+    may be that file. InputError if nothing or more than one thing matches: a guess would score another benchmark."""
+    folder = Path(folder)
+    if itself and folder.is_file():
+        return folder
+    if folder.is_file():
+        raise InputError(f"--data {folder} is a file: give the folder of the benchmark as it is distributed")
+    files = sorted({file for name in names for file in folder.glob(name)})
+    if not files:
+        raise InputError(f"{folder} holds no {' or '.join(names)}: give --data the benchmark as it is distributed")
+    if len(files) > 1:
+        listed = ", ".join(file.relative_to(folder).as_posix() for file in files)
+        remedy = "give --data the file itself" if itself else "keep only one there"
+        raise InputError(f"{folder} holds {len(files)} candidates ({listed[:200]}): {remedy}")
+    return files[0]
+
+
+def check_texts(origin, row, *names):
+    """Refuse a row of a data file in which one of the named fields is not a text."""
     for name in names:
-        for file in sorted(Path(folder).glob(name)):
-            return file
-    raise InputError(f"{folder} holds no {' or '.join(names)}: give --data the benchmark as it is distributed")
+        if not isinstance(row.get(name), str):
+            raise InputError(f"{origin}: {name!r} is not a text: download it again")
 
 
 def table(file, *needed, delimiter=",", missing=()):
     """[(origin, row)] of a table with a header. A value that is one of the words `missing` becomes None."""
     csv.field_size_limit(2**31 - 1)             # pictures in base64
+    lines = io.StringIO(read_text(file), newline="")
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            rows = [*csv.DictReader(lines, delimiter=delimiter)]
-        if not rows:
-            raise ValueError("it holds no rows")
-    except (OSError, ValueError, csv.Error) as error:
+        rows = [*csv.DictReader(lines, delimiter=delimiter)]
+    except csv.Error as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}): download it again") from error
+    if not rows:
+        raise InputError(f"{file} holds no rows: download it again")
     found = []
     for number, row in enumerate(rows, 1):
         origin = f"{file} record {number}"
@@ -137,14 +163,17 @@ def weights_of(checkpoint):
     return hashlib.sha256(json.dumps(stamps(files, folder)).encode()).hexdigest()[:12]
 
 
-def settings_of(settings, prompts):
-    """Everything the answers or pictures depend on. Refused if the output folder holds results of other settings."""
+def settings_of(settings, prompts, data_name):
+    """Everything the answers or pictures depend on. data_name: of the file with the questions or prompts. Refused if
+    the output folder holds results of other settings."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
     mine = {name: getattr(settings, name) for name in DECISIVE}
+    mine["data"] = data_name
     mine["questions"] = f"{len(prompts)} (SHA-256 {digest})"
     mine["weights"] = weights_of(settings.checkpoint)
     file = Path(settings.out) / "settings.json"
     stored = read_json(file) if file.exists() else mine
+    stored.setdefault("data", data_name)            # older results do not name it
     for name, value in mine.items():
         if stored.get(name) != value:
             raise InputError(f"{settings.out} holds results with {name} {stored.get(name)!r}, but it is now {value!r}: "
@@ -172,14 +201,12 @@ WHITE = ("mmmu",)                                   # benchmarks whose AIA reade
 
 
 def rgb(item, bench):
-    """Picture of an item (H, W, 3) uint8. Most readers drop transparency; MMMU's pastes the picture on white."""
+    """Picture of an item (H, W, 3) uint8."""
     try:
         picture = open_picture(item.picture, "janus")               # the wider size limits, for both kinds
-        if bench in WHITE and ("A" in picture.getbands() or "transparency" in picture.info):
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.composite(picture, white, picture.getchannel("A"))
-        return np.asarray(picture.convert("RGB"))
+        if bench in WHITE:
+            return np.asarray(on_white(picture))
+        return np.asarray(picture.convert("RGB"))   # AIA: its other readers drop transparency, unlike ours for training
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"question {item.id}: {first_line(error)}: download the benchmark again") from error
 
@@ -210,8 +237,9 @@ def ask_group(settings, preparer, items):
 
 
 def answers_in(*files):
-    """{id: row} of files of answers."""
-    return {row["id"]: row for row in whole_lines(*files) if "id" in row}
+    """{id: row} of files of answers. What is no answer is left out: it will be asked again."""
+    return {row["id"]: row for row in whole_lines(*files)
+            if isinstance(row.get("id"), str) and isinstance(row.get("response"), str)}
 
 
 def join_answers(out, items):
@@ -226,13 +254,13 @@ def join_answers(out, items):
         file.unlink()
 
 
-def ask_all(settings, items):
-    """Write OUT/predictions.jsonl: the raw answers in the order of the items.
+def ask_all(settings, items, data_name):
+    """Write OUT/predictions.jsonl: the raw answers in the order of the items. data_name: see settings_of.
 
     Answers that a killed run has stored are kept. Under torchrun every process asks its share of the questions.
     """
     out = Path(settings.out)
-    mine = settings_of(settings, {item.id: item.prompt for item in items})
+    mine = settings_of(settings, {item.id: item.prompt for item in items}, data_name)
     if (out / "predictions.jsonl").exists():
         return
     for item in items:
@@ -291,13 +319,13 @@ def store_pictures(pictures, files):
             Image.fromarray(picture).save(part, format="PNG")
 
 
-def draw_all(settings, prompts, files):
-    """Draw {name: prompt} into {name: [picture files]}, except where all files exist.
+def draw_all(settings, prompts, files, data_name):
+    """Draw {name: prompt} into {name: [picture files]}, except where all files exist. data_name: see settings_of.
 
     Every prompt has its own seed, so a resumed or shared run draws the same pictures.
     """
     names = [*prompts]
-    mine = settings_of(settings, prompts)
+    mine = settings_of(settings, prompts, data_name)
     seeds = {name: settings.seed + i for i, name in enumerate(names)}
     if todo := [name for name in names[rank()::processes()] if not all(file.exists() for file in files[name])]:
         m, text = load_asked(settings, mine)

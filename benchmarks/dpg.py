@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.common import average, draw_all, find_file, lines_to, table
+from benchmarks.common import average, check_texts, draw_all, find_file, lines_to, table, tell_left_out
 from parts.processes import rank
 from parts.settings import InputError, text_lines
 
@@ -143,31 +143,52 @@ def dpg_report(folder, items, answers, result):
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def read_dpg(settings):
-    """Rows of questions as dicts, and {item: prompt}: from dpg_bench.csv and prompts/, or from ULMEvalKit's table."""
+    """File and rows of questions as dicts, and {item: prompt}: from dpg_bench.csv and prompts/, or from ULMEvalKit's
+    table."""
     folder = Path(settings.data)
     rows = []
     prompts = {}
     if settings.variant == "ulmevalkit" and not (folder / "dpg_bench.csv").exists():
-        for origin, row in table(find_file(folder, "*.tsv"), "index", "text", "questions", delimiter="\t"):
+        file = find_file(folder, "DPG*.tsv", itself=True)
+        for origin, row in table(file, "index", "text", "questions", delimiter="\t"):
             prompts[row["index"]] = row["text"]
             try:
-                rows += [{"item_id": row["index"]} | question for question in json.loads(row["questions"])]
+                asked = [{"item_id": row["index"]} | question for question in json.loads(row["questions"])]
             except (ValueError, TypeError) as error:
                 raise InputError(f"{origin}: its questions must be a JSON list of objects ({error}): download it again"
                                  ) from error
-        return rows, prompts
+            for question in asked:
+                check_texts(origin, question, "category_broad", "question_natural_language")
+            rows += asked
+        return file, rows, prompts
     needed = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-    rows = [row for _, row in table(find_file(folder, "dpg_bench.csv"), *needed)]
-    for file in sorted(folder.glob("prompts/*.txt")):
-        prompts[file.stem] = "\n".join(line for _, line in text_lines(file))
-    return rows, prompts
+    file = find_file(folder, "dpg_bench.csv")
+    rows = [row for _, row in table(file, *needed)]
+    for prompt in sorted(folder.glob("prompts/*.txt")):
+        prompts[prompt.stem] = "\n".join(line for _, line in text_lines(prompt))
+    return file, rows, prompts
 
 
 def dpg_boxes(file, pic_num):
     """Boxes of the samples in a picture file; none if it cannot be read: the official program leaves it out."""
-    with contextlib.suppress(OSError), Image.open(file) as picture:
+    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(file) as picture:
         return dpg_crops(picture.width // 2 if pic_num > 1 else picture.width, pic_num)
     return []
+
+
+def dpg_missing(boxes, items, folder, official):
+    """Items without a readable picture. boxes {file name: boxes of its samples}. The official program leaves them out;
+    ULMEvalKit scores all prompts, so there they are an InputError."""
+    drawn = {name.split(".")[0] for name, found in boxes.items() if found}
+    missing = [item for item in items if item not in drawn]
+    if len(missing) == len(items):
+        raise InputError(f"{folder} holds no readable picture named after a prompt, such as {missing[0]}.png: give "
+                         "--preds the pictures of DPG-Bench")
+    if missing and not official:
+        raise InputError(f"{folder} lacks readable pictures of {len(missing)} of {len(items)} prompts, such as "
+                         f"{missing[0]}: ulmevalkit scores all; draw them, or take --variant official")
+    tell_left_out(missing, len(items), "prompts have no readable picture")
+    return missing
 
 
 def dpg_answers(judge, file, boxes, questions):
@@ -183,23 +204,26 @@ def dpg_answers(judge, file, boxes, questions):
 def run_dpg(settings, judge):
     """Draw a grid of 2 x 2 pictures for each prompt unless they are given, and score them with a VQA judge. Writes
     dpg-bench_results.txt and dpg-bench_results_detail.txt."""
-    rows, prompts = read_dpg(settings)
+    file, rows, prompts = read_dpg(settings)
     items = dpg_questions(rows, settings.variant)
+    if not items:
+        raise InputError(f"{file} holds no questions that count: download it again")
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
         if not prompts:
             raise InputError(f"{settings.data} holds no prompts/*.txt to draw: give --data the folder of DPG-Bench")
-        draw_all(settings, prompts, {name: [folder / f"{name}.png"] for name in prompts})
+        draw_all(settings, prompts, {name: [folder / f"{name}.png"] for name in prompts}, file.name)
     if rank():
         return None
-    pictures = sorted(file for file in folder.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    pictures = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not pictures:
         raise InputError(f"{folder} holds no pictures: give --preds a folder of files named after their prompts")
     if judge is None:
         return {"score": None, "reason": f"a VQA judge must look at {folder}: --judge-export FILE writes the requests"}
-    boxes = {file.name: dpg_boxes(file, settings.pictures) for file in pictures}
-    answers = {file.name: dpg_answers(judge, file, boxes[file.name], items.get(file.name.split(".")[0], ()))
-               for file in pictures}
+    boxes = {picture.name: dpg_boxes(picture, settings.pictures) for picture in pictures}
+    missing = dpg_missing(boxes, items, folder, settings.variant == "official")
+    answers = {picture.name: dpg_answers(judge, picture, boxes[picture.name], items.get(picture.name.split(".")[0], ()))
+               for picture in pictures}
     if judge.wanted:
         return None
     result = dpg_score(rows, answers, settings.pictures, settings.variant)
@@ -208,4 +232,5 @@ def run_dpg(settings, judge):
     lines_to(Path(settings.out) / "dpg-bench_results_detail.txt", details)
     lines_to(Path(settings.out) / "dpg-bench_results.txt", dpg_report(folder, items, answers, result))
     result.pop("images", None)
-    return result | {"pictures": len(pictures)}
+    tell_left_out(result.get("failed"), len(pictures), "pictures cannot be scored")
+    return result | {"pictures": len(pictures), "missing": missing, "data": file.name}

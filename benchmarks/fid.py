@@ -8,6 +8,7 @@ with held-out scenes of the built-in world.
 
 import functools
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,12 @@ def fid_network(mode, device):
 
 def fid_pixels(file, mode):
     """A picture, resized as the package does: (3, 299, 299), in [-1, 1] for "pytorch", in [0, 255] for "clean"."""
-    try:
+    try:                                            # official: convert("RGB") drops transparency
         content = np.load(file, allow_pickle=False) if file.suffix == ".npy" else Image.open(file).convert("RGB")
         array = np.array(content)
         if array.ndim != 3 or array.shape[2] != 3:
             raise ValueError(f"its shape is {array.shape}, not (height, width, 3)")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"picture {file} cannot be read ({first_line(error)}): replace it") from error
     if mode == "pytorch":
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
@@ -96,15 +97,16 @@ def fid_stored(path):
     """(mu, sigma) of an .npz with mu and sigma, or with features (n, d)."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            stored = {name: content[name] for name in content.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            names = content.files
+            stored = {name: content[name].astype(np.float64) for name in ("mu", "sigma", "features") if name in names}
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}): give an .npz without objects") from error
     if {"mu", "sigma"} <= set(stored):
         mu, sigma = np.atleast_1d(stored["mu"]), np.atleast_2d(stored["sigma"])
     elif "features" in stored:
         mu, sigma = fid_stats(stored["features"])
     else:
-        raise InputError(f"{path} holds {', '.join(stored)}: store mu and sigma, or features (n, d)")
+        raise InputError(f"{path} holds {', '.join(names)[:200] or 'nothing'}: store mu and sigma, or features (n, d)")
     if sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not match or are not finite: make it again")
     return mu, sigma

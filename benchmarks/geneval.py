@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks.common import average, draw_all, find_file, lines_to
+from benchmarks.common import average, check_texts, draw_all, find_file, lines_to, tell_left_out
 from parts.processes import rank
 from parts.settings import InputError, json_lines, read_json, text_lines
 
@@ -154,6 +154,31 @@ def geneval_summary(results):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+def geneval_rows(file):
+    """{number: line} of the metadata file. A line that cannot be scored is refused before anything is drawn."""
+    rows = {}
+    for number, (origin, row) in enumerate(json_lines(file, "tag", "include", "prompt")):
+        check_texts(origin, row, "tag", "prompt")
+        try:
+            sound = True
+            for clause in [*row["include"], *row.get("exclude", [])]:
+                texts = isinstance(clause["class"], str) and isinstance(clause.get("color", ""), str)
+                sound = sound and texts and isinstance(clause["count"], int)
+            for i, clause in enumerate(row["include"]):
+                if "position" in clause:
+                    _, target = clause["position"]
+                    sound = sound and 0 <= target < i                           # an earlier clause
+        except (TypeError, ValueError, KeyError):
+            sound = False
+        if not sound:
+            raise InputError(f"{origin}: include and exclude must list objects with a class, a count, and perhaps a "
+                             "colour, or a position relative to an earlier one: download it again")
+        rows[f"{number:05d}"] = row
+    if not rows:
+        raise InputError(f"{file} holds no prompts: download it again")
+    return rows
+
+
 def geneval_pictures(folder, file, rows):
     """(picture, metadata) of all pictures in NUMBER/samples. Folder names are digits; file names begin with digits and
     .png."""
@@ -165,6 +190,15 @@ def geneval_pictures(folder, file, rows):
         for picture in sorted(home.glob("samples/*")):
             if re.match(r"\d+\.png", picture.name):
                 yield picture, metadata
+
+
+def geneval_missing(pictures, rows):
+    """Names of the prompts with fewer pictures than others have, after a warning."""
+    counts = Counter(f"{int(picture.parent.parent.name):05d}" for picture, _ in pictures)
+    most = max(counts.values())
+    missing = [name for name in rows if counts[name] < most]
+    tell_left_out(missing, len(rows), f"prompts have fewer than {most} pictures")
+    return missing
 
 
 def geneval_line(folder, file, metadata, classes, judge):
@@ -181,11 +215,11 @@ def geneval_line(folder, file, metadata, classes, judge):
             "reason": result["reason"], "metadata": json.dumps(metadata), "details": json.dumps(result["details"])}
 
 
-def draw_geneval(settings, rows, folder):
+def draw_geneval(settings, rows, folder, data_name):
     """The pictures in GenEval's layout: FOLDER/NUMBER/metadata.jsonl and samples/."""
     prompts = {name: row["prompt"] for name, row in rows.items()}
     files = {name: [folder / name / f"samples/{i:05d}.png" for i in range(settings.pictures)] for name in rows}
-    draw_all(settings, prompts, files)
+    draw_all(settings, prompts, files, data_name)
     if rank() == 0:
         for name, row in rows.items():
             lines_to(folder / name / "metadata.jsonl", [json.dumps(row)])
@@ -193,18 +227,17 @@ def draw_geneval(settings, rows, folder):
 
 def run_geneval(settings, judge):
     """Draw the pictures unless they are given, and score them with detector and colour judge. Writes results.jsonl."""
-    file = Path(settings.data)
-    if not file.is_file():
-        file = find_file(file, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
-    rows = {f"{i:05d}": row for i, (_, row) in enumerate(json_lines(file, "tag", "include", "prompt"))}
+    file = find_file(settings.data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl", itself=True)
+    rows = geneval_rows(file)
     folder = Path(settings.preds or Path(settings.out) / "images")
     if not settings.preds:
-        draw_geneval(settings, rows, folder)
+        draw_geneval(settings, rows, folder, file.name)
     if rank():
         return None
     pictures = [*geneval_pictures(folder, file, rows)]
     if not pictures:
         raise InputError(f"{folder} holds no NUMBER/samples/*.png: give --preds the folder of pictures of GenEval")
+    missing = geneval_missing(pictures, rows)
     if judge is None:
         return {"score": None, "reason": f"a detector must look at {folder}: --judge-export FILE writes the requests"}
     classes = [line for _, line in text_lines(find_file(file.parent, "object_names.txt"))]
@@ -213,4 +246,5 @@ def run_geneval(settings, judge):
         return None
     lines_to(Path(settings.out) / "results.jsonl", map(json.dumps, results))
     summary = geneval_summary([(row["tag"], row["metadata"], row["correct"]) for row in results])
-    return {"score": summary["overall"], **summary, "prompts": file.name, "pictures": len(results)}
+    return {"score": summary["overall"], **summary, "prompts": file.name, "pictures": len(results),
+            "missing": missing}

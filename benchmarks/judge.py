@@ -12,7 +12,8 @@ from collections import Counter
 
 import numpy as np
 
-from parts.settings import InputError, json_lines
+from benchmarks.common import check_texts
+from parts.settings import InputError, json_lines, read_text
 
 
 class NoReply(Exception):
@@ -34,6 +35,7 @@ class Judge:
         self.calls = Counter()                  # {key: number of calls so far}
         self.replies = {}                       # {key: [text]}
         for origin, row in json_lines(file, "key", "replies") if file else ():
+            check_texts(origin, row, "key")
             if not isinstance(row["replies"], list) or not all(isinstance(reply, str) for reply in row["replies"]):
                 raise InputError(f"{origin}: replies must be a list of strings, one for each call")
             self.replies.setdefault(row["key"], []).extend(row["replies"])
@@ -71,7 +73,8 @@ class Judge:
         """Colour judge: a colour name for each box of class `name`. image: name of the file; boxes: [(box, mask)]."""
         numbers = [[float(value) for value in box] for box, _ in boxes]
         reply = self.decoded(image, self.ask(kind="color", image=image, class_name=name, boxes=numbers))
-        if not isinstance(reply, list) or len(reply) != len(boxes):
+        named = isinstance(reply, list) and all(isinstance(colour, str) for colour in reply)
+        if not named or len(reply) != len(boxes):
             raise InputError(f"{self.file}: the colours of {name} in {image} must be a list of {len(boxes)} names")
         return reply
 
@@ -99,12 +102,9 @@ PROMPTS = {"mmbench": (761, "c43f2c868ec5c557796b973a7178990240d996db37d65f75092
 
 def judge_prompt(settings):
     """Text of the --judge-prompt file, and its name in the scores: "official", or else its SHA-256."""
-    try:
-        with open(settings.judge_prompt, encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--judge-prompt {settings.judge_prompt!r} cannot be read: a judge of {settings.bench} needs "
-                         "a file with the official text") from error
+    if not settings.judge_prompt:
+        raise InputError(f"a judge of {settings.bench} needs --judge-prompt, a file with the official text")
+    text = read_text(settings.judge_prompt, f"--judge-prompt {settings.judge_prompt}")
     marked = text
     if settings.bench == "mmbench":
         marked = marked.replace("{q}", "\1").replace("{o}", "\2").replace("{p}", "\3")

@@ -143,11 +143,16 @@ def mmbench_score(rows, circular=True, judge=None, rng=random, template=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+def mmbench_file(path):
+    """The tab-separated file: `path` itself, the paper's file in this folder, or else the only table of MMBench there,
+    under its first or under VLMEvalKit's name. Other benchmarks may lie beside it."""
+    paper = Path(path) / "mmbench_dev_20230712.tsv"
+    return paper if paper.exists() else find_file(path, "mmbench*.tsv", "MMBench*.tsv", itself=True)
+
+
 def read_mmbench(folder, settings):
-    """The tab-separated file. In some copies a rotated row names the row that holds its picture."""
-    file = Path(folder)
-    if not file.is_file():
-        file = find_file(folder, "mmbench_dev_20230712.tsv", "*.tsv")
+    """File and questions. In some copies a rotated row names the row that holds its picture."""
+    file = mmbench_file(folder)
     rows = table(file, "index", "question", "image", delimiter="\t", missing=MMBENCH_MISSING)
     pictures = {row["index"]: row["image"] for _, row in rows}
     items = []
@@ -156,13 +161,15 @@ def read_mmbench(folder, settings):
         try:
             image = pictures[image] if image.isdigit() else image
             row["index"] = int(row["index"])
-            picture = base64.b64decode(image, validate=True)
+            picture = base64.b64decode("".join(image.split()), validate=True)   # it may be wrapped into lines
         except (ValueError, KeyError) as error:
             raise InputError(f"{origin}: index or image cannot be read ({error}): download it again") from error
+        if not mmbench_options(row):
+            raise InputError(f"{origin} has no options A, B, ...: give --data a table of MMBench")
         items.append(Item(str(row["index"]), mmbench_prompt(row, settings.prompt_style), picture, row))
     if not any(item.row["index"] < MMBENCH_STEP for item in items):
         raise InputError(f"{file} holds no row with an index below {MMBENCH_STEP}: give --data the whole file")
-    return items
+    return file, items
 
 
 def mmbench_submission(row):

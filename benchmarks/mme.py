@@ -74,12 +74,17 @@ def mme_score(files):
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def read_mme(folder, settings):
-    """The templates Your_Results/TASK.txt: picture, question, gold answer; two lines for each picture."""
+    """Folder and lines of the templates Your_Results/TASK.txt: picture, question, gold answer; two lines for each
+    picture."""
+    templates = find_file(folder, "Your_Results", "*/Your_Results")
     items = []
     for task in MME_TASKS:
         home = Path(folder) / "MME_Benchmark_release_version" / task
-        template = find_file(folder, f"Your_Results/{task}.txt", f"*/Your_Results/{task}.txt")
-        for number, (origin, line) in enumerate(text_lines(template), 1):
+        lines = text_lines(templates / f"{task}.txt")
+        if not lines or len(lines) % 2:             # now, not after all questions have been answered
+            raise InputError(f"{templates / task}.txt has {len(lines)} lines, but needs two for each picture: download "
+                             "it again")
+        for number, (origin, line) in enumerate(lines, 1):
             fields = line.strip().split("\t")
             if len(fields) != 3 or fields[2].lower() not in ("yes", "no"):
                 raise InputError(f"{origin} needs a picture, a question, and Yes or No, between tabs: download it "
@@ -90,7 +95,7 @@ def read_mme(folder, settings):
                 picture = home / "images" / image
             row = {"task": task, "image": image, "gold": gold}
             items.append(Item(f"{task}/{number}", question + MME_SUFFIX, picture, row))
-    return items
+    return templates, items
 
 
 def mme_result(settings, items, texts, judge):

@@ -11,7 +11,7 @@ import re
 import string
 from pathlib import Path
 
-from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, lines_to, mmbench_letter
+from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, lines_to, mmbench_letter, tell_left_out
 from formats.datasets import pyarrow_for
 from parts.settings import InputError, first_line, read_json, write_json
 
@@ -116,6 +116,11 @@ def mmmu_parse_open(response):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring
 # ---------------------------------------------------------------------------------------------------------------------
+def mmmu_subject(name):
+    """validation_Art_Theory_7 -> Art_Theory."""
+    return "_".join(name.split("_")[1:-1])
+
+
 def mmmu_eval_choice(gold, pred):
     """Is the letter the gold one, or one of a list of gold letters?"""
     return pred in gold if isinstance(gold, list) else pred == gold
@@ -137,9 +142,6 @@ def mmmu_score(predictions, answers):
 
     MMMU's own evaluator. Raises KeyError for a prediction of a known subject whose id is not in the key.
     """
-    def subject_of(name):
-        return "_".join(name.split("_")[1:-1])                      # validation_Art_Theory_7 -> Art_Theory
-
     def right(answer, response):
         if answer["question_type"] == "multiple-choice":
             return mmmu_eval_choice(answer["ground_truth"], response)
@@ -149,10 +151,10 @@ def mmmu_score(predictions, answers):
         num = sum(n for n, _ in results.values())
         return {"num": num, "acc": round(sum(acc * n for n, acc in results.values()) / num, 3) if num else 0}
 
-    known = {subject_of(name) for name in answers}
+    known = {mmmu_subject(name) for name in answers}
     hits = {subject: [] for subject in MMMU_SUBJECTS if subject in known}
     for name, response in predictions.items():  # official: a question without a prediction does not count
-        subject = subject_of(name)
+        subject = mmmu_subject(name)
         if subject in hits:
             hits[subject].append(right(answers[name], response))
     results = {subject: (len(marks), sum(marks) / len(marks)) for subject, marks in hits.items() if marks}
@@ -177,22 +179,12 @@ def mmmu_items(parquet, file, settings):
     try:
         for row in parquet.read_table(file, columns=columns).to_pylist():
             origin = f"{file}, {row['id']},"
+            if mmmu_subject(row["id"]) != file.parent.name:
+                raise ValueError("the id is of another subject")
             picture = b"" if settings.preds else row.pop("image_1")["bytes"]
             items.append(Item(row["id"], mmmu_prompt(row, settings.variant), picture, row))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise InputError(f"{origin} cannot be read ({first_line(error)}): download it again") from error
-    return items
-
-
-def read_mmmu(folder, settings):
-    """Parquet files of the 30 subjects, in the order in which the official parser draws its random answers."""
-    parquet = pyarrow_for(folder).parquet
-    items = []
-    for subject in MMMU_SUBJECTS:
-        for file in sorted(Path(folder).glob(f"{subject}/validation*.parquet")):
-            items += mmmu_items(parquet, file, settings)
-    if not items:
-        raise InputError(f"{folder} holds no SUBJECT/validation*.parquet: give --data the folder of MMMU")
     return items
 
 
@@ -218,9 +210,29 @@ def mmmu_answers(settings, items):
     answers = read_json(file)
     for item in items:
         row = answers.get(item.id)
-        if not isinstance(row, dict) or not {"ground_truth", "question_type"} <= set(row):
+        known = isinstance(row, dict) and "question_type" in row
+        if not known or not isinstance(row.get("ground_truth"), str | list):
             raise InputError(f"{file} has no answer to {item.id}: use the one of MMMU's validation set")
     return answers
+
+
+def read_mmmu(folder, settings):
+    """The folder, and the questions in its parquet files of the 30 subjects, in the order in which the official parser
+    draws its random answers."""
+    parquet = pyarrow_for(folder).parquet
+    items = []
+    absent = []
+    for subject in MMMU_SUBJECTS:
+        files = sorted(Path(folder).glob(f"{subject}/validation*.parquet"))
+        if not files:
+            absent.append(subject)
+        for file in files:
+            items += mmmu_items(parquet, file, settings)
+    if not items:
+        raise InputError(f"{folder} holds no SUBJECT/validation*.parquet: give --data the folder of MMMU")
+    tell_left_out(absent, len(MMMU_SUBJECTS), "subjects have no file")
+    mmmu_answers(settings, items)                   # a bad key is refused now, not after all questions have been asked
+    return Path(folder), items
 
 
 def mmmu_result(settings, items, texts, judge):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Item, find_file
+from benchmarks.common import Item, check_texts, find_file
 from benchmarks.judge import judge_prompt
 from parts.settings import InputError, aside, read_json, write_json
 
@@ -74,16 +74,17 @@ def mmvet_score(scores, metadata, decimals=1):
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def read_mmvet(folder, settings):
-    """mm-vet.json: {id: fields}."""
+    """The file mm-vet.json, {id: fields}, and its questions."""
     file = find_file(folder, "mm-vet.json")
     items = []
     for name, row in read_json(file).items():
         for field in ("imagename", "question", "answer", "capability"):
             if not isinstance(row, dict) or field not in row:
                 raise InputError(f"{file}, {name} has no {field!r}: download it again")
+        check_texts(f"{file}, {name}", row, "imagename", "question", "answer")
         picture = Path(folder) / "images" / row["imagename"]
         items.append(Item(name, row["question"] + " ", picture, row))           # AIA: an empty suffix after a blank
-    return items
+    return file, items
 
 
 def mmvet_grades(rows, responses, judge, template, runs):
@@ -122,6 +123,6 @@ def mmvet_result(settings, items, texts, judge):
     for kind, means in (("cap-score", result["capabilities"]), ("cap-int-score", result["sets"])):
         columns = means | {key: result[key] for key in ("total", "std", "runs")}
         file = out / f"{stem}-{kind}-{settings.runs}runs.csv"
-        with aside(file) as part, open(part, "w", newline="") as lines:
+        with aside(file) as part, open(part, "w", encoding="utf-8", newline="") as lines:
             csv.writer(lines).writerows([["", *columns], [model, *columns.values()]])
     return {"score": result["total"], **result, "judge_prompt": name}

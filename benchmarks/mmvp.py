@@ -50,7 +50,7 @@ def mmvp_grade(prompt, gold, response, judge):
 
 
 def read_mmvp(folder, settings):
-    """Questions.csv in file order: two successive rows are a pair."""
+    """The file Questions.csv, and its questions in file order: two successive rows are a pair."""
     file = find_file(folder, "Questions.csv")
     items = []
     for origin, row in table(file, "Question", "Options", "Correct Answer"):
@@ -62,7 +62,7 @@ def read_mmvp(folder, settings):
         items.append(Item(index, mmvp_prompt(row, settings.variant), picture, row))
     if len(items) < 2:
         raise InputError(f"{file} holds no pair of questions: download it again")
-    return items
+    return file, items
 
 
 def mmvp_result(settings, items, texts, judge):

@@ -7,7 +7,7 @@ mean F1 of the three categories in percent, as LLaVA and the AIA paper report it
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.common import Item, average, find_file, lines_to
+from benchmarks.common import Item, average, check_texts, find_file, lines_to
 from parts.settings import InputError, json_lines, write_json
 
 POPE_CATEGORIES = ("adversarial", "popular", "random")
@@ -64,7 +64,10 @@ def pope_score(answers, labels, force=False):
 def pope_labels(folder, name):
     """File and rows of the labels of one category."""
     file = find_file(folder, f"coco/coco_pope_{name}.json", f"coco_pope_{name}.json")
-    return file, [row for _, row in json_lines(file, "image", "label")]
+    rows = json_lines(file, "image", "label")
+    for origin, row in rows:
+        check_texts(origin, row, "label")
+    return file, [row for _, row in rows]
 
 
 def check_labels(folder, name, images, force):
@@ -79,16 +82,19 @@ def check_labels(folder, name, images, force):
 
 
 def read_pope(folder, settings):
-    """LLaVA's questions. The labels are in one file for each category, see check_labels."""
-    rows = json_lines(find_file(folder, "llava_pope_test.jsonl"), "question_id", "image", "text", "category")
+    """File and items of LLaVA's questions. The labels are in one file for each category, see check_labels."""
+    file = find_file(folder, "llava_pope_test.jsonl")
+    rows = json_lines(file, "question_id", "image", "text", "category")
     for origin, row in rows:
+        check_texts(origin, row, "image", "text")
         if row["category"] not in POPE_CATEGORIES:
             raise InputError(f"{origin}: category {row['category']!r} is not one of {', '.join(POPE_CATEGORIES)}: "
                              "download it again")
     for name in POPE_CATEGORIES:
         check_labels(folder, name, [row["image"] for _, row in rows if row["category"] == name], settings.force)
     pictures = Path(folder) / "val2014"
-    return [Item(str(row["question_id"]), row["text"], pictures / row["image"], row) for _, row in rows]
+    items = [Item(str(row["question_id"]), row["text"], pictures / row["image"], row) for _, row in rows]
+    return file, items
 
 
 def pope_result(settings, items, texts, judge):

@@ -16,7 +16,7 @@ from benchmarks.common import MAX_NEW_TOKENS, ask_all, lines_to, read_prediction
 from benchmarks.dpg import run_dpg
 from benchmarks.fid import run_fid
 from benchmarks.geneval import run_geneval
-from benchmarks.judge import Judge
+from benchmarks.judge import PROMPTS, Judge, judge_prompt
 from benchmarks.mmbench import mmbench_result, read_mmbench
 from benchmarks.mme import mme_result, read_mme
 from benchmarks.mmmu import mmmu_result, read_mmmu
@@ -24,7 +24,7 @@ from benchmarks.mmvet import mmvet_result, read_mmvet
 from benchmarks.mmvp import mmvp_result, read_mmvp
 from benchmarks.pope import pope_result, read_pope
 from parts.processes import rank
-from parts.settings import InputError, opt, write_json
+from parts.settings import InputError, at_least, opt, read_json, write_json
 
 ANSWERED = {"mmmu": (read_mmmu, mmmu_result), "mmbench": (read_mmbench, mmbench_result),
             "mmvp": (read_mmvp, mmvp_result), "mmvet": (read_mmvet, mmvet_result), "pope": (read_pope, pope_result),
@@ -35,6 +35,8 @@ BENCH_VARIANTS = {
     "mmmu": ("aia", "official"), "mmbench": ("aia", "vlmevalkit"), "mmvp": ("aia", "official"), "mmvet": ("official",),
     "pope": ("aia",), "mme": ("aia", "official"), "geneval": ("official",), "dpg": ("official", "ulmevalkit"),
     "fid": ("pytorch", "clean", "world")}
+JUDGED = {("mmbench", "aia"), ("mmbench", "vlmevalkit"), ("mmvp", "official"), ("mmvet", "official"),
+          ("geneval", "official"), ("dpg", "official"), ("dpg", "ulmevalkit")}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Score(evaluation.Loaded):
 
     POSITIONAL = ("bench",)
     bench: str = opt("", "benchmark", tuple(BENCH_VARIANTS))
-    data: str = opt("", "folder of the benchmark as it is distributed; mmbench, geneval: or its file; fid: folder of "
-                    "pictures, or an .npz with mu and sigma")
+    data: str = opt("", "folder of the benchmark as it is distributed; mmbench, geneval, dpg's .tsv: or the file; fid: "
+                    "folder of pictures, or an .npz with mu and sigma")
     out: str = opt("", "folder for answers or pictures, submission files, and scores.json")
     preds: str = opt("", "score these and run no model: predictions.jsonl; geneval, dpg, fid: a folder of pictures")
     variant: str = opt("", "way to score; empty: the first of " + "; ".join(
@@ -66,6 +68,7 @@ class Score(evaluation.Loaded):
 
 def refuse_flags(settings):
     """Refuse flags that do not go together, before anything is read or written."""
+    at_least(settings, {"pictures": 1, "batch": 1, "runs": 1, "n": 1, "seed": 0, "guidance": 0})
     bench, variant = settings.bench, settings.variant
     world = variant == "world"
     given = settings.preds or (bench == "fid" and settings.features)
@@ -81,30 +84,49 @@ def refuse_flags(settings):
              "--prompt-style vlmevalkit has a system text of its own for MM-Vet, which is not available here: use aia"),
             (bench == "dpg" and settings.pictures not in (1, 4),
              f"--pictures {settings.pictures}: dpg takes 4, as a grid, or 1"),
-            (min(settings.pictures, settings.batch, settings.runs) < 1,
-             "--pictures, --batch and --runs must be at least 1")):
+            (not world and not Path(settings.data).exists(),
+             f"--data {settings.data} does not exist: give the benchmark as it is distributed"),
+            (settings.preds and not Path(settings.preds).exists(),
+             f"--preds {settings.preds} does not exist: give a file of answers, or a folder of pictures"),
+            ((settings.judge_export or settings.judge != "none") and (bench, variant) not in JUDGED,
+             f"{bench} --variant {variant} asks no judge: leave out --judge and --judge-export")):
         if wrong:
             raise InputError(message)
+
+
+def make_out(settings):
+    """Make the output folder. Refuse one with results of another benchmark: files of both would lie there as one."""
+    out = Path(settings.out)
+    for name, field in (("settings.json", "bench"), ("scores.json", "benchmark")):
+        if not (out / name).exists():
+            continue
+        owner = read_json(out / name).get(field, "something else")
+        if owner != settings.bench:
+            raise InputError(f"--out {out} holds results of {owner} ({name}): give {settings.bench} its own folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be created ({error.strerror}): give a folder") from error
 
 
 def score_answers(settings, judge):
     """Read the questions, ask the model unless answers are given, and score what is on disk."""
     read, result = ANSWERED[settings.bench]
-    items = read(settings.data, settings)
+    file, items = read(settings.data, settings)
     for name, times in Counter(item.id for item in items).items():
         if times > 1:
             raise InputError(f"{settings.data}: id {name!r} occurs {times} times: download it again")
     if not items:
         raise InputError(f"{settings.data} holds no questions: download it again")
     if not settings.preds:
-        ask_all(settings, items)
+        ask_all(settings, items, file.name)
     if rank():
         return None
-    file = settings.preds or Path(settings.out) / "predictions.jsonl"
-    scores = result(settings, items, read_predictions(file, items), judge)
+    preds = settings.preds or Path(settings.out) / "predictions.jsonl"
+    scores = result(settings, items, read_predictions(preds, items), judge)
     if scores is None:                          # requests to the judge are open
         return None
-    return scores | {"questions": len(items)}
+    return scores | {"questions": len(items), "data": file.name}
 
 
 def print_benchmark(scores):
@@ -138,10 +160,9 @@ def score(settings):
     refuse_flags(settings)
     recorded = "" if settings.judge == "none" else settings.judge
     judge = Judge(recorded, settings.judge_export) if recorded or settings.judge_export else None
-    try:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {settings.out} cannot be created ({error.strerror}): give a folder") from error
+    if judge and settings.bench in PROMPTS:
+        judge_prompt(settings)                      # a bad one is refused now, not after all questions have been asked
+    make_out(settings)
     scores = DRAWN.get(settings.bench, score_answers)(settings, judge)
     if judge and judge.wanted:
         export_requests(settings, judge)

@@ -477,7 +477,7 @@ def deal(position, shares):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
-ENCODING = 2                                    # to be raised whenever the same weights encode pictures differently
+ENCODING = 3                                    # to be raised whenever the same weights encode pictures differently
 BYTES_A_FILE = 2**28                            # most bytes of encoded pictures in a file ...
 PICTURES_A_FILE = 1000                          # ... and most pictures, so that a kill loses little
 TOGETHER = 32                                   # pictures encoded at once

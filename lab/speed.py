@@ -28,7 +28,7 @@ import formats.weights
 import model
 import train
 from formats.datasets import FileSource, shuffled
-from parts.settings import check_out, machine, opt, parse, run_command, tell, write_json
+from parts.settings import machine, opt, parse, run_command, tell, write_json
 from parts.text import special_ids, token_ids
 from parts.world import Thing, World, draw_scenes
 
@@ -585,10 +585,9 @@ def speed(settings):
     import transformers
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
-    check_out(settings.out)
     result, rows = BENCHES[settings.table](settings)
-    tried = machine() | {"transformers": transformers.__version__}
-    write_json({"result": result, "rows": rows, "settings": vars(settings), "machine": tried},
+    write_json({"result": result, "rows": rows, "settings": vars(settings),
+                "machine": machine() | {"transformers": transformers.__version__}},
                settings.out or f"assets/bench-{settings.table}.json")
     return result
 

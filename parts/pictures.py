@@ -1,4 +1,4 @@
-"""Pictures from files to tensors: what is refused, and how each model resizes what it sees and what it draws.
+"""Pictures from files to tensors: what is refused, transparency, and how each model resizes what it sees and draws.
 
     python -m pytest tests/test_pictures.py
 """
@@ -45,13 +45,24 @@ def open_picture(source, kind):
     return picture
 
 
+def on_white(picture):
+    """Pillow picture of any mode -> RGB, with white where it is transparent: what a viewer shows. Dropping transparency
+    would uncover what is stored below it: noise, or black on black."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=picture.getchannel("A"))
+    return white
+
+
 def load_picture(source, kind):
-    """Path, bytes or uint8 array (H, W, 3) -> RGB picture, turned as its EXIF tag says."""
+    """Path, bytes or uint8 array (H, W, 3) -> RGB picture, turned as its EXIF tag says, on white if transparent."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     picture = open_picture(source, kind)
     try:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return on_white(ImageOps.exif_transpose(picture))
     except Exception as error:
         name = "the picture" if isinstance(source, bytes) else f"picture {source}"
         raise InputError(f"{name} is broken ({error}): replace it") from error

@@ -1,7 +1,7 @@
 """Claims about DPG-Bench: the rule of parents in both variants, categories, crops, the judge (benchmarks/dpg.py)."""
 
 import pytest
-from made_benchmarks import DPG_FIRST, DPG_ROWS, dpg_files, dpg_row, judged, png, written
+from made_benchmarks import DPG_FIRST, DPG_ROWS, dpg_files, dpg_row, judged, png, refused, written
 
 from benchmarks.dpg import dpg_crops, dpg_score
 from parts.settings import InputError
@@ -119,3 +119,24 @@ def test_dpg_asks_about_the_crops_of_a_grid(variant, score, tmp_path):
     detail = (tmp_path / "out/dpg-bench_results_detail.txt").read_text().splitlines()
     assert detail[0] == f"{tmp_path / 'images/a.png'}, (0, 0, 4, 4), a1?, no"
     assert len(detail) == 20
+
+
+def test_dpg_says_which_pictures_are_missing(tmp_path, capsys):
+    """The official program scores the files that are there; ULMEvalKit's goes through all prompts, so there a missing
+    picture is an error. With no picture of any prompt there is nothing to score."""
+    dpg_files(tmp_path / "data")
+    for name in ("a.png", "c.png"):
+        written(tmp_path / "images" / name, png(size=(8, 8)))
+    flags = ("--preds", tmp_path / "images", "--pictures", 1)
+    found, _ = judged("dpg", tmp_path, lambda request: ["yes"], *flags)
+    assert (found["score"], found["missing"], found["failed"]) == (100, ["b"], ["c.png"])
+    told = capsys.readouterr().out
+    assert "warning: 1 of 2 prompts have no readable picture, such as b: the score leaves them out" in told
+    assert "warning: 1 of 2 pictures cannot be scored, such as c.png: the score leaves them out" in told
+    flags = ("dpg", tmp_path, "--judge", written(tmp_path / "J"), *flags)
+    dpg_files(tmp_path / "data", "ulmevalkit")
+    (tmp_path / "data/dpg_bench.csv").unlink()
+    assert "lacks readable pictures of 1 of 2 prompts, such as b" in refused(capsys, *flags, "--variant", "ulmevalkit")
+    written(tmp_path / "images/a.png", "no picture")
+    dpg_files(tmp_path / "data")
+    assert "images holds no readable picture named after a prompt, such as a.png" in refused(capsys, *flags)

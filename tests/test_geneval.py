@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from made_benchmarks import GENEVAL, geneval_files, judged, written
+from made_benchmarks import GENEVAL, edit, geneval_files, judged, refused, written
 from PIL import Image
 
 from benchmarks.geneval import (
@@ -181,3 +181,32 @@ def test_geneval_asks_detector_then_colour_judge(tmp_path):
     assert row == {"filename": str(tmp_path / "images/00001/samples/0001.png"), "tag": "colors", "prompt": "a red car",
                    "correct": False, "reason": "expected red car>=1, found 0 red; and 1 blue",
                    "metadata": json.dumps(GENEVAL[1]), "details": '{"car": [[1.0, 2.0, 3.0, 4.0, 0.5]]}'}
+
+
+def test_geneval_says_which_pictures_are_missing(tmp_path, capsys):
+    """The official program scores what is there: one dog found in the only complete prompt would be a perfect score."""
+    geneval_files(tmp_path / "data")
+    for i, number in enumerate((2, 1)):
+        written(tmp_path / f"images/{i:05d}/metadata.jsonl", [GENEVAL[i]])
+        for k in range(number):
+            written(tmp_path / f"images/{i:05d}/samples/{k}.png")
+
+    def judge(request):
+        return ['["red"]' if request["kind"] == "color" else "[[[0, 0, 9, 9, 1]], [], [[0, 0, 9, 9, 1]]]"]
+
+    found, _ = judged("geneval", tmp_path, judge, "--preds", tmp_path / "images")
+    assert (found["score"], found["pictures"], found["missing"]) == (1, 3, ["00001", "00002"])
+    assert ("warning: 2 of 3 prompts have fewer than 2 pictures, such as 00001, 00002: the score leaves them out"
+            in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"a dog"', "5"), ('"single_object"', "[]"), ('"include": [{"class": "dog", "count": 1}]', '"include": 5'),
+    ('"count": 1', '"count": "1"'), ('"class": "dog"', '"class": ["dog"]'), ('"class": "dog", ', ""),
+    ('"count": 1', '"count": 1, "color": ["red"]'), ('"count": 1', '"count": 1, "position": ["left of", -1]'),
+    ('"count": 1', '"count": 1, "position": ["left of", 0]'), ('"count": 1', '"count": 1, "position": "left"')])
+def test_geneval_refuses_a_line_that_cannot_be_scored(old, new, tmp_path, capsys):
+    """Before anything is drawn. An object cannot lie left of itself, or of one that comes later."""
+    geneval_files(tmp_path / "data")
+    edit(tmp_path / "data/evaluation_metadata.jsonl", old, new)
+    assert "evaluation_metadata.jsonl line 1: " in refused(capsys, "geneval", tmp_path, "--preds", tmp_path)

@@ -1,9 +1,10 @@
 """Claims about MMBench: prompts, reading letters, CircularEval, the judge, the submission (benchmarks/mmbench.py)."""
 
+import base64
 import hashlib
 
 import pytest
-from made_benchmarks import Script, answers, command, judged, mmbench_files, mmbench_rows, written
+from made_benchmarks import Script, answers, command, judged, mmbench_files, mmbench_rows, png, refused, written
 
 from benchmarks.common import LETTER_ONLY
 from benchmarks.mmbench import (
@@ -108,6 +109,36 @@ def test_mmbench_report_lets_a_later_group_overwrite():
     rows = mmbench_rows(["B"], ["B"])
     rows[1]["category"] = "coarse_perception"
     assert mmbench_score(rows)["report"] == {"Overall": 0.5, "CP": 0.0, "LR": 0.0, "kind 1": 1.0}
+
+
+def test_mmbench_takes_no_other_benchmarks_table(tmp_path, capsys):
+    """VLMEvalKit keeps the tables of all benchmarks in one folder: only MMBench's count, and no guess among several.
+    What was scored is named on the screen and in scores.json."""
+    pytest.importorskip("openpyxl")
+    folder = tmp_path / "data"
+    preds = answers(tmp_path / "said.jsonl", mmbench_files(folder))
+    whole = (folder / "mmbench_dev_20230712.tsv").rename(tmp_path / "whole.tsv").read_bytes()
+    written(folder / "AI2D_TEST.tsv", whole)
+    flags = ("mmbench", tmp_path, "--preds", preds)
+    assert "data holds no mmbench*.tsv or MMBench*.tsv: give --data" in refused(capsys, *flags)
+    written(folder / "MMBench_DEV_EN.tsv", whole)
+    assert command(*flags)["data"] == "MMBench_DEV_EN.tsv"
+    assert "data MMBench_DEV_EN.tsv" in capsys.readouterr().out
+    written(folder / "MMBench_DEV_CN.tsv", whole)
+    assert refused(capsys, *flags).endswith("data holds 2 candidates (MMBench_DEV_CN.tsv, MMBench_DEV_EN.tsv): give "
+                                            "--data the file itself")
+    assert command(*flags, "--data", folder / "MMBench_DEV_CN.tsv")["data"] == "MMBench_DEV_CN.tsv"
+    written(folder / "mmbench_dev_20230712.tsv", whole)             # the paper's file
+    assert command(*flags)["data"] == "mmbench_dev_20230712.tsv"
+
+
+def test_mmbench_pictures_may_be_wrapped_into_lines(tmp_path):
+    """The official reader ignores line breaks in base64."""
+    pytest.importorskip("openpyxl")
+    picture = base64.encodebytes(png(size=(64, 64))).decode()
+    assert "\n" in picture.strip()
+    said = mmbench_files(tmp_path / "data", image=picture)
+    assert command("mmbench", tmp_path, "--preds", answers(tmp_path / "said.jsonl", said))["score"] == 50
 
 
 def test_mmbench_submission_is_the_table_with_the_letters(tmp_path):

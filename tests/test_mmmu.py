@@ -1,7 +1,7 @@
 """Claims about MMMU: prompts, both ways to read answers, and MMMU's own evaluator (benchmarks/mmmu.py)."""
 
 import pytest
-from made_benchmarks import Script
+from made_benchmarks import Script, answers, command, mmmu_files
 
 from benchmarks.common import LETTER_ONLY
 from benchmarks.mmmu import (
@@ -105,6 +105,13 @@ def test_mmmu_score_weighs_examples():
     assert list(report)[-1] == "Overall"
     assert "Physics" not in report
     assert len(report) == 10
+
+
+def test_mmmu_names_the_subjects_without_a_file(tmp_path, capsys):
+    """Three subjects of thirty give a score too, which is not MMMU's."""
+    preds = answers(tmp_path / "said.jsonl", mmmu_files(tmp_path / "data"))
+    command("mmmu", tmp_path, "--preds", preds)
+    assert "warning: 27 of 30 subjects have no file, such as Accounting, Agriculture, Arch" in capsys.readouterr().out
 
 
 def test_mmmu_score_counts_given_predictions_of_known_subjects_only():

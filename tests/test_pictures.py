@@ -15,6 +15,7 @@ from parts.pictures import (
     grid_for,
     janus_picture,
     load_picture,
+    on_white,
     siglip_picture,
     smart_resize,
     to_picture,
@@ -83,6 +84,46 @@ def test_a_turned_photo_is_read_as_a_viewer_shows_it(tmp_path):
     exif[0x0112] = 6                                            # the top of the scene is on the right of the file
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert load_picture(tmp_path / "turned.png", "emu3").size == (20, 30)
+
+
+def half_clear(mode):
+    """A picture of 8 x 8: its left half is black and transparent, its right half grey 100 and opaque."""
+    grey = Image.new("L", (8, 8), 0)
+    grey.paste(100, (4, 0, 8, 8))
+    clear = Image.new("L", (8, 8), 0)
+    clear.paste(255, (4, 0, 8, 8))
+    if mode in ("L", "RGB", "P"):
+        return grey.convert(mode)
+    picture = grey.convert(mode)
+    picture.putalpha(clear)
+    return picture
+
+
+@pytest.mark.parametrize("mode, ending, transparency", [
+    ("RGBA", "png", None), ("LA", "png", None), ("RGBA", "webp", None), ("RGBA", "tiff", None),
+    ("P", "png", 0), ("P", "gif", 0), ("P", "png", bytes(100) + b"\xff"), ("L", "png", 0), ("RGB", "png", (0, 0, 0))])
+def test_transparent_pixels_are_white(mode, ending, transparency, tmp_path):
+    """As in a viewer. What is stored below them, here black, may be anything and is never meant to be seen."""
+    how = {"webp": {"lossless": True}}.get(ending, {})
+    if transparency is not None:
+        how = {"transparency": transparency}
+    half_clear(mode).save(tmp_path / f"a.{ending}", **how)
+    with Image.open(tmp_path / f"a.{ending}") as opened:
+        assert opened.convert("RGB").getpixel((1, 1)) == (0, 0, 0)              # what dropping transparency uncovers
+    found = np.asarray(load_picture(tmp_path / f"a.{ending}", "emu3"))
+    assert (found[:, :4] == 255).all() and (found[:, 4:] == 100).all()
+
+
+def test_transparency_is_blended_with_white_whatever_the_mode(tmp_path):
+    """Half transparent red is pink. A palette may come with a channel of transparency, and a picture may be turned."""
+    assert on_white(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).getpixel((0, 0)) == (255, 127, 127)
+    assert on_white(half_clear("PA")).getpixel((1, 1)) == (255, 255, 255)
+    assert on_white(Image.new("CMYK", (1, 1))).getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # the top of the scene is on the right of the file
+    half_clear("P").save(tmp_path / "turned.png", exif=exif, transparency=0)
+    found = np.asarray(load_picture(tmp_path / "turned.png", "emu3"))
+    assert (found[:4] == 255).all() and (found[4:] == 100).all()
 
 
 def test_emu3_refuses_a_side_below_one_code():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made_benchmarks import (
+    DPG_FIRST,
     FILES,
     GENEVAL,
     answers,
@@ -111,7 +112,8 @@ def test_raw_answers_are_stored_in_order_resumed_and_shared(bench, kind, batch, 
     assert command(bench, tmp_path, "--preds", file) == scores
 
     file.unlink()
-    written(tmp_path / "out/answers-0.jsonl", lines[3] + lines[2][:-9])
+    odd = json.dumps({"id": []}) + "\n" + json.dumps({"id": names[0]}) + "\n"
+    written(tmp_path / "out/answers-0.jsonl", odd + lines[3] + lines[2][:-9])
     written(tmp_path / "out/answers-1.jsonl", lines[1])
     asked = []
 
@@ -228,9 +230,45 @@ def test_a_folder_holds_answers_of_one_kind(run_of, alone, tmp_path, capsys):
     command(*janus)
     edit(tmp_path / "data/Questions.csv", "Is it", "Was it")
     assert re.search(r"out holds results with questions '8 \(SHA-256", refused(capsys, *janus))
+    edit(tmp_path / "data/Questions.csv", "Was it", "Is it")
+    edit(tmp_path / "out/settings.json", "Questions.csv", "Other.csv")
+    assert re.search("out holds results with data 'Other.csv', but it is now 'Questions.csv'", refused(capsys, *janus))
+    edit(tmp_path / "out/settings.json", ' "data": "Other.csv",\n', "")        # of before the name was stored
+    command(*janus)
     geneval_files(tmp_path / "data")
     flags = ("--checkpoint", run_of["emu3"], "--gen-roles", "plain", "--out", tmp_path / "drawn")
     assert "--gen-roles plain changes the role words" in refused(capsys, "geneval", tmp_path, *flags)
+
+
+@pytest.mark.parametrize("file, owner", [("scores.json", {"benchmark": "pope"}), ("settings.json", {"bench": "pope"}),
+                                         ("settings.json", {"preset": "tiny-emu3"})])
+def test_a_folder_holds_results_of_one_benchmark(file, owner, tmp_path, capsys):
+    """MM-Vet and POPE both write a results.json: nobody could tell later whose it is. A run folder is refused too."""
+    preds = answers(tmp_path / "said.jsonl", mmvp_files(tmp_path / "data"))
+    written(tmp_path / "out" / file, json.dumps(owner))
+    before = sorted((tmp_path / "out").iterdir())
+    line = refused(capsys, "mmvp", tmp_path, "--preds", preds)
+    other = "pope" if "pope" in owner.values() else "something else"
+    assert line.endswith(f"out holds results of {other} ({file}): give mmvp its own folder")
+    assert sorted((tmp_path / "out").iterdir()) == before
+    written(tmp_path / "out" / file, json.dumps({"benchmark": "mmvp", "bench": "mmvp"}))
+    assert command("mmvp", tmp_path, "--preds", preds)["score"] == 50
+
+
+@pytest.mark.parametrize("bench, change, message", [
+    ("mme", lambda f: edit(f / "data/eval_tool/Your_Results/OCR.txt", "\n0.jpg", " 0.jpg"),
+     r"OCR.txt has 5 lines, but needs two for each picture"),
+    ("mme", lambda f: written(f / "data/eval_tool/Your_Results/OCR.txt"), r"OCR.txt has 0 lines"),
+    ("mmmu", lambda f: written(f / "data/answer_dict_val.json", "{}"), r"json has no answer to validation_Art_1"),
+    ("mmvet --judge J", lambda f: written(f / "J"), r"a judge of mmvet needs --judge-prompt")])
+def test_what_scoring_needs_is_checked_before_asking(bench, change, message, run_of, tmp_path, capsys, monkeypatch):
+    """Answering thousands of questions takes hours."""
+    bench, *flags = bench.split()
+    FILES[bench](tmp_path / "data")
+    change(tmp_path)
+    flags = [tmp_path / flag if flag == "J" else flag for flag in flags]
+    monkeypatch.setattr(benchmarks.common, "ask_group", None)
+    assert re.search(message, refused(capsys, bench, tmp_path, "--checkpoint", run_of["janus"], *flags))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,35 +281,58 @@ def test_a_folder_holds_answers_of_one_kind(run_of, alone, tmp_path, capsys):
     ("mmvp", lambda f: edit(f / "said.jsonl", '"id": "3"', '"id": "9"'), r"line 3: id '9' is not in this data set"),
     ("mmvp", lambda f: edit(f / "said.jsonl", '"Open"', "null"), r"said.jsonl line 3: the response is not a string"),
     ("mmvp", lambda f: answers(f / "said.jsonl", {"1": "A"}), r"1 answers for 8 questions, none for id '2'"),
-    ("mmvp", lambda f: (f / "said.jsonl").unlink(), r"said.jsonl cannot be read"),
+    ("mmvp", lambda f: (f / "said.jsonl").unlink(), r"--preds .*said.jsonl does not exist: give"),
     ("mmvp", lambda f: edit(f / "data/Questions.csv", ",(b)", ",(c)"), r"Questions.csv record 2 needs an Index"),
     ("mmvp", lambda f: edit(f / "data/Questions.csv", "(b)\n3", "(b)\n1"), r"data: id '1' occurs 2 times"),
     ("mmvp", lambda f: edit(f / "data/Questions.csv", "Correct Answer", "Answer"), r"record 1 has no 'Correct Answer'"),
-    ("mmvp", lambda f: shutil.rmtree(f / "data"), r"data holds no Questions.csv"),
+    ("mmvp", lambda f: shutil.rmtree(f / "data"), r"--data .*data does not exist: give the bench"),
+    ("mmvp --data J", lambda f: None, r"--data .*J is a file: give the folder of the benchmark"),
+    ("mmvp --data I", lambda f: (f / "I").mkdir(), r"I holds no Questions.csv: give --data the benchmark"),
     ("mmvet", lambda f: edit(f / "data/mm-vet.json", '"answer"', '"reply"'), r"mm-vet.json, v1_0 has no 'answer'"),
+    ("mmvet", lambda f: edit(f / "data/mm-vet.json", '"0?"', "null"), r"mm-vet.json, v1_0: 'question' is not a text"),
     ("mme", lambda f: edit(f / "data/eval_tool/Your_Results/OCR.txt", "\tNo", ""), r"OCR.txt line 2 needs a picture"),
     ("mmmu", lambda f: written(f / "data/Art/validation-00000-of-00001.parquet", "PAR1"), r"Art/.*cannot be read"),
     ("mmmu", lambda f: written(f / "data/answer_dict_val.json", "{}"), r"json has no answer to validation_Art_1"),
+    ("mmmu", lambda f: shutil.move(f / "data/Art", f / "data/Design"), r"validation_Art_1, .*of another subject"),
+    ("mmbench", lambda f: mmbench_files(f / "data", **dict.fromkeys("ABCD", "")), r"record 1 has no options A, B"),
     ("mmbench", lambda f: mmbench_files(f / "data", index="x"), r"record 1: index or image cannot be read"),
     ("mmbench", lambda f: mmbench_files(f / "data", image="77"), r"record 1: index or image cannot be read \('77'\)"),
     ("pope", lambda f: edit(f / "data/coco/coco_pope_random.json", "0.png", "1.png"),
      r"coco_pope_random.json does not belong to llava_pope_test.jsonl: 6 .* 6 .*line 1 is about another.*e3e3926"),
     ("pope", lambda f: written(f / "data/coco/coco_pope_random.json", [{"image": "0.png", "label": "no"}]),
      r"1 labels for 6 questions; take the labels"),
+    ("pope", lambda f: edit(f / "data/llava_pope_test.jsonl", '"0.png"', "0"), r"jsonl line 1: 'image' is not a text"),
+    ("pope", lambda f: edit(f / "data/coco/coco_pope_random.json", '"yes"', "true"), r"line 1: 'label' is not a text"),
     ("pope", lambda f: edit(f / "data/llava_pope_test.jsonl", "random", "other"), r"category 'other' is not one of"),
     ("mmvp --variant aia2", lambda f: None, r"--variant 'aia2' does not exist for mmvp: use one of aia, official"),
     ("mmvet --prompt-style vlmevalkit", lambda f: None, r"--prompt-style vlmevalkit has a system text of its own"),
-    ("mmvp --batch 0", lambda f: None, r"--pictures, --batch and --runs must be at least 1"),
+    ("mmvp --batch 0", lambda f: None, r"--batch 0: give at least 1"),
+    ("mmvp --runs 0", lambda f: None, r"--runs 0: give at least 1"),
+    ("geneval --pictures -1", lambda f: None, r"--pictures -1: give at least 1"),
+    ("geneval --seed -1", lambda f: None, r"--seed -1: give at least 0"),
+    ("geneval --guidance nan", lambda f: None, r"--guidance nan: give at least 0"),
+    ("fid --variant world --checkpoint I --n 0", lambda f: None, r"--n 0: give at least 1"),
     ("mmvp", lambda f: written(f / "out"), r"--out .*out cannot be created"),
     ("geneval", lambda f: geneval_files(f / "data"), r"said.jsonl holds no NUMBER/samples"),
     ("geneval --preds I", lambda f: geneval_files(f / "data") or written(f / "I/00001/metadata.jsonl", "{}"),
      r"00001/metadata.jsonl is not line 1, from 0, of evaluation_metadata.jsonl: give --data"),
     ("dpg", lambda f: dpg_files(f / "data"), r"said.jsonl holds no pictures"),
+    ("dpg", lambda f: written(f / "data/dpg_bench.csv",
+                              ",".join(DPG_FIRST) + "\n" + ",".join(map(json.dumps, DPG_FIRST.values()))),
+     r"dpg_bench.csv holds no questions that count"),
+    ("dpg --variant ulmevalkit", lambda f: dpg_files(f / "data", "ulmevalkit") or edit(
+        f / "data/DPG_Bench.tsv", '""a1?""', "5"), r"tsv record 1: 'question_natural_language' is not a text"),
     ("fid", lambda f: (f / "data/1.png").unlink(), r"data holds 1 pictures: FID needs"),
     ("fid --data F.npz", lambda f: written(f / "F.npz", "PK"), r"F.npz cannot be read"),
     ("fid --data F.npz", lambda f: stored(f, mu=np.zeros(2)), r"F.npz holds mu: store mu and sigma, or features"),
     ("fid --data F.npz", lambda f: stored(f, mu=np.zeros(2), sigma=np.eye(3)), r"mu \(2,\) and sigma .*do not match"),
     ("fid --data F.npz", lambda f: stored(f, features=np.full((2, 3), np.nan)), r"are not finite"),
+    ("fid --data F.npz", lambda f: stored(f, features=np.array(["a", "b"])), r"F.npz cannot be read \(could not conv"),
+    ("fid --data F.npz", lambda f: stored(f), r"F.npz holds nothing: store mu and sigma"),
+    ("fid --data F.npz", lambda f: written(f / "F.npz"), r"F.npz cannot be read \(No data left in file\)"),
+    ("fid --data F.npz", lambda f: np.save(open(f / "F.npz", "wb"), np.eye(2)), r"F.npz cannot be read"),
+    ("geneval", lambda f: geneval_files(f / "data") or written(f / "data/evaluation_metadata.jsonl"),
+     r"evaluation_metadata.jsonl holds no prompts: download it again"),
     ("fid --data F.npz", lambda f: stored(f, features=np.zeros((1, 3))), r"two or more pictures")])
 def test_bad_files_are_refused_in_one_line(bench, change, message, tmp_path, capsys):
     """The line names place and remedy, the status is 2, and nothing that looks like a result is left behind."""
