@@ -1,16 +1,12 @@
 """Claims about data sets on disk: published formats, the index, stored codes, refusals (formats/datasets.py)."""
 
-import io
-import json
 import os
-import sys
 import tarfile
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
-from made_data import ALBUM, ASKED, DRAWN, encode, entry, records
+from made_data import ALBUM, ASKED, DRAWN, PUBLIC, SHARDED, add, encode, entry, records, store
 from safetensors.torch import save_file
 
 import aia
@@ -26,56 +22,14 @@ from formats.datasets import (
     open_sources,
     parse_ratio,
     picture_key,
-    tar_samples,
 )
 from parts.pictures import load_picture
 from parts.settings import InputError
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets as they are published
 # ---------------------------------------------------------------------------------------------------------------------
-SHARDED = ("tar", "parquet", "arrow")
-EXTRA = {"id": 7, "data_source": "web", "note": 'brackets ]} in "quotes" \\', "scores": [1, 2]}
-PUBLIC = [DRAWN, ASKED, entry("c.png", ("two red crosses", "<image>"))]
-
-
-def add(tar, name, content):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def write_table(file, columns):
-    table = pyarrow.table(columns)
-    if file.suffix == ".parquet":
-        return pyarrow.parquet.write_table(table, file, row_group_size=1)
-    with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
-        stream.write_table(table, max_chunksize=1)
-
-
-def store(form, folder, entries):
-    """Entries as others publish them, with fields that we do not know, in two shards where there are shards."""
-    entries = [e | EXTRA for e in entries]
-    if form == "json":
-        (folder / "train.json").write_text(json.dumps(entries, indent=1))
-        return folder / "train.json"
-    (folder / form).mkdir()
-    for shard, part in enumerate((entries[:2], entries[2:])):
-        file, pictures = folder / form / f"{shard}.{form}", [(folder / e["image"]).read_bytes() for e in part]
-        if form != "tar":
-            write_table(file, {"image": [{"bytes": content, "path": "x.png"} for content in pictures],
-                               **{name: [e[name] for e in part] for name in ("conversations", *EXTRA)}})
-            continue
-        with tarfile.open(file, "w") as tar:
-            for i, (e, content) in enumerate(zip(part, pictures, strict=True)):
-                add(tar, f"part/{i}.PNG", content)
-                caption = e["conversations"][1]["value"] == "<image>" and e["conversations"][0]["value"]
-                if caption:
-                    add(tar, f"part/{i}.txt", f"{caption}\n".encode())
-                add(tar, f"part/{i}.json", json.dumps({"url": "web"} if caption else e).encode())
-    return folder / form
-
-
 def content(record):
     return record.task, record.turns, [load_picture(p, "emu3").tobytes() for p in record.pictures]
 
@@ -94,22 +48,6 @@ def test_published_formats_hold_the_same_records(form, album, tmp_path, preparer
         assert torch.equal(one.tokens, other.tokens)
     names = [picture_key(p) for source in (own, public) for record in records(source) for p in record.pictures]
     assert len(set(names)) == 3 and names[:3] == names[3:]
-
-
-@pytest.mark.parametrize("form", ["parquet", "arrow"])
-def test_tables_may_hold_captions_plain_bytes_and_several_pictures(form, album, tmp_path):
-    """A picture is bytes, or a struct, or a path; words are a conversation, or a caption, which is drawn."""
-    album()
-    a, b = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
-    said = entry("", ("same?", "no"))["conversations"]
-    for name, columns in {"x": {"image": [a], "caption": ["a cross"]}, "y": {"image": [b], "text": ["a square"]},
-                          "z": {"image": [[a, b]], "conversations": [said]},
-                          "w": {"image": [{"bytes": None, "path": "b.png"}], "text": ["by path"]}}.items():
-        write_table(tmp_path / f"{name}.{form}", columns)
-    found = records(FileSource(tmp_path / f"[w-z].{form}", "emu3"))
-    assert [(record.task, record.turns[0][0]) for record in found] == [
-        ("gen", "by path"), ("gen", "a cross"), ("gen", "a square"), ("und", "same?")]
-    assert [record.pictures for record in found] == [(tmp_path / "b.png",), (a,), (b,), (a, b)]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
@@ -193,31 +131,6 @@ def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_p
     index_file(tmp_path / "all.tar").unlink()
     with pytest.raises(InputError, match="all.tar:no words: .*--on-bad-record skip"):
         FileSource(tmp_path / "all.tar", "emu3")
-
-
-@pytest.mark.parametrize("text", ['{"a": {"image": "a.png"}}', '[{"image": "a.png"}, {"image": ', "", "[]"])
-def test_a_file_that_is_no_array_is_named(text, tmp_path):
-    """A download that was cut, an object, or nothing."""
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(InputError, match="x.json.*(check that it is complete|holds no usable record)"):
-        FileSource(tmp_path / "x.json", "emu3", "skip" if text[:1] == "[" else "stop")
-
-
-@pytest.mark.parametrize("name", ["none.jsonl", "none.tar", "none*.tar", "."])
-def test_a_source_without_files_is_named(name, tmp_path):
-    """Also a folder or pattern that holds nothing of use."""
-    with pytest.raises(InputError, match="data set .* cannot be read .*give .jsonl"):
-        FileSource(tmp_path / name, "emu3")
-
-
-@pytest.mark.parametrize("form", ["parquet", "arrow"])
-def test_a_missing_pyarrow_is_named_with_its_command(form, album, tmp_path, monkeypatch):
-    """Only those who have tables need it."""
-    album()
-    path = store(form, tmp_path, PUBLIC)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=f"{form} is read through pyarrow.*pip install pyarrow$"):
-        FileSource(path, "emu3")
 
 
 @pytest.mark.parametrize("texts", [["a=0"], ["a=1", "b"], ["a=1.2.3", "b=1"], ["a=1", "b=0.0"]])
@@ -353,23 +266,6 @@ def test_lines_in_utf_16_are_no_records(encoding, album):
         FileSource(file, "emu3")
     with pytest.raises(InputError, match="holds no usable record"):
         FileSource(file, "emu3", "skip")
-
-
-@pytest.mark.parametrize("harm", [lambda tar, at: tar[:at], lambda tar, at: tar[:at + 100],
-                                  lambda tar, at: tar[:at] + b"x" + tar[at + 1:], lambda tar, at: tar + tar],
-                         ids=["cut before a header", "cut in it", "a wrong byte", "two joined"])
-def test_a_broken_archive_is_no_shorter_one(harm, tmp_path):
-    """tarfile takes any broken header for the end; what is behind it would be missing without a word."""
-    file = tmp_path / "a.tar"
-    with tarfile.open(file, "w") as tar:
-        for i in range(3):
-            at = tar.offset
-            add(tar, f"{i}.png", b"x")
-            add(tar, f"{i}.txt", b"a cat")
-    assert len([*tar_samples(file)]) == 3
-    file.write_bytes(harm(file.read_bytes(), at))
-    with pytest.raises((tarfile.TarError, OSError)):
-        [*tar_samples(file)]
 
 
 @pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])

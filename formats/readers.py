@@ -1,0 +1,193 @@
+"""Which files a data set has, and where records lie in each format: JSON lines, JSON, tar, parquet, Arrow.
+
+The formats are described in formats/README.md.
+
+    python -m pytest tests/test_readers.py
+"""
+
+import glob
+import io
+import json
+import mmap
+import re
+import tarfile
+from pathlib import Path
+
+from formats.records import parse_record
+from parts.settings import InputError
+
+FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                            # the first three also as a folder
+TABLES = ("parquet", "arrow")
+COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
+ENDINGS = ("jpg", "jpeg", "png", "webp")
+BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarError)          # what readers raise
+JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
+
+
+def data_files(path):
+    """A file, a folder or a pattern with wildcards -> format, sorted files."""
+    path = Path(path)
+    files = []
+    if path.is_dir():
+        for form in FORMS[:3]:                      # the first one found: tables about shards often lie beside them
+            files = files or [file for file in path.glob(f"*.{form}") if not file.name.startswith("cache-")]
+    elif path.exists():
+        files = [path]
+    elif glob.has_magic(str(path)):
+        files = [Path(file) for file in glob.glob(str(path), recursive=True)]
+    forms = {file.suffix[1:] if file.suffix[1:] in FORMS else "jsonl" for file in files}
+    if len(forms) != 1 or len(files) > 2**16:
+        raise InputError(f"data set {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
+                         ".json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three")
+    return forms.pop(), sorted(files)
+
+
+def json_lines_of(file):
+    """(offset, size, number) of each line of a JSON-lines file that is not blank."""
+    with open(file, "rb") as lines:
+        offset = 0
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield offset, len(line), number
+            offset += len(line)
+
+
+def json_elements(file):
+    """(offset, size, number) of each element of a JSON array of any size: brackets outside strings are counted, nothing
+    is parsed or kept."""
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        depth = number = start = 0
+        for token in JSON_TOKEN.finditer(text) if re.match(rb"(?:\xef\xbb\xbf)?\s*\[", text) else ():
+            if token[1] in (b"[", b"{"):
+                if depth == 1:
+                    start = token.start()
+                depth += 1
+            elif token[1]:
+                depth -= 1
+                if depth == 1:
+                    number += 1
+                    yield start, token.end() - start, number
+                elif depth == 0:
+                    if text[token.end():].strip():
+                        break
+                    return
+        raise ValueError("it must hold one JSON array and nothing else; JSON lines belong in a .jsonl file")
+
+
+def split_name(member):
+    """A tar member -> the key of its sample, and its ending. Folders and hidden files have no key."""
+    first = member.name.rfind("/") + 1
+    cut = member.name.find(".", first)
+    if cut <= first or not member.isfile():
+        return "", ""
+    return member.name[:cut], member.name[cut + 1:].lower()
+
+
+def tar_samples(file):
+    """(offset, size, number) of each sample of a WebDataset shard: neighbours with the same name up to the first full
+    stop."""
+    with tarfile.open(file, "r:") as tar:
+        last = None
+        start = end = number = 0
+        while member := tar.next():
+            tar.members.clear()                     # tarfile would keep them all
+            key, _ = split_name(member)
+            if key and key != last:
+                if last:
+                    number += 1
+                    yield start, end - start, number
+                last = key
+                start = member.offset
+            if key:
+                end = member.offset_data + -(-member.size // 512) * 512         # whole blocks
+        if last:
+            yield start, end - start, number + 1
+        # tarfile takes a broken header for the end of the archive.
+        tar.fileobj.seek(tar.offset)
+        rest = tar.fileobj.read(2**20)
+        if len(rest) < 512 or rest.strip(b"\0"):
+            raise tarfile.ReadError("no end mark where the samples stop")
+
+
+def tar_entry(content):
+    """The bytes of a sample -> its key, and an entry {"image": bytes, ...} with the fields of its .json if that holds
+    conversations, else its .txt as the caption."""
+    parts = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        first, _ = split_name(tar.firstmember)
+        for member in tar:
+            key, ending = split_name(member)
+            if key:
+                parts[ending] = tar.extractfile(member).read()
+    entry = json.loads(parts.get("json", b"{}"))
+    if not (isinstance(entry, dict) and "conversations" in entry):              # metadata beside a caption
+        entry = {"caption": parts.get("txt", b"").decode("utf-8").strip()}
+    image = next((parts[ending] for ending in ENDINGS if ending in parts), None)
+    return first, entry | {"image": image}
+
+
+def pyarrow_for(file):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{file} is read through pyarrow, which is not installed: pip install pyarrow") from error
+    return pyarrow
+
+
+def read_table(form, file, group):
+    """Our columns of a row group of a parquet file, or of a whole Arrow stream (mapped into memory, not read)."""
+    arrow = pyarrow_for(file)
+    if form == "parquet":
+        table = arrow.parquet.ParquetFile(file)
+        return table.read_row_group(group, [name for name in COLUMNS if name in table.schema_arrow.names])
+    table = arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all()
+    return table.select([name for name in COLUMNS if name in table.column_names])
+
+
+def table_rows(form, file):
+    """(row group, row in it, number) of each row of a parquet file or an Arrow stream, which counts as one group."""
+    if form == "parquet":
+        about = pyarrow_for(file).parquet.ParquetFile(file).metadata
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    else:
+        sizes = [len(read_table(form, file, 0))]
+    number = 0
+    for group, size in enumerate(sizes):
+        for row in range(size):
+            number += 1
+            yield group, row, number
+
+
+def scan(form, file):
+    """Where the records of a file lie: (offset, size, number) of each, in order."""
+    if form == "json":
+        return json_elements(file)
+    if form == "tar":
+        return tar_samples(file)
+    if form == "jsonl":
+        return json_lines_of(file)
+    return table_rows(form, file)
+
+
+def read_record(form, file, offset, size, number, table=read_table, check=None):
+    """The record at an offset of a file, as `scan` tells it. check(picture) may refuse its pictures."""
+    origin = f"{file}:{number}"
+    try:
+        if form in TABLES:
+            rows = table(form, file, offset)
+            entry = {name: rows[name][size].as_py() for name in rows.column_names}
+        else:
+            with open(file, "rb") as opened:
+                opened.seek(offset)
+                entry = opened.read(size)
+            if form == "tar":
+                key, entry = tar_entry(entry)
+                origin = f"{file}:{key}"
+        record = parse_record(entry, origin, file.parent, strict=form == "jsonl")
+        for picture in record.pictures if check else ():
+            check(picture)
+        return record
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from error
+    except BROKEN as error:
+        raise InputError(f"{origin}: cannot be read ({error}): check that the file is whole and unchanged") from error
