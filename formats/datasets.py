@@ -25,27 +25,42 @@ from formats.readers import BROKEN, data_files, read_record, read_table, scan
 from formats.records import SKIP_HINT, Record, parse_record
 from parts.pictures import janus_picture, load_picture, open_picture, siglip_picture, to_picture, tokenizer_picture
 from parts.processes import processes, rank
-from parts.settings import InputError, aside
-
+from parts.settings import InputError, aside, first_line, shortened
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records that cannot be used
 # ---------------------------------------------------------------------------------------------------------------------
+LISTED = 1000                                   # most bad records of a data set that are described; others are counted
+MORE = re.compile("(.*) and later: ([0-9]+) more bad records")
+
+
 def note_bad(text, bad, stop):
-    """Add a record that cannot be used to a list, or stop at it."""
-    bad.append(text)
+    """Add a record that cannot be used to a list, or stop at it. The last text of a full list counts the others."""
+    text = shortened(text, 430)
     if stop:
+        bad.append(text)
         raise InputError(f"{text} ({SKIP_HINT})")
+    if len(bad) < LISTED:
+        bad.append(text)
+        return
+    counted = MORE.fullmatch(bad[-1])
+    origin, more = counted.groups() if counted else (text.split(": ")[0], 0)
+    bad[LISTED:] = [f"{origin} and later: {int(more) + 1} more bad records"]
 
 
 def bad_report(bad, paths):
     """How many records of each data set were left out, then the first of them."""
     beginnings = {path: re.split(r"[*?\[]", str(Path(path)))[0] for path in paths}
     longest_first = sorted(paths, key=lambda path: -len(beginnings[path]))
-    owners = [next((path for path in longest_first if text.startswith(beginnings[path])), "elsewhere") for text in bad]
-    counts = [f"{path}: {owners.count(path)}" for path in dict.fromkeys(owners)]
-    more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
-    return "\n  ".join([f"{len(bad)} bad records were left out:", *counts, *bad[:20], *more])
+    counts = {}
+    for text in bad:
+        owner = next((path for path in longest_first if text.startswith(beginnings[path])), "elsewhere")
+        more = MORE.fullmatch(text)
+        counts[owner] = counts.get(owner, 0) + (int(more[2]) if more else 1)
+    total = sum(counts.values())
+    rest = [f"and {total - 20} more"] if total > 20 else []
+    owners = [f"{path}: {count}" for path, count in counts.items()]
+    return "\n  ".join([f"{total} bad records were left out:", *owners, *bad[:20], *rest])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +94,7 @@ def make_index(form, files, kind, stop=False):
         except InputError:
             raise
         except BROKEN as error:
-            note_bad(f"{file}: cannot be read to its end ({error}): check that it is complete", bad, stop)
+            note_bad(f"{file}: cannot be read to its end ({first_line(error)}): check that it is complete", bad, stop)
     bar.close()
     return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad
 
@@ -112,15 +127,15 @@ def load_index(path, files):
         bad = head["bad"]
         seen = {tuple(one) for one in head["files"]}
     except (*BROKEN, EOFError, AttributeError, TypeError) as error:
-        raise InputError(f"{stored} is broken ({error}): {again}") from error
+        raise InputError(f"{stored} is broken ({first_line(error)}): {again}") from error
     if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
         raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
     return {"gen": rows[:gen], "und": rows[gen:]}, bad
 
 
 def store_index(path):
-    """One pass over a data set -> its index file, and {task: number of records}. Bad records are listed beside it, in
-    PATH.bad.txt."""
+    """One pass over a data set -> its index file, and {task: number of records}. The first LISTED bad records are
+    named beside it, in PATH.bad.txt."""
     form, files = data_files(path)
     stored = index_file(path)
     listed = stored.with_suffix("").with_suffix(".bad.txt")
@@ -130,7 +145,7 @@ def store_index(path):
     if bad:
         with aside(listed) as part:
             part.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
-        print(f"{bad_report(bad, [path])}\nall are in {listed}")
+        print(f"{bad_report(bad, [path])}\nmore of them in {listed}")
     if not any(map(len, rows.values())):
         raise InputError(f"data set {path} holds no usable record: see formats/README.md")
     count = {task: len(part) for task, part in rows.items()}
@@ -173,7 +188,8 @@ class FileSource:
             try:
                 lines = file.read_bytes().split(b"\n")          # other line separators are text in JSON
             except OSError as error:
-                raise InputError(f"data set {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
+                raise InputError(f"data set {file} cannot be read ({first_line(error)}): give a UTF-8 JSON-lines "
+                                 "file") from error
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from formats.records import parse_record
-from parts.settings import InputError
+from parts.settings import InputError, first_line
 
 FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                            # the first three also as a folder
 TABLES = ("parquet", "arrow")
@@ -190,4 +190,5 @@ def read_record(form, file, offset, size, number, table=read_table, check=None):
     except InputError as error:
         raise InputError(f"{origin}: {error}") from error
     except BROKEN as error:
-        raise InputError(f"{origin}: cannot be read ({error}): check that the file is whole and unchanged") from error
+        raise InputError(f"{origin}: cannot be read ({first_line(error)}): check that the file is whole and "
+                         "unchanged") from error

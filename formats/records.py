@@ -5,12 +5,16 @@ The layout is described in formats/README.md.
     python -m pytest tests/test_records.py
 """
 
+import base64
 import json
+import os
+import re
 from dataclasses import dataclass, replace
 
 import aia
-from parts.settings import InputError, utf8
+from parts.settings import InputError, first_line, shortened, utf8
 
+BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")                      # of PNG, JPEG, WebP, GIF
 SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
 
 
@@ -54,7 +58,7 @@ def check_turns(turns, n_images, named):
         raise InputError("an answer is empty: every gpt turn needs text, or <image> to be drawn")
     task = "gen" if any("<image>" in answer for _, answer in turns) else "und"
     if named not in (None, *aia.TASKS):
-        raise InputError(f"unknown task {named!r}: use one of {', '.join(aia.TASKS)}, or leave it out")
+        raise InputError(f"unknown task {shortened(named)!r}: use one of {', '.join(aia.TASKS)}, or leave it out")
     if named not in (None, task):
         raise InputError(f"task is {named!r}, but the conversation is of {task!r}: <image> in an answer means drawing")
     marks = sum(asked.count("<image>") for asked, _ in turns)
@@ -92,7 +96,24 @@ def turn_pairs(conversation):
     return tuple((asked, answer.strip()) for asked, answer in zip(texts[::2], texts[1::2], strict=True))
 
 
-def image_list(image):
+def picture_of(text, folder):
+    """The text that stands for a picture -> its path, or the bytes that it holds as base64, in a data URL or bare."""
+    if text.startswith(("http://", "https://")):
+        raise InputError(f"picture {shortened(text)} lies on the web, and pictures are not downloaded: give files")
+    url = text.startswith("data:")
+    if url or (text.startswith(BASE64_STARTS) and not os.path.exists(folder / text)):
+        packed = text.partition(",")[2] if url else text
+        try:
+            return base64.b64decode("".join(packed.split()), validate=True)
+        except ValueError as error:
+            raise InputError(f"picture {shortened(text, 60)} is neither a file nor base64 ({first_line(error)}): write "
+                             "a path, or data:image/png;base64,...") from error
+    if len(text) > 1000 or re.search("[\x00-\x1f\ud800-\udfff]", text):
+        raise InputError(f"picture {shortened(text, 60)} is no path of a file, nor base64 of a PNG, JPEG, WebP or GIF")
+    return folder / text
+
+
+def image_list(image, folder):
     """The "image" of a record -> [path or bytes, ...]; [] for anything else."""
     images = []
     for one in image if isinstance(image, list) else [image]:
@@ -100,7 +121,7 @@ def image_list(image):
             one = one["bytes"] or one["path"]
         if not (isinstance(one, str | bytes) and one):
             return []
-        images.append(one)
+        images.append(one if isinstance(one, bytes) else picture_of(one, folder))
     return images
 
 
@@ -115,21 +136,21 @@ def parse_record(line, origin, folder, strict=True):
     try:
         entry = line if isinstance(line, dict) else json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}): write one object per line") from error
+        raise InputError(f"not JSON ({first_line(error)}): write one object per line") from error
     if not strict and isinstance(entry, dict):
         entry = published(entry)
     known = {"id", "image", "conversations", "task"}
     if not isinstance(entry, dict) or not {"image", "conversations"} <= set(entry):
         raise InputError('a record needs "image" and "conversations"')
     if set(entry) - known:
-        raise InputError(f"unknown field {sorted(set(entry) - known)[0]!r}: known are {', '.join(sorted(known))}")
+        raise InputError(f"unknown field {shortened(min(set(entry) - known))!r}: known are {', '.join(sorted(known))}")
     turns = turn_pairs(entry["conversations"])
-    images = image_list(entry["image"])
+    images = image_list(entry["image"], folder)
     if not turns or not images:
         raise InputError('"image" must be a path or a list of paths, "conversations" alternating human and gpt turns, '
                          'each {"from": ..., "value": text}')
     task = check_turns(turns, len(images), entry.get("task"))
-    return Record(origin, task, turns, tuple(one if isinstance(one, bytes) else folder / one for one in images))
+    return Record(origin, task, turns, tuple(images))
 
 
 def conversation(turns, pictures):

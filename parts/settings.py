@@ -26,6 +26,12 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
+def shortened(value, most=200):
+    """A value as messages quote it: one line that any terminal prints, of at most so many characters."""
+    text = " ".join(str(value).encode(errors="backslashreplace").decode().splitlines())
+    return text if len(text) <= most else f"{text[:most - 3]}..."
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: a dataclass is defaults, flags, help and log
 # ---------------------------------------------------------------------------------------------------------------------

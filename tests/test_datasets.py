@@ -151,6 +151,17 @@ def test_bad_records_are_counted_by_data_set(album, tmp_path):
     assert len(report) == 6
 
 
+def test_a_million_bad_records_are_counted_but_not_all_described(album, monkeypatch):
+    """The index of a rotten data set would be larger than the data; the report still says how many there are."""
+    monkeypatch.setattr(formats.datasets, "LISTED", 3)
+    file = album(DRAWN, *["rotten"] * 10)
+    index(file)
+    listed = (file.parent / "train.jsonl.bad.txt").read_text().splitlines()
+    assert len(listed) == 4 and listed[-1] == f"{file}:5 and later: 7 more bad records"
+    assert bad_report(FileSource(file, "emu3").bad, [file]).splitlines()[:2] == [
+        "10 bad records were left out:", f"  {file}: 10"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
