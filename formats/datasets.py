@@ -34,6 +34,9 @@ LISTED = 1000                                   # most bad records of a data set
 MORE = re.compile("(.*) and later: ([0-9]+) more bad records")
 
 
+WILD = re.compile(r"[*?\[{]")                   # where the pattern of a path begins
+
+
 def note_bad(text, bad, stop):
     """Add a record that cannot be used to a list, or stop at it. The last text of a full list counts the others."""
     text = shortened(text, 430)
@@ -48,15 +51,20 @@ def note_bad(text, bad, stop):
     bad[LISTED:] = [f"{origin} and later: {int(more) + 1} more bad records"]
 
 
+def how_many(text):
+    """How many bad records a text of the list stands for."""
+    more = MORE.fullmatch(text)
+    return int(more[2]) if more else 1
+
+
 def bad_report(bad, paths):
     """How many records of each data set were left out, then the first of them."""
-    beginnings = {path: re.split(r"[*?\[]", str(Path(path)))[0] for path in paths}
+    beginnings = {path: WILD.split(str(Path(path)))[0] for path in paths}
     longest_first = sorted(paths, key=lambda path: -len(beginnings[path]))
     counts = {}
     for text in bad:
         owner = next((path for path in longest_first if text.startswith(beginnings[path])), "elsewhere")
-        more = MORE.fullmatch(text)
-        counts[owner] = counts.get(owner, 0) + (int(more[2]) if more else 1)
+        counts[owner] = counts.get(owner, 0) + how_many(text)
     total = sum(counts.values())
     rest = [f"and {total - 20} more"] if total > 20 else []
     owners = [f"{path}: {count}" for path, count in counts.items()]
@@ -103,9 +111,9 @@ def index_file(path):
     """PATH.index.npy beside a file or folder. Of a pattern: in the folder before its first wildcard, with _ for each
     wildcard."""
     path = str(Path(path))
-    before = path if Path(path).exists() else re.split(r"[*?\[]", path)[0]
+    before = path if Path(path).exists() else WILD.split(path)[0]
     folder = before[:before.rfind("/") + 1]
-    return Path(folder + re.sub(r"[/*?\[\]]+", "_", path[len(folder):]) + ".index.npy")
+    return Path(folder + re.sub(r"[/*?\[\]{}]+", "_", path[len(folder):]) + ".index.npy")
 
 
 def stamps(files, folder):
@@ -204,6 +212,12 @@ class FileSource:
     def count(self, task):
         return len(self.records[task])
 
+    def summary(self):
+        """What the data set holds, as one line."""
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        left_out = f", {sum(map(how_many, self.bad))} left out" if self.bad else ""
+        return f"{self.paths[0]}: {files}, {self.count('gen')} records to draw, {self.count('und')} to answer{left_out}"
+
     def record(self, task, index, rng=None):
         """The record of a task at an index. rng is for sources that choose words at random, as data.py's world does."""
         row = self.records[task][index]
@@ -224,6 +238,10 @@ class Mixture:
 
     def count(self, task):
         return sum(source.count(task) for source in self.sources)
+
+    def summary(self):
+        """One line of each data set."""
+        return "\n".join(source.summary() for source in self.sources)
 
     def record(self, task, index, rng=None):
         for source in self.sources:

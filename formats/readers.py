@@ -14,9 +14,14 @@ import tarfile
 from pathlib import Path
 
 from formats.records import parse_record
-from parts.settings import InputError, first_line
+from parts.settings import InputError, first_line, shortened
 
-FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                            # the first three also as a folder
+FORMS = ("tar", "parquet", "arrow", "json", "jsonl")
+FOLDERS = FORMS[:3]                             # formats of which a folder is a data set
+MOST_FILES = 2**16                              # of a data set: an index row has 16 bits for the number of a file
+BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+SPLITS = ("train", "test", "validation", "val", "dev")
+WORD = re.compile("([a-z]+)[-_]?")
 TABLES = ("parquet", "arrow")
 COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
 ENDINGS = ("jpg", "jpeg", "png", "webp")
@@ -24,22 +29,105 @@ BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarErro
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
 
 
+def form_of(file):
+    """The format of a file, by its ending. One of any other ending holds JSON lines."""
+    ending = file.suffix[1:].lower()
+    return ending if ending in FORMS else "jsonl"
+
+
+def expanded(pattern):
+    """Braces as WebDataset writes them: x-{00..11}.tar -> [x-00.tar, ..., x-11.tar]."""
+    braces = BRACES.search(pattern)
+    if not braces:
+        return [pattern]
+    first, last = braces.groups()
+    if not 0 <= int(last) - int(first) < MOST_FILES:
+        raise InputError(f"data set {shortened(pattern)}: give braces as {{FIRST..LAST}}, at most {MOST_FILES} files")
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    before, after = pattern[:braces.start()], pattern[braces.end():]
+    return [name for number in numbers for name in expanded(before + number + after)]
+
+
+def matching(pattern):
+    """The files of a pattern with wildcards or braces. Of braces, each file must be there."""
+    names = expanded(pattern)
+    files = []
+    for name in names:
+        if glob.has_magic(name):
+            files += map(Path, glob.glob(name, recursive=True))
+        elif Path(name).exists():
+            files.append(Path(name))
+        elif len(names) > 1:
+            raise InputError(f"data set {shortened(pattern)}: {shortened(name)} is missing: get it, or change braces")
+    return files
+
+
+def split_of(file, by_folder):
+    """The word of a file's name that tells its split, or else that of its folder's name, and a pattern of such files;
+    ("", "") if there is none."""
+    for word in WORD.finditer(file.name.lower()):
+        if word[1] in SPLITS:
+            return word[1], f"{file.parent / file.name[:word.end()]}*{file.suffix}"
+    for word in WORD.finditer(file.parent.name.lower()) if by_folder else ():
+        if word[1] in SPLITS:
+            return word[1], f"{file.parent}/*{file.suffix}"
+    return "", ""
+
+
+def refuse_splits(path, files):
+    """Training on what is meant for testing must not happen by mistake: names may show one split only."""
+    by_folder = len({file.parent for file in files}) > 1
+    patterns = {}
+    for file in files:
+        word, pattern = split_of(file, by_folder)
+        if word:
+            patterns.setdefault(word, f'"{pattern}"')
+    if len(patterns) > 1:
+        choice = ", ".join(sorted(patterns.values(), key=lambda pattern: "train" not in pattern))
+        raise InputError(f"data set {shortened(path)} has several splits: give one of {shortened(choice)}")
+
+
+def no_files(path):
+    """Why a path names no files, and what to give instead."""
+    remedy = "give .jsonl, .json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three"
+    why = "it is missing"
+    if str(path)[:1] in "'\"":
+        why = "its name begins with a quotation mark"
+        remedy = "give it without quotation marks"
+    elif glob.has_magic(str(path)):
+        why = "no file matches"
+    elif path.is_dir():
+        nested = sorted({f"{file.parent}/" for file in path.glob("*/*") if form_of(file) in FOLDERS})
+        nested += sorted(str(file) for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl"))
+        endings = sorted({file.suffix or file.name for file in path.iterdir()})
+        why = f"the folder has {', '.join(endings)}" if endings else "the folder is empty"
+        if nested:
+            why = "it is no folder of shards or tables"
+            remedy = f"give what is in it, such as {', '.join(nested)}"
+    return InputError(f"data set {shortened(path)} cannot be read ({shortened(why)}): {shortened(remedy)}")
+
+
 def data_files(path):
-    """A file, a folder or a pattern with wildcards -> format, sorted files."""
+    """A file, a folder or a pattern with wildcards or braces -> format, sorted files."""
     path = Path(path)
     files = []
     if path.is_dir():
-        for form in FORMS[:3]:                      # the first one found: tables about shards often lie beside them
-            files = files or [file for file in path.glob(f"*.{form}") if not file.name.startswith("cache-")]
+        inside = [file for file in path.iterdir() if not file.name.startswith(("cache-", "."))]
+        for form in FOLDERS:                        # the first one found: tables about shards often lie beside them
+            files = files or [file for file in inside if file.suffix.lower() == f".{form}"]
     elif path.exists():
         files = [path]
-    elif glob.has_magic(str(path)):
-        files = [Path(file) for file in glob.glob(str(path), recursive=True)]
-    forms = {file.suffix[1:] if file.suffix[1:] in FORMS else "jsonl" for file in files}
-    if len(forms) != 1 or len(files) > 2**16:
-        raise InputError(f"data set {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
-                         ".json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three")
-    return forms.pop(), sorted(files)
+    else:
+        files = matching(str(path))
+    if not files:
+        raise no_files(path)
+    forms = sorted({form_of(file) for file in files})
+    if len(forms) > 1 or len(files) > MOST_FILES:
+        raise InputError(f"data set {shortened(path)} cannot be read ({len(files)} files, {', '.join(forms)}): give a "
+                         f"pattern of one format, such as *.{forms[0]}, and at most {MOST_FILES} files")
+    files.sort()
+    refuse_splits(path, files)
+    return forms[0], files
 
 
 def json_lines_of(file):

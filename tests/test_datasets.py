@@ -162,6 +162,16 @@ def test_a_million_bad_records_are_counted_but_not_all_described(album, monkeypa
         "10 bad records were left out:", f"  {file}: 10"]
 
 
+def test_a_source_says_what_it_holds(album, tmp_path):
+    """One line of each data set, so that the start of a run shows what it trains on."""
+    store("tar", tmp_path, PUBLIC)
+    file = album(DRAWN, "rotten")
+    source = open_sources([str(file), str(tmp_path / "tar")], "emu3", "skip")
+    assert source.summary().splitlines() == [
+        f"{file}: 1 file, 1 records to draw, 0 to answer, 1 left out",
+        f"{tmp_path / 'tar'}: 2 files, 2 records to draw, 1 to answer"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
