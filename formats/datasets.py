@@ -3,6 +3,7 @@
     python -m pytest tests/test_datasets.py
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import struct
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,11 +23,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import aia
-from formats.readers import BROKEN, data_files, read_record, read_table, scan
-from formats.records import SKIP_HINT, Record, parse_record
+from formats.readers import BROKEN, data_files, parse_record, read_record, read_table, scan
+from formats.records import SKIP_HINT, Record
 from parts.pictures import janus_picture, load_picture, open_picture, siglip_picture, to_picture, tokenizer_picture
 from parts.processes import processes, rank
-from parts.settings import InputError, aside, first_line, shortened
+from parts.settings import InputError, aside, first_line, shortened, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records that cannot be used
@@ -71,6 +73,13 @@ def bad_report(bad, paths):
     return "\n  ".join([f"{total} bad records were left out:", *owners, *bad[:20], *rest])
 
 
+def refuse_empty(path, records, bad):
+    """Stop at a data set without a usable record {task: records}."""
+    if not any(map(len, records.values())):
+        first = f" (the first: {shortened(bad[0], 300)})" if bad else ""
+        raise InputError(f"data set {shortened(path)} holds no usable record{first}: see formats/README.md")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The index
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,9 +91,11 @@ OFFSET = 2**48 - 1
 
 
 def make_index(form, files, kind, stop=False):
-    """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones. Of pictures, the header is read."""
+    """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones, how many have a system turn. Of
+    pictures, the header is read."""
     rows = {task: bytearray() for task in aia.TASKS}
     bad = []
+    system = 0
     table = functools.lru_cache(maxsize=1)(read_table)
 
     def check(picture):
@@ -97,6 +108,7 @@ def make_index(form, files, kind, stop=False):
                 try:
                     record = read_record(form, file, offset, size, number, table, check)
                     rows[record.task] += struct.pack("<QII", i << 48 | offset, size, number)
+                    system += record.system
                 except InputError as error:
                     note_bad(str(error), bad, stop)
         except InputError:
@@ -104,7 +116,7 @@ def make_index(form, files, kind, stop=False):
         except BROKEN as error:
             note_bad(f"{file}: cannot be read to its end ({first_line(error)}): check that it is complete", bad, stop)
     bar.close()
-    return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad
+    return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad, system
 
 
 def index_file(path):
@@ -122,7 +134,7 @@ def stamps(files, folder):
 
 
 def load_index(path, files):
-    """The stored index of a data set -> rows {task: (n,)}, mapped into memory, and its bad records. It is refused if a
+    """The stored index of a data set -> what make_index tells of it, its rows mapped into memory. It is refused if a
     file has changed."""
     stored = index_file(path)
     again = f"run python data.py index {path} again"
@@ -138,7 +150,7 @@ def load_index(path, files):
         raise InputError(f"{stored} is broken ({first_line(error)}): {again}") from error
     if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
         raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
-    return {"gen": rows[:gen], "und": rows[gen:]}, bad
+    return {"gen": rows[:gen], "und": rows[gen:]}, bad, head.get("system", 0)
 
 
 def store_index(path):
@@ -148,18 +160,18 @@ def store_index(path):
     stored = index_file(path)
     listed = stored.with_suffix("").with_suffix(".bad.txt")
     seen = stamps(files, stored.parent)             # before reading: a change in the meantime will show
-    rows, bad = make_index(form, files, "janus")    # the wider limits; those of the model are checked in training
+    # Janus-Pro's limits on pictures are the wider ones; those of the model are checked in training.
+    rows, bad, system = make_index(form, files, "janus")
     listed.unlink(missing_ok=True)
     if bad:
         with aside(listed) as part:
             part.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
         print(f"{bad_report(bad, [path])}\nmore of them in {listed}")
-    if not any(map(len, rows.values())):
-        raise InputError(f"data set {path} holds no usable record: see formats/README.md")
+    refuse_empty(path, rows, bad)
     count = {task: len(part) for task, part in rows.items()}
     with aside(stored) as part, open(part, "wb") as out:
         np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
-        out.write(json.dumps({"files": seen, "count": count, "bad": bad}).encode())
+        out.write(json.dumps({"files": seen, "count": count, "bad": bad, "system": system}).encode())
     return stored, count
 
 
@@ -175,20 +187,20 @@ class FileSource:
         stop = on_bad_record == "stop"
         self.paths = [str(path)]
         self.bad = []                               # texts about bad records
+        self.system = 0                             # records whose system turn was joined to the first question
         self.records = {task: [] for task in aia.TASKS}         # Records, or rows of an index
         self.form, self.files = data_files(path)
         self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
         self.read = functools.lru_cache(maxsize=256)(read_record)               # batches ask for lengths first
         if index_file(path).exists():
-            self.records, self.bad = load_index(path, self.files)
+            self.records, self.bad, self.system = load_index(path, self.files)
         elif self.form == "jsonl":
             self.read_whole(kind, stop)
         else:
-            self.records, self.bad = make_index(self.form, self.files, kind, stop)
+            self.records, self.bad, self.system = make_index(self.form, self.files, kind, stop)
         if time.time() - started > 5:
             print(f"{path}: read in {time.time() - started:.0f} s; to do this only once: python data.py index {path}")
-        if not any(map(len, self.records.values())):
-            raise InputError(f"data set {path} holds no usable record: see formats/README.md")
+        refuse_empty(path, self.records, self.bad)
 
     def read_whole(self, kind, stop):
         """Read and check all records and pictures of JSON lines."""
@@ -206,6 +218,7 @@ class FileSource:
                     for path in record.pictures:
                         load_picture(path, kind)    # all of it, since a truncated file has a good header
                     self.records[record.task].append(record)
+                    self.system += record.system
                 except InputError as error:
                     note_bad(f"{file}:{number}: {error}", self.bad, stop)
 
@@ -215,16 +228,25 @@ class FileSource:
     def summary(self):
         """What the data set holds, as one line."""
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        left_out = f", {sum(map(how_many, self.bad))} left out" if self.bad else ""
-        return f"{self.paths[0]}: {files}, {self.count('gen')} records to draw, {self.count('und')} to answer{left_out}"
+        parts = [files, f"{self.count('gen')} records to draw", f"{self.count('und')} to answer"]
+        if self.bad:
+            parts.append(f"{sum(map(how_many, self.bad))} left out")
+        if self.system:
+            parts.append(f"{self.system} with a system turn, joined to the first question")
+        return f"{self.paths[0]}: {', '.join(parts)}"
 
     def record(self, task, index, rng=None):
-        """The record of a task at an index. rng is for sources that choose words at random, as data.py's world does."""
-        row = self.records[task][index]
-        if isinstance(row, Record):
-            return row
-        where, size, number = row.item()
-        return self.read(self.form, self.files[where >> 48], where & OFFSET, size, number, self.table)
+        """The record of a task at an index. rng: the random numbers of a visit, by which one of several captions is
+        drawn; without them it is the first."""
+        record = self.records[task][index]
+        if not isinstance(record, Record):
+            where, size, number = record.item()
+            record = self.read(self.form, self.files[where >> 48], where & OFFSET, size, number, self.table)
+        if rng is None or not record.captions:
+            return record
+        visit = copy.deepcopy(rng).integers(2**63)              # a copy: what else the visit draws stays the same
+        caption = record.captions[stream(visit, "captions").integers(len(record.captions))]
+        return replace(record, turns=((caption, "<image>"),))
 
 
 class Mixture:

@@ -13,8 +13,20 @@ import re
 import tarfile
 from pathlib import Path
 
-from formats.records import parse_record
-from parts.settings import InputError, first_line, shortened
+from formats.records import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
+    TURN_FIELDS,
+    Record,
+    caption_list,
+    check_turns,
+    first_field,
+    image_list,
+    parsed,
+    turn_pairs,
+    turns_of,
+)
+from parts.settings import InputError, first_line, shortened, utf8
 
 FORMS = ("tar", "parquet", "arrow", "json", "jsonl")
 FOLDERS = FORMS[:3]                             # formats of which a folder is a data set
@@ -23,7 +35,7 @@ BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 SPLITS = ("train", "test", "validation", "val", "dev")
 WORD = re.compile("([a-z]+)[-_]?")
 TABLES = ("parquet", "arrow")
-COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
+COLUMNS = (*IMAGE_FIELDS, *TURN_FIELDS, *CAPTION_FIELDS, "input_image")
 ENDINGS = ("jpg", "jpeg", "png", "webp")
 BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarError)          # what readers raise
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
@@ -255,6 +267,40 @@ def scan(form, file):
     if form == "jsonl":
         return json_lines_of(file)
     return table_rows(form, file)
+
+
+def parse_record(line, origin, folder, strict=True):
+    """One line of JSON, or its fields as a dictionary -> Record. A record whose answer is <image> is one to draw.
+
+    Paths are relative to folder. strict: unknown fields are an error; otherwise they are ignored, and so is "task",
+    which public data sets use for other things.
+    """
+    if isinstance(line, bytes):                     # json.loads would guess the encoding, and wrongly in mid-file
+        line = utf8(line)
+    entry = line if isinstance(line, dict) else parsed(line, "write one object per line")
+    if not isinstance(entry, dict):
+        raise InputError('a record is an object, and needs "image" and "conversations"')
+    known = {"id", "task", *IMAGE_FIELDS, *TURN_FIELDS, *CAPTION_FIELDS}
+    if strict and set(entry) - known:
+        raise InputError(f"unknown field {shortened(min(set(entry) - known))!r}: known are {', '.join(sorted(known))}")
+    if entry.get("input_image"):
+        raise InputError("the record edits a picture (input_image), which neither task does: leave it out")
+    words = first_field(entry, TURN_FIELDS + CAPTION_FIELDS, strict)
+    images, captions, turns, system = [], [], (), False
+    if words in TURN_FIELDS:
+        turns, system = turn_pairs(turns_of(entry[words], images))
+    elif words:
+        captions = caption_list(entry[words])
+        turns = tuple((text, "<image>") for text in captions[:1])
+    if re.search("[\ud800-\udfff]", "".join([*captions, *(text for turn in turns for text in turn)])):
+        raise InputError("a text has half a character (\\ud800 to \\udfff), which no tokenizer takes: write it whole")
+    images = image_list(images or entry.get(first_field(entry, IMAGE_FIELDS, strict)), folder)
+    if not turns or not images:
+        fields = ", ".join(name if entry[name] else f"{name} (empty)" for name in entry)
+        raise InputError('a record needs a picture ("image", a path or a list of them), and "conversations" or a '
+                         f'"caption" to draw: found {shortened(fields) or "no field"}')
+    task = check_turns(turns, len(images), entry.get("task") if strict else None)
+    return Record(origin, task, turns, tuple(images), tuple(captions[1:] and captions), system)
 
 
 def read_record(form, file, offset, size, number, table=read_table, check=None):
