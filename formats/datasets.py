@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import aia
-from formats.readers import BROKEN, data_files, parse_record, read_record, read_table, scan
+from formats.readers import BROKEN, data_files, read_record, read_table, scan
 from formats.records import SKIP_HINT, Record
 from parts.pictures import janus_picture, load_picture, open_picture, siglip_picture, to_picture, tokenizer_picture
 from parts.processes import processes, rank
@@ -90,16 +90,19 @@ ROW = np.dtype([("where", "<u8"), ("size", "<u4"), ("number", "<u4")])
 OFFSET = 2**48 - 1
 
 
-def make_index(form, files, kind, stop=False):
+def make_index(form, files, kind, stop=False, kept=None):
     """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones, how many have a system turn. Of
-    pictures, the header is read."""
+    pictures, the header is read; if kept, {task: []}, takes the records, all of them."""
     rows = {task: bytearray() for task in aia.TASKS}
     bad = []
     system = 0
     table = functools.lru_cache(maxsize=1)(read_table)
 
     def check(picture):
-        open_picture(picture, kind).close()
+        if kept is None:
+            open_picture(picture, kind).close()
+        else:
+            load_picture(picture, kind)             # a truncated file has a good header
     bar = tqdm(desc="index", unit="record", disable=None)
     for i, file in enumerate(files):
         try:
@@ -109,6 +112,8 @@ def make_index(form, files, kind, stop=False):
                     record = read_record(form, file, offset, size, number, table, check)
                     rows[record.task] += struct.pack("<QII", i << 48 | offset, size, number)
                     system += record.system
+                    if kept is not None:
+                        kept[record.task].append(record)
                 except InputError as error:
                     note_bad(str(error), bad, stop)
         except InputError:
@@ -186,41 +191,20 @@ class FileSource:
         started = time.time()
         stop = on_bad_record == "stop"
         self.paths = [str(path)]
-        self.bad = []                               # texts about bad records
-        self.system = 0                             # records whose system turn was joined to the first question
-        self.records = {task: [] for task in aia.TASKS}         # Records, or rows of an index
         self.form, self.files = data_files(path)
         self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
         self.read = functools.lru_cache(maxsize=256)(read_record)               # batches ask for lengths first
+        kept = None
+        # rows of an index {task: (n,)}, texts about bad records, how many records had a system turn
         if index_file(path).exists():
-            self.records, self.bad, self.system = load_index(path, self.files)
-        elif self.form == "jsonl":
-            self.read_whole(kind, stop)
+            self.rows, self.bad, self.system = load_index(path, self.files)
         else:
-            self.records, self.bad, self.system = make_index(self.form, self.files, kind, stop)
+            kept = {task: [] for task in aia.TASKS} if self.form == "jsonl" else None
+            self.rows, self.bad, self.system = make_index(self.form, self.files, kind, stop, kept)
+        self.records = kept or self.rows
         if time.time() - started > 5:
             print(f"{path}: read in {time.time() - started:.0f} s; to do this only once: python data.py index {path}")
         refuse_empty(path, self.records, self.bad)
-
-    def read_whole(self, kind, stop):
-        """Read and check all records and pictures of JSON lines."""
-        for file in self.files:
-            try:
-                lines = file.read_bytes().split(b"\n")          # other line separators are text in JSON
-            except OSError as error:
-                raise InputError(f"data set {file} cannot be read ({first_line(error)}): give a UTF-8 JSON-lines "
-                                 "file") from error
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = parse_record(line, f"{file}:{number}", file.parent)
-                    for path in record.pictures:
-                        load_picture(path, kind)    # all of it, since a truncated file has a good header
-                    self.records[record.task].append(record)
-                    self.system += record.system
-                except InputError as error:
-                    note_bad(f"{file}:{number}: {error}", self.bad, stop)
 
     def count(self, task):
         return len(self.records[task])

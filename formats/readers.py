@@ -7,7 +7,6 @@ The formats are described in formats/README.md.
 
 import glob
 import io
-import json
 import mmap
 import re
 import tarfile
@@ -38,6 +37,13 @@ TABLES = ("parquet", "arrow")
 COLUMNS = (*IMAGE_FIELDS, *TURN_FIELDS, *CAPTION_FIELDS, "input_image")
 ENDINGS = ("jpg", "jpeg", "png", "webp")
 BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarError)          # what readers raise
+# What a file may be instead, by its first bytes, and the remedy.
+DISGUISES = {
+    b"\x1f\x8b": "compressed with gzip: unpack it, gunzip -c {file} > NEW_FILE",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it, zstd -dc {file} > NEW_FILE",
+    b"PK\x03\x04": "a zip archive: unpack it, and give the files in it",
+    b"version https://git-lfs": "a pointer of Git LFS: get the data it stands for, git lfs pull",
+}
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
 
 
@@ -185,21 +191,29 @@ def split_name(member):
 
 def tar_samples(file):
     """(offset, size, number) of each sample of a WebDataset shard: neighbours with the same name up to the first full
-    stop."""
+    stop. A picture and its words under a longer name (22.04.jpg, 22.04.txt) are a sample of their own."""
     with tarfile.open(file, "r:") as tar:
-        last = None
+        last = stem = None
         start = end = number = 0
+        endings = set()                             # of the members of this stem
         while member := tar.next():
             tar.members.clear()                     # tarfile would keep them all
             key, _ = split_name(member)
-            if key and key != last:
+            if not key:
+                continue
+            name, _, ending = member.name.rpartition(".")
+            alone = stem != last and endings & {*ENDINGS} and endings & {"txt", "json"}
+            if key != last or (name != stem and alone):
                 if last:
                     number += 1
                     yield start, end - start, number
-                last = key
                 start = member.offset
-            if key:
-                end = member.offset_data + -(-member.size // 512) * 512         # whole blocks
+            if name != stem:
+                endings = set()
+            endings.add(ending.lower())
+            last = key
+            stem = name
+            end = member.offset_data + -(-member.size // 512) * 512             # whole blocks
         if last:
             yield start, end - start, number + 1
         # tarfile takes a broken header for the end of the archive.
@@ -209,21 +223,41 @@ def tar_samples(file):
             raise tarfile.ReadError("no end mark where the samples stop")
 
 
-def tar_entry(content):
-    """The bytes of a sample -> its key, and an entry {"image": bytes, ...} with the fields of its .json if that holds
-    conversations, else its .txt as the caption."""
+def members_of(parts, *endings):
+    """The contents of a sample {ending: bytes} with one of these endings; if there is none, with longer ones, such as
+    input.jpg for jpg."""
+    plain = [parts[ending] for ending in endings if ending in parts]
+    return plain[:1] or [content for ending, content in parts.items() if ending.rpartition(".")[2] in endings]
+
+
+def tar_members(content):
+    """The bytes of a sample -> its name, {ending: content} of its members."""
     parts = {}
+    stems = set()
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        first, _ = split_name(tar.firstmember)
+        name, _ = split_name(tar.firstmember)
         for member in tar:
             key, ending = split_name(member)
             if key:
                 parts[ending] = tar.extractfile(member).read()
-    entry = json.loads(parts.get("json", b"{}"))
-    if not (isinstance(entry, dict) and "conversations" in entry):              # metadata beside a caption
-        entry = {"caption": parts.get("txt", b"").decode("utf-8").strip()}
-    image = next((parts[ending] for ending in ENDINGS if ending in parts), None)
-    return first, entry | {"image": image}
+                stems.add(member.name.rpartition(".")[0])
+    return stems.pop() if len(stems) == 1 else name, parts
+
+
+def tar_entry(parts):
+    """The members of a sample -> an entry {"image": [bytes, ...], ...} with the fields of its .json if that holds turns
+    or there is no .txt, else its .txt as the caption."""
+    images = members_of(parts, *ENDINGS)
+    captions = [utf8(text).strip() for text in members_of(parts, "txt")]
+    entries = [parsed(utf8(text), "a .json holds the fields of a record") for text in members_of(parts, "json")]
+    entry = entries[0] if entries and isinstance(entries[0], dict) else {}
+    if any(captions) and not first_field(entry, TURN_FIELDS, False):            # the .json is metadata
+        entry = {"caption": captions}
+    if not images or not entry:
+        found = ", ".join(f".{ending}" for ending in parts)
+        raise InputError("a sample needs a picture (.jpg, .jpeg, .png or .webp) and, next to it in the archive, a "
+                         f"caption (.txt) or fields (.json): found {shortened(found)}")
+    return entry | {"image": images}
 
 
 def pyarrow_for(file):
@@ -234,23 +268,43 @@ def pyarrow_for(file):
     return pyarrow
 
 
-def read_table(form, file, group):
-    """Our columns of a row group of a parquet file, or of a whole Arrow stream (mapped into memory, not read)."""
+def arrow_table(file):
+    """The table in an Arrow file of either kind, mapped into memory. A stream that was cut between two batches would be
+    a shorter one, but for its end mark."""
     arrow = pyarrow_for(file)
+    content = arrow.memory_map(str(file))
+    if content.read(6) == b"ARROW1":
+        return arrow.ipc.open_file(content).read_all()
+    content.seek(max(content.size() - 8, 0))
+    if content.read(8) != b"\xff\xff\xff\xff\0\0\0\0":
+        raise ValueError("the stream has no end mark")
+    content.seek(0)
+    return arrow.ipc.open_stream(content).read_all()
+
+
+def read_table(form, file, group):
+    """Our columns of a row group of a parquet file, or of a whole Arrow file."""
     if form == "parquet":
-        table = arrow.parquet.ParquetFile(file)
+        table = pyarrow_for(file).parquet.ParquetFile(file)
         return table.read_row_group(group, [name for name in COLUMNS if name in table.schema_arrow.names])
-    table = arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all()
+    table = arrow_table(file)
     return table.select([name for name in COLUMNS if name in table.column_names])
 
 
 def table_rows(form, file):
-    """(row group, row in it, number) of each row of a parquet file or an Arrow stream, which counts as one group."""
+    """(row group, row in it, number) of each row of a parquet or Arrow file; the latter counts as one group."""
     if form == "parquet":
-        about = pyarrow_for(file).parquet.ParquetFile(file).metadata
-        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        table = pyarrow_for(file).parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.metadata.num_row_groups)]
     else:
-        sizes = [len(read_table(form, file, 0))]
+        table = arrow_table(file)
+        names = table.column_names
+        sizes = [len(table)]
+    turns = {*names} & {*TURN_FIELDS}               # which may have pictures in them
+    if not turns and not ({*names} & {*IMAGE_FIELDS} and {*names} & {*CAPTION_FIELDS}):
+        raise InputError(f'{file} has the columns {shortened(", ".join(names))}: rename them to "image", and '
+                         '"conversations" or "caption"')
     number = 0
     for group, size in enumerate(sizes):
         for row in range(size):
@@ -258,8 +312,20 @@ def table_rows(form, file):
             yield group, row, number
 
 
+def refuse_disguise(form, file):
+    """Stop at a file that is something else than its name says."""
+    with open(file, "rb") as opened:
+        head = opened.read(1000)
+    what = next((what for start, what in DISGUISES.items() if head.startswith(start)), None)
+    if form == "jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        what = "one JSON array: let its name end in .json"
+    if what:
+        raise InputError(f"{file} is {what.format(file=file)}")
+
+
 def scan(form, file):
     """Where the records of a file lie: (offset, size, number) of each, in order."""
+    refuse_disguise(form, file)
     if form == "json":
         return json_elements(file)
     if form == "tar":
@@ -315,8 +381,9 @@ def read_record(form, file, offset, size, number, table=read_table, check=None):
                 opened.seek(offset)
                 entry = opened.read(size)
             if form == "tar":
-                key, entry = tar_entry(entry)
-                origin = f"{file}:{key}"
+                name, parts = tar_members(entry)
+                origin = f"{file}:{name}"
+                entry = tar_entry(parts)
         record = parse_record(entry, origin, file.parent, strict=form == "jsonl")
         for picture in record.pictures if check else ():
             check(picture)

@@ -107,7 +107,7 @@ def text_of(content, images):
 def turns_of(conversation, images):
     """A conversation in any of the layouts -> [(speaker, text or None)]. Pictures in its parts are added to a list."""
     if isinstance(conversation, str):               # some tables hold it so
-        conversation = parsed(conversation, "a conversation as text is a JSON list of turns")
+        conversation = parsed(conversation, "a conversation in a text is a JSON list of turns")
     turns = []
     for turn in conversation if isinstance(conversation, list) else [None]:
         turn = turn if isinstance(turn, dict) else {}

@@ -1,10 +1,13 @@
 """Claims about files of records in each format (formats/readers.py)."""
 
+import gzip
+import json
 import sys
 import tarfile
 
+import pyarrow.ipc
 import pytest
-from made_data import PUBLIC, add, entry, records, store, write_table
+from made_data import DRAWN, PUBLIC, add, entry, records, store, write_table
 
 from formats.datasets import FileSource
 from formats.readers import data_files, tar_samples
@@ -137,3 +140,93 @@ def test_quotation_marks_in_a_path_are_named(tmp_path):
     """They come along from a file of settings, and look right in a message."""
     with pytest.raises(InputError, match="begins with a quotation mark.*without"):
         data_files(f"'{touched(tmp_path, 'a.tar')}/a.tar'")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------------------------------
+def shard(folder, *members):
+    """A shard of members (name, content)."""
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name, content in members:
+            add(tar, name, content)
+    return folder / "x.tar"
+
+
+@pytest.mark.parametrize("names", [["22.0", "22.1", "23.0"], ["track 2.0 a", "track 2.0 b"], ["x.v1/0", "x.v1/1"]])
+def test_a_full_stop_in_a_name_parts_samples_where_each_is_whole(names, album, tmp_path):
+    """WebDataset takes the name up to the first full stop, by which 22.04 and 22.05 would be one sample."""
+    picture = (album().parent / "a.png").read_bytes()
+    file = shard(tmp_path, *[(f"{name}.{ending}", content) for name in names
+                             for ending, content in (("png", picture), ("txt", name.encode()))])
+    found = records(FileSource(file, "emu3"))
+    assert [record.turns[0][0] for record in found] == [record.origin.split(":")[1] for record in found] == names
+
+
+def test_members_with_longer_names_are_parts_of_a_sample(album, tmp_path):
+    """0.input.png is the picture of sample 0; of several, all in their order; a plain one comes before them."""
+    a, b = ((album().parent / name).read_bytes() for name in ("a.png", "b.png"))
+    asked = json.dumps({"conversations": entry("", ("same?", "no"))["conversations"]}).encode()
+    file = shard(tmp_path, ("0.input.png", a), ("0.output.txt", b"a cross"), ("1.left.png", a), ("1.right.png", b),
+                 ("1.json", asked), ("2.png", b), ("2.mask.png", a), ("2.txt", b"a square"))
+    drawn, square, two = records(FileSource(file, "emu3"))
+    assert (drawn.pictures, square.pictures, two.pictures) == ((a,), (b,), (a, b))
+
+
+@pytest.mark.parametrize("fields", [{"caption": "a cross"}, {"prompt": "a cross", "url": "web"}])
+def test_the_json_of_a_sample_may_hold_its_caption(fields, album, tmp_path):
+    """A .txt beside it comes first, as downloaders write both."""
+    picture, packed = (album().parent / "a.png").read_bytes(), json.dumps(fields).encode()
+    file = shard(tmp_path, ("0.png", picture), ("0.json", packed),
+                 ("1.png", picture), ("1.json", packed), ("1.txt", b"a square"))
+    assert [record.turns[0][0] for record in records(FileSource(file, "emu3"))] == ["a cross", "a square"]
+
+
+@pytest.mark.parametrize("members, found", [([("0.png", b""), ("0.cls", b"3")], ".png, .cls"),
+                                            ([("0.png", b""), ("1.txt", b"x")], ".png")])
+def test_a_sample_without_words_names_its_members(members, found, tmp_path):
+    """The number of a class is no caption, and what does not stand beside the picture is not its."""
+    with pytest.raises(InputError, match=f":0: a sample needs a picture.* caption .*: found {found} "):
+        FileSource(shard(tmp_path, *members), "emu3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are not what their names say
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.jsonl.gz", "x.parquet", "x.json"])
+@pytest.mark.parametrize("content, remedy", [
+    (gzip.compress(b"x"), "compressed with gzip: unpack it, gunzip -c"), (b"PK\x03\x04", "zip archive: unpack"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")], ids=["gzip", "zip", "pointer"])
+def test_packed_files_and_pointers_are_known_by_their_first_bytes(name, content, remedy, tmp_path):
+    """Whatever they are called; skipping bad records does not help here."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is .*{remedy}"):
+        FileSource(tmp_path / name, "emu3", "skip")
+
+
+def test_an_array_called_jsonl_is_told_its_name(tmp_path):
+    """Read line by line, each line would be a bad record."""
+    (tmp_path / "x.jsonl").write_text(json.dumps([DRAWN], indent=1))
+    with pytest.raises(InputError, match="x.jsonl is one JSON array: let its name end in .json"):
+        FileSource(tmp_path / "x.jsonl", "emu3", "skip")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+def test_both_kinds_of_arrow_files_hold_the_same(album, tmp_path):
+    """Streams are what datasets writes, files what feather does; the first bytes tell."""
+    table = pyarrow.table({"image": [(album().parent / "a.png").read_bytes()] * 2, "text": ["a cross", "one"]})
+    for name, writer in (("stream", pyarrow.ipc.new_stream), ("file", pyarrow.ipc.new_file)):
+        with writer(str(tmp_path / f"{name}.arrow"), table.schema) as out:
+            out.write_table(table, max_chunksize=1)
+    one, other = (FileSource(tmp_path / f"{name}.arrow", "emu3") for name in ("stream", "file"))
+    assert [record.turns for record in records(one)] == [record.turns for record in records(other)]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_table_without_our_columns_names_those_it_has(form, tmp_path):
+    """One line for the file, not one for each of a million rows."""
+    write_table(tmp_path / f"x.{form}", {"picture": ["a.png"], "alt": ["a cross"]})
+    with pytest.raises(InputError, match='has the columns picture, alt: rename them to "image"'):
+        FileSource(tmp_path / f"x.{form}", "emu3", "skip")
