@@ -88,6 +88,7 @@ def refuse_empty(path, records, bad):
 # records of a file, for messages.
 ROW = np.dtype([("where", "<u8"), ("size", "<u4"), ("number", "<u4")])
 OFFSET = 2**48 - 1
+INDEX = ".index.npy"
 
 
 def make_index(form, files, kind, stop=False, kept=None):
@@ -130,43 +131,62 @@ def index_file(path):
     path = str(Path(path))
     before = path if Path(path).exists() else WILD.split(path)[0]
     folder = before[:before.rfind("/") + 1]
-    return Path(folder + re.sub(r"[/*?\[\]{}]+", "_", path[len(folder):]) + ".index.npy")
+    return Path(folder + re.sub(r"[/*?\[\]{}]+", "_", path[len(folder):]) + INDEX)
 
 
-def stamps(files, folder):
-    """What shows that a file has changed: [[name, size, time], ...]."""
+def stamps(path, files):
+    """What shows that a file has changed: [[name, size, time], ...], names relative to the folder of the data."""
+    folder = index_file(path).parent
     return [[os.path.relpath(file, folder), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
 
 
-def load_index(path, files):
-    """The stored index of a data set -> what make_index tells of it, its rows mapped into memory. It is refused if a
-    file has changed."""
-    stored = index_file(path)
-    again = f"run python data.py index {path} again"
+def read_index(stored):
+    """An index file -> its rows, mapped into memory, and the JSON behind them."""
     try:
         rows = np.load(stored, mmap_mode="r", allow_pickle=False)
         with open(stored, "rb") as file:
             file.seek(rows.offset + rows.nbytes)    # in the same file behind the array, so that the two always agree
             head = json.loads(file.read())
-        gen = head["count"]["gen"]
-        bad = head["bad"]
-        seen = {tuple(one) for one in head["files"]}
+        head["files"] = {tuple(one) for one in head["files"]}
+        head["path"] = Path(head.get("path", str(stored).removesuffix(INDEX)))              # older ones have none
+        return rows, head
     except (*BROKEN, EOFError, AttributeError, TypeError) as error:
-        raise InputError(f"{stored} is broken ({first_line(error)}): {again}") from error
-    if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
-        raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
-    return {"gen": rows[:gen], "und": rows[gen:]}, bad, head.get("system", 0)
+        raise InputError(f"{stored} is broken ({first_line(error)}): run python data.py index again") from error
 
 
-def store_index(path):
+def load_index(stored, path, files):
+    """The stored index of a data set -> what make_index tells of it. It is refused if a file has changed."""
+    rows, head = read_index(stored)
+    if changed := head["files"] ^ {tuple(one) for one in stamps(path, files)}:
+        raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: run python data.py "
+                         f"index {path} again")
+    gen = head["count"]["gen"]
+    return {"gen": rows[:gen], "und": rows[gen:]}, head["bad"], head.get("system", 0)
+
+
+def refuse_unwritable(stored):
+    """Try to write before the pass over the data, which may take hours."""
+    part = Path(f"{stored}.part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{stored} cannot be written ({error.strerror}): give a file in another folder, as --out "
+                         f"FILE{INDEX}") from error
+
+
+def store_index(path, out=""):
     """One pass over a data set -> its index file, and {task: number of records}. The first LISTED bad records are
-    named beside it, in PATH.bad.txt."""
+    named beside it, in PATH.bad.txt. out: the index file, if it is not to lie beside the data."""
     form, files = data_files(path)
-    stored = index_file(path)
-    listed = stored.with_suffix("").with_suffix(".bad.txt")
-    seen = stamps(files, stored.parent)             # before reading: a change in the meantime will show
+    stored = Path(out or index_file(path))
+    if not stored.name.endswith(INDEX):
+        raise InputError(f"--out {shortened(out)}: let the name end in {INDEX}")
+    refuse_unwritable(stored)
+    seen = stamps(path, files)                      # before reading: a change in the meantime will show
     # Janus-Pro's limits on pictures are the wider ones; those of the model are checked in training.
     rows, bad, system = make_index(form, files, "janus")
+    listed = Path(str(stored).removesuffix(INDEX) + ".bad.txt")
     listed.unlink(missing_ok=True)
     if bad:
         with aside(listed) as part:
@@ -174,9 +194,10 @@ def store_index(path):
         print(f"{bad_report(bad, [path])}\nmore of them in {listed}")
     refuse_empty(path, rows, bad)
     count = {task: len(part) for task, part in rows.items()}
-    with aside(stored) as part, open(part, "wb") as out:
-        np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
-        out.write(json.dumps({"files": seen, "count": count, "bad": bad, "system": system}).encode())
+    head = {"path": os.path.abspath(path), "files": seen, "count": count, "bad": bad, "system": system}
+    with aside(stored) as part, open(part, "wb") as file:
+        np.save(file, np.concatenate(list(rows.values())), allow_pickle=False)
+        file.write(json.dumps(head).encode())
     return stored, count
 
 
@@ -190,18 +211,23 @@ class FileSource:
     def __init__(self, path, kind, on_bad_record="stop"):
         started = time.time()
         stop = on_bad_record == "stop"
+        self.name = str(path)
+        stored = index_file(path)
+        if self.name.endswith(INDEX):               # the index itself, which lies elsewhere and names its data
+            stored = Path(path)
+            path = read_index(stored)[1]["path"]
         self.paths = [str(path)]
         self.form, self.files = data_files(path)
-        self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
-        self.read = functools.lru_cache(maxsize=256)(read_record)               # batches ask for lengths first
         kept = None
-        # rows of an index {task: (n,)}, texts about bad records, how many records had a system turn
-        if index_file(path).exists():
-            self.rows, self.bad, self.system = load_index(path, self.files)
+        # Rows of an index {task: (n,)}, texts about bad records, how many records had a system turn.
+        if stored.exists():
+            self.rows, self.bad, self.system = load_index(stored, path, self.files)
         else:
             kept = {task: [] for task in aia.TASKS} if self.form == "jsonl" else None
             self.rows, self.bad, self.system = make_index(self.form, self.files, kind, stop, kept)
         self.records = kept or self.rows
+        self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
+        self.read = functools.lru_cache(maxsize=256)(read_record)               # batches ask for lengths first
         if time.time() - started > 5:
             print(f"{path}: read in {time.time() - started:.0f} s; to do this only once: python data.py index {path}")
         refuse_empty(path, self.records, self.bad)
@@ -217,7 +243,7 @@ class FileSource:
             parts.append(f"{sum(map(how_many, self.bad))} left out")
         if self.system:
             parts.append(f"{self.system} with a system turn, joined to the first question")
-        return f"{self.paths[0]}: {', '.join(parts)}"
+        return f"{self.name}: {', '.join(parts)}"
 
     def record(self, task, index, rng=None):
         """The record of a task at an index. rng: the random numbers of a visit, by which one of several captions is

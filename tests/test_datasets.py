@@ -108,6 +108,39 @@ def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
         FileSource(path, "emu3")
 
 
+@pytest.mark.parametrize("form", ["jsonl", *SHARDED])
+def test_an_index_elsewhere_stands_for_its_data_set(form, album, tmp_path):
+    """Public data often lie on a read-only disk. The index may be moved, and still sees that the data have changed."""
+    path = album(*PUBLIC, "rotten") if form == "jsonl" else store(form, tmp_path, PUBLIC)
+    direct = records(FileSource(path, "emu3", "skip"))
+    (tmp_path / "elsewhere").mkdir()
+    index(path, "--out", tmp_path / "elsewhere/x.index.npy")
+    assert not index_file(path).exists()
+    moved = tmp_path / "moved.index.npy"
+    os.replace(tmp_path / "elsewhere/x.index.npy", moved)
+    source = FileSource(moved, "emu3")
+    assert records(source) == direct and len(direct) == 3 and source.summary().startswith(f"{moved}: ")
+    if form == "jsonl":
+        listed = tmp_path / "elsewhere/x.bad.txt"
+        assert listed.read_text().splitlines() == source.bad and len(source.bad) == 1
+        assert f"\n  {path}: 1\n" in bad_report(source.bad, source.paths)
+    os.utime(source.files[0], (0, 0))
+    with pytest.raises(InputError, match="has changed, come or gone"):
+        FileSource(moved, "emu3")
+
+
+def test_a_place_that_cannot_be_written_shows_before_the_pass(album, tmp_path, monkeypatch):
+    """Which may take hours; the message names the flag for another place."""
+    file = album(DRAWN)
+    monkeypatch.setattr(formats.datasets, "make_index", None)
+    (tmp_path / "train.jsonl.index.npy.part/x").mkdir(parents=True)             # as good as a read-only disk
+    with pytest.raises(InputError, match="train.jsonl.index.npy cannot be written .*--out FILE.index.npy"):
+        index(file)
+    for flags, why in (("--out", "x.npy"), "end in .index"), ((file, "--out", "x.index.npy"), "just one with --out"):
+        with pytest.raises(InputError, match=why):
+            index(file, *flags)
+
+
 def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_path, capsys):
     """20 are shown, all are listed; a shard that ends too soon gives what it has."""
     good = [(f"{i}.{ending}", content) for i in range(3)
