@@ -245,6 +245,17 @@ class FileSource:
             parts.append(f"{self.system} with a system turn, joined to the first question")
         return f"{self.name}: {', '.join(parts)}"
 
+    def identity(self):
+        """What tells these data from others, wherever they lie, to be stored as JSON: how many records, and a hash of
+        the sizes of the files, of where each record lies in them, and of the words of some."""
+        mix = hashlib.blake2b(repr([os.stat(file).st_size for file in self.files]).encode(), digest_size=16)
+        for task in aia.TASKS:
+            mix.update(self.rows[task].view(np.uint8))
+            count = self.count(task)
+            for index in range(0, count, max(count // 16, 1)):
+                mix.update(repr(self.record(task, index).turns).encode())
+        return {task: self.count(task) for task in aia.TASKS} | {"content": mix.hexdigest()}
+
     def record(self, task, index, rng=None):
         """The record of a task at an index. rng: the random numbers of a visit, by which one of several captions is
         drawn; without them it is the first."""
@@ -274,6 +285,10 @@ class Mixture:
     def summary(self):
         """One line of each data set."""
         return "\n".join(source.summary() for source in self.sources)
+
+    def identity(self):
+        """As FileSource.identity, of each data set, and their shares."""
+        return {"sources": [source.identity() for source in self.sources], "shares": list(map(str, self.shares))}
 
     def record(self, task, index, rng=None):
         for source in self.sources:

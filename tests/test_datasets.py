@@ -1,6 +1,8 @@
 """Claims about data sets on disk: published formats, the index, stored codes, refusals (formats/datasets.py)."""
 
+import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -203,6 +205,35 @@ def test_a_source_says_what_it_holds(album, tmp_path):
     assert source.summary().splitlines() == [
         f"{file}: 1 file, 1 records to draw, 0 to answer, 1 left out",
         f"{tmp_path / 'tar'}: 2 files, 2 records to draw, 1 to answer"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
+def test_data_keep_their_identity_when_they_move(form, album, tmp_path):
+    """It is that of the content: not of paths or times, with or without an index; other records make another one."""
+    path = album(*PUBLIC) if form == "jsonl" else store(form, tmp_path, PUBLIC)
+    identity = FileSource(path, "emu3").identity()
+    assert json.loads(json.dumps(identity)) == identity and (identity["gen"], identity["und"]) == (2, 1)
+    index(path)
+    assert FileSource(path, "emu3").identity() == identity
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    index_file(moved / path.name).unlink()
+    assert FileSource(moved / path.name, "emu3").identity() == identity
+    index_file(path).unlink()
+    if path.is_dir():
+        shutil.rmtree(path)
+    other = [entry("a.png", ("a red cross!", "<image>")), *PUBLIC[1:]]
+    changed = album(*other) if form == "jsonl" else store(form, tmp_path, other)
+    assert FileSource(changed, "emu3").identity() != identity
+
+
+def test_the_identity_of_a_mixture_has_its_shares(album, tmp_path):
+    """Other shares give other samples at the same step."""
+    store("tar", tmp_path, PUBLIC)
+    paths = [str(album(DRAWN)), f"{tmp_path}/tar"]
+    one, two, joined = (open_sources(texts, "emu3").identity() for texts in (
+        [f"{paths[0]}=1", f"{paths[1]}=2"], [f"{paths[0]}=1", f"{paths[1]}=.5"], paths))
+    assert one["sources"] == two["sources"] == joined["sources"] and len(one["sources"]) == 2
+    assert (one["shares"], two["shares"], joined["shares"]) == (["1", "2"], ["1", "1/2"], [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
