@@ -45,6 +45,8 @@ DISGUISES = {
     b"version https://git-lfs": "a pointer of Git LFS: get the data it stands for, git lfs pull",
 }
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
+BLANK = re.compile(rb"\s*+")                     # what may stand before the first record, and behind the last ...
+SEPARATOR = re.compile(rb"\s*+,\s*+")            # ... and between two
 
 
 def form_of(file):
@@ -162,21 +164,26 @@ def json_elements(file):
     """(offset, size, number) of each element of a JSON array of any size: brackets outside strings are counted, nothing
     is parsed or kept."""
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        opening = re.match(rb"(?:\xef\xbb\xbf)?\s*\[", text)
         depth = number = start = 0
-        for token in JSON_TOKEN.finditer(text) if re.match(rb"(?:\xef\xbb\xbf)?\s*\[", text) else ():
+        end = opening.end() if opening else 0       # of the last element
+        for token in JSON_TOKEN.finditer(text, end) if opening else ():
             if token[1] in (b"[", b"{"):
-                if depth == 1:
+                if depth == 0:
                     start = token.start()
+                    if not (SEPARATOR if number else BLANK).fullmatch(text, end, start):
+                        raise ValueError(f"no single comma between records {number} and {number + 1}")
                 depth += 1
-            elif token[1]:
+            elif token[1] and depth:
                 depth -= 1
-                if depth == 1:
+                if depth == 0:
                     number += 1
-                    yield start, token.end() - start, number
-                elif depth == 0:
-                    if text[token.end():].strip():
-                        break
+                    end = token.end()
+                    yield start, end - start, number
+            elif token[1]:
+                if BLANK.fullmatch(text, end, token.start()) and BLANK.fullmatch(text, token.end()):
                     return
+                break
         raise ValueError("it must hold one JSON array and nothing else; JSON lines belong in a .jsonl file")
 
 
@@ -326,13 +333,9 @@ def refuse_disguise(form, file):
 def scan(form, file):
     """Where the records of a file lie: (offset, size, number) of each, in order."""
     refuse_disguise(form, file)
-    if form == "json":
-        return json_elements(file)
-    if form == "tar":
-        return tar_samples(file)
-    if form == "jsonl":
-        return json_lines_of(file)
-    return table_rows(form, file)
+    if form in TABLES:
+        return table_rows(form, file)
+    return {"json": json_elements, "jsonl": json_lines_of, "tar": tar_samples}[form](file)
 
 
 def parse_record(line, origin, folder, strict=True):

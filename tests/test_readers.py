@@ -230,3 +230,30 @@ def test_a_table_without_our_columns_names_those_it_has(form, tmp_path):
     write_table(tmp_path / f"x.{form}", {"picture": ["a.png"], "alt": ["a cross"]})
     with pytest.raises(InputError, match='has the columns picture, alt: rename them to "image"'):
         FileSource(tmp_path / f"x.{form}", "emu3", "skip")
+
+
+def test_an_arrow_stream_that_was_cut_between_batches_is_no_shorter_one(album, tmp_path):
+    """Each batch is whole by itself; only the end mark tells that no more were to come."""
+    table = pyarrow.table({"image": [(album().parent / "a.png").read_bytes()] * 2, "text": ["a cross", "one"]})
+    with pyarrow.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as out:
+        out.write_table(table.slice(0, 1))
+        whole = (tmp_path / "x.arrow").stat().st_size
+        out.write_table(table.slice(1))
+    file = tmp_path / "x.arrow"
+    assert len(records(FileSource(file, "emu3"))) == 2
+    for size in (whole, file.stat().st_size - 8):
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(InputError, match="x.arrow: cannot be read to its end .the stream has no end mark"):
+            FileSource(file, "emu3")
+
+
+@pytest.mark.parametrize("text", ['[X rubbish, X]', '[X X]', '[X,, X]', '[X, 5, X]', '["x", X]', '[, X]', '[X,]',
+                                  '[X] [X]', '[X]]', 'x[X]', '[X, X'])
+def test_rubbish_between_the_records_of_an_array_is_refused(text, album, tmp_path):
+    """A file that was damaged, or joined by hand, may have lost records there."""
+    album()
+    (tmp_path / "good.json").write_text(f" [ {json.dumps(DRAWN)}\n ,{json.dumps(DRAWN)} ] \n")
+    assert len(records(FileSource(tmp_path / "good.json", "emu3"))) == 2
+    (tmp_path / "x.json").write_text(text.replace("X", json.dumps(DRAWN)))
+    with pytest.raises(InputError, match="x.json: cannot be read to its end"):
+        FileSource(tmp_path / "x.json", "emu3")
