@@ -295,7 +295,9 @@ def read_table(form, file, group):
         table = pyarrow_for(file).parquet.ParquetFile(file)
         return table.read_row_group(group, [name for name in COLUMNS if name in table.schema_arrow.names])
     table = arrow_table(file)
-    return table.select([name for name in COLUMNS if name in table.column_names])
+    table = table.select([name for name in COLUMNS if name in table.column_names])
+    table.validate(full=True)                       # wrong offsets would end the process
+    return table
 
 
 def table_rows(form, file):
@@ -305,9 +307,8 @@ def table_rows(form, file):
         names = table.schema_arrow.names
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.metadata.num_row_groups)]
     else:
-        table = arrow_table(file)
-        names = table.column_names
-        sizes = [len(table)]
+        names = arrow_table(file).column_names
+        sizes = [len(read_table(form, file, 0))]
     turns = {*names} & {*TURN_FIELDS}               # which may have pictures in them
     if not turns and not ({*names} & {*IMAGE_FIELDS} and {*names} & {*CAPTION_FIELDS}):
         raise InputError(f'{file} has the columns {shortened(", ".join(names))}: rename them to "image", and '

@@ -1,14 +1,17 @@
 """Claims about data sets on disk: published formats, the index, stored codes, refusals (formats/datasets.py)."""
 
+import functools
 import json
 import os
 import shutil
 import tarfile
+import time
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
-from made_data import ALBUM, ASKED, DRAWN, PUBLIC, SHARDED, add, encode, entry, records, store
+from made_data import ALBUM, ASKED, DRAWN, PUBLIC, SHARDED, add, encode, entry, random, records, store, write_table
 from safetensors.torch import save_file
 
 import aia
@@ -351,6 +354,86 @@ def test_lines_in_utf_16_are_no_records(encoding, album):
         FileSource(file, "emu3")
     with pytest.raises(InputError, match="holds no usable record"):
         FileSource(file, "emu3", "skip")
+
+
+ODD = [None, True, 5, -1e300, "", " ", "x" * 100_000, "\ud800", "a\nb\0", "\u202e", "<image>" * 50, "../../..", "~",
+       "data:image/png;base64,AAAA", "iVBORw0KGgo", "http://x", [], [None], [[]], {}, {"bytes": 5, "path": None},
+       {"bytes": b"x", "path": None}, {"type": "image"}, {"from": ["human"]}, {"user": 5}, [{"user": "a"}], ["a"] * 999,
+       functools.reduce(lambda inner, _: [inner], range(300), "deep")]
+FIELDS = ["image", "images", "conversations", "messages", "texts", "caption", "prompt", "task", "input_image", "x"]
+
+
+def damaged(value, rng):
+    """A record with one of its values, at any depth, replaced by an odd one, or with one field more."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice([*value, *FIELDS[:3]])
+        return value | {str(key): damaged(value.get(str(key)), rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.integers(len(value))
+        return [*value[:i], damaged(value[i], rng), *value[i + rng.integers(2):]]
+    if isinstance(value, dict) and rng.random() < 0.5:
+        return value | {str(rng.choice(FIELDS)): ODD[rng.integers(len(ODD))]}
+    return ODD[rng.integers(len(ODD))]
+
+
+def torn(content, rng):
+    """The bytes of a file, cut, swapped, overwritten, doubled or in another encoding."""
+    at, to = sorted(rng.integers(len(content) + 1, size=2))
+    way = rng.integers(6)
+    if way == 0:
+        return content[:at]
+    if way == 1:
+        return content[:at] + content[to:] + content[at:to]
+    if way == 2:
+        return content[:at] + rng.bytes(rng.integers(1, 40)) + content[at:]
+    if way == 3:
+        return content[:at] + bytes([rng.integers(256)]) + content[at + 1:]
+    if way == 4:
+        return content + content[at:to]
+    return content.decode("latin-1").encode(["utf-16", "utf-8", "utf-32-le"][rng.integers(3)])
+
+
+def stored_as(form, folder, entries):
+    """Entries in a file of a format, as far as it can hold them."""
+    file = folder / f"x.{form}"
+    if form == "jsonl":
+        file.write_text("".join(json.dumps(e, default=repr) + "\n" for e in entries))
+    elif form == "json":
+        file.write_text(json.dumps(entries, default=repr))
+    elif form == "tar":
+        with tarfile.open(file, "w") as tar:
+            for i, e in enumerate(entries):
+                add(tar, f"{i}.png", (folder / "a.png").read_bytes())
+                add(tar, f"{i}.json", json.dumps(e, default=repr).encode())
+    else:
+        rows = [e for e in entries[:1] if isinstance(e, dict)] or entries[1:]
+        try:
+            write_table(file, {name: [value] for name, value in rows[0].items()})
+        except (pyarrow.ArrowException, ValueError):                            # a list in a column has one type
+            write_table(file, {name: [json.dumps(value, default=repr)] for name, value in rows[0].items()})
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
+def test_damage_of_any_kind_ends_in_one_short_line(form, album, tmp_path):
+    """400 files of each format, with odd values or torn bytes: no crash, no hang, no message over 500 characters."""
+    album()
+    for seed in range(400):
+        rng = random(seed)
+        file = stored_as(form, tmp_path, [damaged(DRAWN, rng), ASKED])
+        if seed % 2:
+            file = stored_as(form, tmp_path, [DRAWN, ASKED])
+            file.write_bytes(torn(file.read_bytes(), rng))
+        started = time.time()
+        for on_bad_record in ("skip", "stop"):
+            try:
+                source = FileSource(file, "emu3", on_bad_record)
+                found = [*records(source), source.identity(), source.summary()]
+                assert len(found) >= 3 and max(map(len, source.bad), default=0) <= 500
+            except InputError as error:
+                assert len(str(error)) <= 500 and len(str(error).splitlines()) == 1, seed
+        assert time.time() - started < 10, seed
 
 
 @pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])

@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 
+import numpy as np
 import pyarrow.ipc
 import pytest
 from made_data import DRAWN, PUBLIC, add, entry, records, store, write_table
@@ -245,6 +246,16 @@ def test_an_arrow_stream_that_was_cut_between_batches_is_no_shorter_one(album, t
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(InputError, match="x.arrow: cannot be read to its end .the stream has no end mark"):
             FileSource(file, "emu3")
+
+
+def test_wrong_offsets_in_an_arrow_file_are_an_error(tmp_path):
+    """The file is mapped into memory, and reading outside of it would end the process without a word."""
+    write_table(tmp_path / "x.arrow", {"image": ["a.png"], "text": ["a" * 1234]})
+    content = (tmp_path / "x.arrow").read_bytes()
+    at = content.rindex(np.array([0, 1234], "<i4").tobytes())
+    (tmp_path / "x.arrow").write_bytes(content[:at + 4] + b"\xff\xff\xff\x7f" + content[at + 8:])
+    with pytest.raises(InputError, match="x.arrow: cannot be read to its end .*(offset|Offset|length)"):
+        FileSource(tmp_path / "x.arrow", "emu3")
 
 
 @pytest.mark.parametrize("text", ['[X rubbish, X]', '[X X]', '[X,, X]', '[X, 5, X]', '["x", X]', '[, X]', '[X,]',
