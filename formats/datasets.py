@@ -34,9 +34,7 @@ from parts.settings import InputError, aside, first_line, shortened, stream
 # ---------------------------------------------------------------------------------------------------------------------
 LISTED = 1000                                   # most bad records of a data set that are described; others are counted
 MORE = re.compile("(.*) and later: ([0-9]+) more bad records")
-
-
-WILD = re.compile(r"[*?\[{]")                   # where the pattern of a path begins
+WILD = re.compile(r"[*?\[{]")                   # where a path turns into a pattern
 
 
 def note_bad(text, bad, stop):
@@ -147,8 +145,10 @@ def read_index(stored):
         with open(stored, "rb") as file:
             file.seek(rows.offset + rows.nbytes)    # in the same file behind the array, so that the two always agree
             head = json.loads(file.read())
+        head = {"path": str(stored).removesuffix(INDEX), "system": 0} | head                # older ones lack these
         head["files"] = {tuple(one) for one in head["files"]}
-        head["path"] = Path(head.get("path", str(stored).removesuffix(INDEX)))              # older ones have none
+        head["gen"] = head["count"]["gen"]
+        head["bad"] = list(head["bad"])
         return rows, head
     except (*BROKEN, EOFError, AttributeError, TypeError) as error:
         raise InputError(f"{stored} is broken ({first_line(error)}): run python data.py index again") from error
@@ -160,8 +160,7 @@ def load_index(stored, path, files):
     if changed := head["files"] ^ {tuple(one) for one in stamps(path, files)}:
         raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: run python data.py "
                          f"index {path} again")
-    gen = head["count"]["gen"]
-    return {"gen": rows[:gen], "und": rows[gen:]}, head["bad"], head.get("system", 0)
+    return {"gen": rows[:head["gen"]], "und": rows[head["gen"]:]}, head["bad"], head["system"]
 
 
 def refuse_unwritable(stored):
@@ -191,8 +190,10 @@ def store_index(path, out=""):
     if bad:
         with aside(listed) as part:
             part.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
-        print(f"{bad_report(bad, [path])}\nmore of them in {listed}")
+        print(f"{bad_report(bad, [path])}\nlisted in {listed}")
     refuse_empty(path, rows, bad)
+    if system:
+        print(f"{path}: {system} system turns, joined to the first questions")
     count = {task: len(part) for task, part in rows.items()}
     head = {"path": os.path.abspath(path), "files": seen, "count": count, "bad": bad, "system": system}
     with aside(stored) as part, open(part, "wb") as file:
@@ -215,7 +216,7 @@ class FileSource:
         stored = index_file(path)
         if self.name.endswith(INDEX):               # the index itself, which lies elsewhere and names its data
             stored = Path(path)
-            path = read_index(stored)[1]["path"]
+            path = Path(read_index(stored)[1]["path"])
         self.paths = [str(path)]
         self.form, self.files = data_files(path)
         kept = None
@@ -305,7 +306,8 @@ def open_sources(texts, kind, on_bad_record="stop"):
     except (ValueError, ZeroDivisionError):
         shares = [0]
     if min(shares, default=1) <= 0 or len(shares) not in (0, len(found)):
-        raise InputError(f"--data {' '.join(texts)}: give each data set a share above 0 (PATH=SHARE), or none")
+        given = shortened(" ".join(texts))
+        raise InputError(f"--data {given}: give each data set a share above 0 (PATH=SHARE), or none")
     sources = [FileSource(path, kind, on_bad_record) for path, _ in found]
     return Mixture(sources, shares) if len(sources) > 1 else sources[0]
 
@@ -429,7 +431,8 @@ class Encoded:
             stored = part.metadata() or {}
             names = list(part.keys())
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} is broken ({error}): remove it and run data.py encode again") from error
+            why = first_line(error)
+            raise InputError(f"{file} is broken ({why}): remove it and run data.py encode again") from error
         for name, made_with in stored.items():
             if made_with != self.fingerprints.get(name):
                 raise InputError(f"{file} was encoded with other weights or another resize ({name} {made_with}, "

@@ -1,12 +1,12 @@
-"""Which files a data set has, and where records lie in each format: JSON lines, JSON, tar, parquet, Arrow.
-
-The formats are described in formats/README.md.
+"""Which files a data set has, and where records lie in each format: JSON lines, JSON, tar, parquet, Arrow
+(see formats/README.md).
 
     python -m pytest tests/test_readers.py
 """
 
 import glob
 import io
+import math
 import mmap
 import re
 import tarfile
@@ -30,7 +30,7 @@ from parts.settings import InputError, first_line, shortened, utf8
 FORMS = ("tar", "parquet", "arrow", "json", "jsonl")
 FOLDERS = FORMS[:3]                             # formats of which a folder is a data set
 MOST_FILES = 2**16                              # of a data set: an index row has 16 bits for the number of a file
-BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+BRACES = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 SPLITS = ("train", "test", "validation", "val", "dev")
 WORD = re.compile("([a-z]+)[-_]?")
 TABLES = ("parquet", "arrow")
@@ -60,9 +60,10 @@ def expanded(pattern):
     braces = BRACES.search(pattern)
     if not braces:
         return [pattern]
-    first, last = braces.groups()
-    if not 0 <= int(last) - int(first) < MOST_FILES:
+    counts = [int(last) - int(first) + 1 for first, last in BRACES.findall(pattern)]
+    if min(counts) < 1 or math.prod(counts) > MOST_FILES:
         raise InputError(f"data set {shortened(pattern)}: give braces as {{FIRST..LAST}}, at most {MOST_FILES} files")
+    first, last = braces.groups()
     numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     before, after = pattern[:braces.start()], pattern[braces.end():]
     return [name for number in numbers for name in expanded(before + number + after)]
@@ -117,14 +118,14 @@ def no_files(path):
     elif glob.has_magic(str(path)):
         why = "no file matches"
     elif path.is_dir():
-        nested = sorted({f"{file.parent}/" for file in path.glob("*/*") if form_of(file) in FOLDERS})
-        nested += sorted(str(file) for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl"))
+        nested = {f"{file.parent}/" for file in path.glob("*/*") if form_of(file) in FOLDERS}
+        nested = nested or {str(file) for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl")}
         endings = sorted({file.suffix or file.name for file in path.iterdir()})
         why = f"the folder has {', '.join(endings)}" if endings else "the folder is empty"
         if nested:
             why = "it is no folder of shards or tables"
-            remedy = f"give what is in it, such as {', '.join(nested)}"
-    return InputError(f"data set {shortened(path)} cannot be read ({shortened(why)}): {shortened(remedy)}")
+            remedy = f"give what is in it, such as {', '.join(sorted(nested))}"
+    return InputError(f"data set {shortened(path)} cannot be read ({shortened(why)}): {shortened(remedy, 240)}")
 
 
 def data_files(path):

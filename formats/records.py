@@ -1,6 +1,6 @@
 """One record: pictures with a conversation. Which layouts are read, and what is refused.
 
-The layout is described in formats/README.md.
+The layouts are described in formats/README.md.
 
     python -m pytest tests/test_records.py
 """
@@ -107,14 +107,14 @@ def text_of(content, images):
 def turns_of(conversation, images):
     """A conversation in any of the layouts -> [(speaker, text or None)]. Pictures in its parts are added to a list."""
     if isinstance(conversation, str):               # some tables hold it so
-        conversation = parsed(conversation, "a conversation in a text is a JSON list of turns")
+        conversation = parsed(conversation, "turns in a text are a JSON list; words to draw belong in caption")
     turns = []
     for turn in conversation if isinstance(conversation, list) else [None]:
         turn = turn if isinstance(turn, dict) else {}
         if "user" in turn:                          # the_cauldron: question and answer together
             said = [("human", turn["user"]), ("gpt", turn.get("assistant"))]
         else:
-            speaker = str(turn.get("from") or turn.get("role"))
+            speaker = str(turn.get("from") or turn.get("role") or "nobody")
             content = turn.get("value")
             said = [(SPEAKERS.get(speaker, speaker), turn.get("content") if content is None else content)]
         turns += [(speaker, text_of(content, images)) for speaker, content in said]

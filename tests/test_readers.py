@@ -128,7 +128,7 @@ def test_braces_name_numbered_files(tmp_path):
     with pytest.raises(InputError, match="a-07.tar is missing"):
         data_files(tmp_path / "a-{07..10}.tar")
     with pytest.raises(InputError, match="at most 65536 files"):
-        data_files(tmp_path / "a-{0..99999999999}.tar")
+        data_files(tmp_path / "a-{0..999}-{0..999}.tar")
 
 
 def test_endings_are_read_in_either_case(tmp_path):

@@ -134,7 +134,7 @@ def test_common_layouts_are_read_in_every_format(fields, asked, form, album, tmp
     ({"conversations": [*CHAT, {"from": "system", "value": "x"}]}, "turn 3 is of 'system'"),
     ({"conversations": said("red?", 5)}, "turn 2 has no text, nor a list of parts of type text or image"),
     ({"conversations": said([{"type": "video"}], "no")}, "turn 1 has no text"),
-    ({"conversations": "red?"}, "not JSON.*a conversation in a text is a JSON list of turns"),
+    ({"conversations": "red?"}, "not JSON.*turns in a text are a JSON list"),
     ({"conversations": []}, "found image, conversations .empty."), ({"image": None}, "found image .empty., conv"),
     ({"conversations": said("red?", "no", "why?", "")}, "question 2: its answer is empty"),
     ({"conversations": said("red\ud800?", "no")}, "a text has half a character"),
