@@ -132,9 +132,8 @@ def index_file(path):
     return Path(folder + re.sub(r"[/*?\[\]{}]+", "_", path[len(folder):]) + INDEX)
 
 
-def stamps(path, files):
-    """What shows that a file has changed: [[name, size, time], ...], names relative to the folder of the data."""
-    folder = index_file(path).parent
+def stamps(files, folder):
+    """What shows that a file has changed: [[name, size, time], ...], names relative to a folder."""
     return [[os.path.relpath(file, folder), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
 
 
@@ -157,7 +156,7 @@ def read_index(stored):
 def load_index(stored, path, files):
     """The stored index of a data set -> what make_index tells of it. It is refused if a file has changed."""
     rows, head = read_index(stored)
-    if changed := head["files"] ^ {tuple(one) for one in stamps(path, files)}:
+    if changed := head["files"] ^ {tuple(one) for one in stamps(files, index_file(path).parent)}:
         raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: run python data.py "
                          f"index {path} again")
     return {"gen": rows[:head["gen"]], "und": rows[head["gen"]:]}, head["bad"], head["system"]
@@ -182,7 +181,8 @@ def store_index(path, out=""):
     if not stored.name.endswith(INDEX):
         raise InputError(f"--out {shortened(out)}: let the name end in {INDEX}")
     refuse_unwritable(stored)
-    seen = stamps(path, files)                      # before reading: a change in the meantime will show
+    # Before reading, so that a change in the meantime will show; relative to the data, since an index may be moved.
+    seen = stamps(files, index_file(path).parent)
     # Janus-Pro's limits on pictures are the wider ones; those of the model are checked in training.
     rows, bad, system = make_index(form, files, "janus")
     listed = Path(str(stored).removesuffix(INDEX) + ".bad.txt")
