@@ -74,7 +74,7 @@ def bad_report(bad, paths):
 def refuse_empty(path, records, bad):
     """Stop at a data set without a usable record {task: records}."""
     if not any(map(len, records.values())):
-        first = f" (the first: {shortened(bad[0], 300)})" if bad else ""
+        first = f" (the first: {shortened(bad[0], 220)})" if bad else ""
         raise InputError(f"data set {shortened(path)} holds no usable record{first}: see formats/README.md")
 
 
@@ -157,8 +157,8 @@ def load_index(stored, path, files):
     """The stored index of a data set -> what make_index tells of it. It is refused if a file has changed."""
     rows, head = read_index(stored)
     if changed := head["files"] ^ {tuple(one) for one in stamps(files, index_file(path).parent)}:
-        raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: run python data.py "
-                         f"index {path} again")
+        raise InputError(f"{shortened(min(changed)[0], 140)} has changed, come or gone since {shortened(stored, 140)} "
+                         f"was written: run python data.py index {shortened(path, 140)} again")
     return {"gen": rows[:head["gen"]], "und": rows[head["gen"]:]}, head["bad"], head["system"]
 
 

@@ -125,7 +125,7 @@ def no_files(path):
         if nested:
             why = "it is no folder of shards or tables"
             remedy = f"give what is in it, such as {', '.join(sorted(nested))}"
-    return InputError(f"data set {shortened(path)} cannot be read ({shortened(why)}): {shortened(remedy, 240)}")
+    return InputError(f"data set {shortened(path, 140)} cannot be read ({shortened(why, 90)}): {shortened(remedy)}")
 
 
 def data_files(path):
@@ -312,8 +312,8 @@ def table_rows(form, file):
         sizes = [len(read_table(form, file, 0))]
     turns = {*names} & {*TURN_FIELDS}               # which may have pictures in them
     if not turns and not ({*names} & {*IMAGE_FIELDS} and {*names} & {*CAPTION_FIELDS}):
-        raise InputError(f'{file} has the columns {shortened(", ".join(names))}: rename them to "image", and '
-                         '"conversations" or "caption"')
+        raise InputError(f'{shortened(file)} has the columns {shortened(", ".join(names))}: rename them to "image", '
+                         'and "conversations" or "caption"')
     number = 0
     for group, size in enumerate(sizes):
         for row in range(size):
@@ -329,7 +329,7 @@ def refuse_disguise(form, file):
     if form == "jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         what = "one JSON array: let its name end in .json"
     if what:
-        raise InputError(f"{file} is {what.format(file=file)}")
+        raise InputError(f"{shortened(file)} is {what.format(file=shortened(file))}")
 
 
 def scan(form, file):

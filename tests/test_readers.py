@@ -109,7 +109,7 @@ def test_files_of_one_split_are_a_data_set(names, tmp_path):
 
 @pytest.mark.parametrize("names, told", [
     (["data/train-0.parquet", "README.md"], "such as F/data/$"),
-    (["dataset_dict.json", "train/data-0.arrow", "test/data-0.arrow"], "such as F/test/, F/train/"),
+    (["dataset_dict.json", "train/data-0.arrow", "test/data-0.arrow"], "such as F/test/, F/tr"),
     (["train.jsonl", "a.png"], "such as F/train.jsonl$"),
     (["a.csv", "b.txt"], "the folder has .csv, .txt.: give .jsonl"),
     ([], "the folder is empty")])
@@ -268,3 +268,15 @@ def test_rubbish_between_the_records_of_an_array_is_refused(text, album, tmp_pat
     (tmp_path / "x.json").write_text(text.replace("X", json.dumps(DRAWN)))
     with pytest.raises(InputError, match="x.json: cannot be read to its end"):
         FileSource(tmp_path / "x.json", "emu3")
+
+
+def test_long_paths_and_many_names_leave_a_message_short(tmp_path):
+    """A terminal shows some lines, and the remedy stands at the end."""
+    deep = tmp_path / ("d" * 200) / ("e" * 200)
+    touched(deep, *[f"{i}{'x' * 200}.csv" for i in range(9)], "z.tar.gz", "many/train-0.tar", "many/test-0.tar")
+    (deep / "z.tar.gz").write_bytes(b"\x1f\x8b")
+    write_table(deep / "x.parquet", {"c" * 500: [1]})
+    for given in (deep, deep / "many", deep / "none.tar", deep / "z.tar.gz", deep / "x.parquet", deep / "0*.csv"):
+        with pytest.raises(InputError) as error:
+            FileSource(given, "emu3", "skip")
+        assert len(str(error.value)) <= 500
