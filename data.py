@@ -547,15 +547,16 @@ class Index:
 
     POSITIONAL = ("paths",)
     paths: tuple = opt((), "data sets, as for train.py")
+    out: str = opt("", "index to write, FILE.index.npy, which train.py --data takes, too; empty: beside the data")
 
 
 def index(settings):
     """Index each data set, and say what was found."""
-    if not settings.paths:
-        raise InputError("index needs a data set: python data.py index train.jsonl")
+    if not settings.paths or (settings.out and settings.paths[1:]):
+        raise InputError("index needs a data set, just one with --out: python data.py index train.jsonl")
     for path in settings.paths:
         started = time.time()
-        stored, count = datasets.store_index(path)
+        stored, count = datasets.store_index(path, settings.out)
         print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")
 
 

@@ -12,7 +12,7 @@ import string
 from pathlib import Path
 
 from benchmarks.common import LETTER_ONLY, SHORT_ANSWER, Item, lines_to, mmbench_letter, tell_left_out
-from formats.datasets import pyarrow_for
+from formats.readers import pyarrow_for
 from parts.settings import InputError, first_line, read_json, write_json
 
 MMMU_DOMAINS = {

@@ -1,20 +1,17 @@
-"""Where records lie: JSON lines, JSON, tar, parquet, Arrow (see formats/README.md); the index that finds any of them;
-the order in which they come; pictures encoded once.
+"""Data sets: the index that finds any record, sources of records, the order in which they come, pictures encoded once.
 
     python -m pytest tests/test_datasets.py
 """
 
+import copy
 import functools
-import glob
 import hashlib
-import io
 import json
-import mmap
 import os
 import re
 import struct
-import tarfile
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,206 +23,59 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import aia
-from formats.records import SKIP_HINT, Record, parse_record
+from formats.readers import BROKEN, data_files, read_record, read_table, scan
+from formats.records import SKIP_HINT, Record
 from parts.pictures import janus_picture, load_picture, open_picture, siglip_picture, to_picture, tokenizer_picture
 from parts.processes import processes, rank
-from parts.settings import InputError, aside
+from parts.settings import InputError, aside, first_line, shortened, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, and where their records lie
+# Records that cannot be used
 # ---------------------------------------------------------------------------------------------------------------------
-FORMS = ("tar", "parquet", "arrow", "json", "jsonl")                            # the first three also as a folder
-TABLES = ("parquet", "arrow")
-COLUMNS = ("image", "conversations", "caption", "text", "input_prompt", "input_image", "output_image")
-ENDINGS = ("jpg", "jpeg", "png", "webp")
-BROKEN = (OSError, ValueError, LookupError, NotImplementedError, tarfile.TarError)          # what readers raise
-JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
-
-
-def data_files(path):
-    """A file, a folder or a pattern with wildcards -> format, sorted files."""
-    path = Path(path)
-    files = []
-    if path.is_dir():
-        for form in FORMS[:3]:                      # the first one found: tables about shards often lie beside them
-            files = files or [file for file in path.glob(f"*.{form}") if not file.name.startswith("cache-")]
-    elif path.exists():
-        files = [path]
-    elif glob.has_magic(str(path)):
-        files = [Path(file) for file in glob.glob(str(path), recursive=True)]
-    forms = {file.suffix[1:] if file.suffix[1:] in FORMS else "jsonl" for file in files}
-    if len(forms) != 1 or len(files) > 2**16:
-        raise InputError(f"data set {path} cannot be read ({len(files)} files of {len(forms)} formats): give .jsonl, "
-                         ".json, .tar, .parquet or .arrow files by name or pattern, or a folder of the last three")
-    return forms.pop(), sorted(files)
-
-
-def json_lines_of(file):
-    """(offset, size, number) of each line of a JSON-lines file that is not blank."""
-    with open(file, "rb") as lines:
-        offset = 0
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield offset, len(line), number
-            offset += len(line)
-
-
-def json_elements(file):
-    """(offset, size, number) of each element of a JSON array of any size: brackets outside strings are counted, nothing
-    is parsed or kept."""
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        depth = number = start = 0
-        for token in JSON_TOKEN.finditer(text) if re.match(rb"(?:\xef\xbb\xbf)?\s*\[", text) else ():
-            if token[1] in (b"[", b"{"):
-                if depth == 1:
-                    start = token.start()
-                depth += 1
-            elif token[1]:
-                depth -= 1
-                if depth == 1:
-                    number += 1
-                    yield start, token.end() - start, number
-                elif depth == 0:
-                    if text[token.end():].strip():
-                        break
-                    return
-        raise ValueError("it must hold one JSON array and nothing else; JSON lines belong in a .jsonl file")
-
-
-def split_name(member):
-    """A tar member -> the key of its sample, and its ending. Folders and hidden files have no key."""
-    first = member.name.rfind("/") + 1
-    cut = member.name.find(".", first)
-    if cut <= first or not member.isfile():
-        return "", ""
-    return member.name[:cut], member.name[cut + 1:].lower()
-
-
-def tar_samples(file):
-    """(offset, size, number) of each sample of a WebDataset shard: neighbours with the same name up to the first full
-    stop."""
-    with tarfile.open(file, "r:") as tar:
-        last = None
-        start = end = number = 0
-        while member := tar.next():
-            tar.members.clear()                     # tarfile would keep them all
-            key, _ = split_name(member)
-            if key and key != last:
-                if last:
-                    number += 1
-                    yield start, end - start, number
-                last = key
-                start = member.offset
-            if key:
-                end = member.offset_data + -(-member.size // 512) * 512         # whole blocks
-        if last:
-            yield start, end - start, number + 1
-        # tarfile takes a broken header for the end of the archive.
-        tar.fileobj.seek(tar.offset)
-        rest = tar.fileobj.read(2**20)
-        if len(rest) < 512 or rest.strip(b"\0"):
-            raise tarfile.ReadError("no end mark where the samples stop")
-
-
-def tar_entry(content):
-    """The bytes of a sample -> its key, and an entry {"image": bytes, ...} with the fields of its .json if that holds
-    conversations, else its .txt as the caption."""
-    parts = {}
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        first, _ = split_name(tar.firstmember)
-        for member in tar:
-            key, ending = split_name(member)
-            if key:
-                parts[ending] = tar.extractfile(member).read()
-    entry = json.loads(parts.get("json", b"{}"))
-    if not (isinstance(entry, dict) and "conversations" in entry):              # metadata beside a caption
-        entry = {"caption": parts.get("txt", b"").decode("utf-8").strip()}
-    image = next((parts[ending] for ending in ENDINGS if ending in parts), None)
-    return first, entry | {"image": image}
-
-
-def pyarrow_for(file):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{file} is read through pyarrow, which is not installed: pip install pyarrow") from error
-    return pyarrow
-
-
-def read_table(form, file, group):
-    """Our columns of a row group of a parquet file, or of a whole Arrow stream (mapped into memory, not read)."""
-    arrow = pyarrow_for(file)
-    if form == "parquet":
-        table = arrow.parquet.ParquetFile(file)
-        return table.read_row_group(group, [name for name in COLUMNS if name in table.schema_arrow.names])
-    table = arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all()
-    return table.select([name for name in COLUMNS if name in table.column_names])
-
-
-def table_rows(form, file):
-    """(row group, row in it, number) of each row of a parquet file or an Arrow stream, which counts as one group."""
-    if form == "parquet":
-        about = pyarrow_for(file).parquet.ParquetFile(file).metadata
-        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-    else:
-        sizes = [len(read_table(form, file, 0))]
-    number = 0
-    for group, size in enumerate(sizes):
-        for row in range(size):
-            number += 1
-            yield group, row, number
-
-
-def scan(form, file):
-    """Where the records of a file lie: (offset, size, number) of each, in order."""
-    if form == "json":
-        return json_elements(file)
-    if form == "tar":
-        return tar_samples(file)
-    if form == "jsonl":
-        return json_lines_of(file)
-    return table_rows(form, file)
-
-
-def read_record(form, file, offset, size, number, table=read_table, check=None):
-    """The record at an offset of a file, as `scan` tells it. check(picture) may refuse its pictures."""
-    origin = f"{file}:{number}"
-    try:
-        if form in TABLES:
-            rows = table(form, file, offset)
-            entry = {name: rows[name][size].as_py() for name in rows.column_names}
-        else:
-            with open(file, "rb") as opened:
-                opened.seek(offset)
-                entry = opened.read(size)
-            if form == "tar":
-                key, entry = tar_entry(entry)
-                origin = f"{file}:{key}"
-        record = parse_record(entry, origin, file.parent, strict=form == "jsonl")
-        for picture in record.pictures if check else ():
-            check(picture)
-        return record
-    except InputError as error:
-        raise InputError(f"{origin}: {error}") from error
-    except BROKEN as error:
-        raise InputError(f"{origin}: cannot be read ({error}): check that the file is whole and unchanged") from error
+LISTED = 1000                                   # most bad records of a data set that are described; others are counted
+MORE = re.compile("(.*) and later: ([0-9]+) more bad records")
+WILD = re.compile(r"[*?\[{]")                   # where a path turns into a pattern
 
 
 def note_bad(text, bad, stop):
-    """Add a record that cannot be used to a list, or stop at it."""
-    bad.append(text)
+    """Add a record that cannot be used to a list, or stop at it. The last text of a full list counts the others."""
+    text = shortened(text, 430)
     if stop:
+        bad.append(text)
         raise InputError(f"{text} ({SKIP_HINT})")
+    if len(bad) < LISTED:
+        bad.append(text)
+        return
+    counted = MORE.fullmatch(bad[-1])
+    origin, more = counted.groups() if counted else (text.split(": ")[0], 0)
+    bad[LISTED:] = [f"{origin} and later: {int(more) + 1} more bad records"]
+
+
+def how_many(text):
+    """How many bad records a text of the list stands for."""
+    more = MORE.fullmatch(text)
+    return int(more[2]) if more else 1
 
 
 def bad_report(bad, paths):
     """How many records of each data set were left out, then the first of them."""
-    beginnings = {path: re.split(r"[*?\[]", str(Path(path)))[0] for path in paths}
+    beginnings = {path: WILD.split(str(Path(path)))[0] for path in paths}
     longest_first = sorted(paths, key=lambda path: -len(beginnings[path]))
-    owners = [next((path for path in longest_first if text.startswith(beginnings[path])), "elsewhere") for text in bad]
-    counts = [f"{path}: {owners.count(path)}" for path in dict.fromkeys(owners)]
-    more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
-    return "\n  ".join([f"{len(bad)} bad records were left out:", *counts, *bad[:20], *more])
+    counts = {}
+    for text in bad:
+        owner = next((path for path in longest_first if text.startswith(beginnings[path])), "elsewhere")
+        counts[owner] = counts.get(owner, 0) + how_many(text)
+    total = sum(counts.values())
+    rest = [f"and {total - 20} more"] if total > 20 else []
+    owners = [f"{path}: {count}" for path, count in counts.items()]
+    return "\n  ".join([f"{total} bad records were left out:", *owners, *bad[:20], *rest])
+
+
+def refuse_empty(path, records, bad):
+    """Stop at a data set without a usable record {task: records}."""
+    if not any(map(len, records.values())):
+        first = f" (the first: {shortened(bad[0], 220)})" if bad else ""
+        raise InputError(f"data set {shortened(path)} holds no usable record{first}: see formats/README.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,16 +86,22 @@ def bad_report(bad, paths):
 # records of a file, for messages.
 ROW = np.dtype([("where", "<u8"), ("size", "<u4"), ("number", "<u4")])
 OFFSET = 2**48 - 1
+INDEX = ".index.npy"
 
 
-def make_index(form, files, kind, stop=False):
-    """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones. Of pictures, the header is read."""
+def make_index(form, files, kind, stop=False, kept=None):
+    """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones, how many have a system turn. Of
+    pictures, the header is read; if kept, {task: []}, takes the records, all of them."""
     rows = {task: bytearray() for task in aia.TASKS}
     bad = []
+    system = 0
     table = functools.lru_cache(maxsize=1)(read_table)
 
     def check(picture):
-        open_picture(picture, kind).close()
+        if kept is None:
+            open_picture(picture, kind).close()
+        else:
+            load_picture(picture, kind)             # a truncated file has a good header
     bar = tqdm(desc="index", unit="record", disable=None)
     for i, file in enumerate(files):
         try:
@@ -254,69 +110,95 @@ def make_index(form, files, kind, stop=False):
                 try:
                     record = read_record(form, file, offset, size, number, table, check)
                     rows[record.task] += struct.pack("<QII", i << 48 | offset, size, number)
+                    system += record.system
+                    if kept is not None:
+                        kept[record.task].append(record)
                 except InputError as error:
                     note_bad(str(error), bad, stop)
         except InputError:
             raise
         except BROKEN as error:
-            note_bad(f"{file}: cannot be read to its end ({error}): check that it is complete", bad, stop)
+            note_bad(f"{file}: cannot be read to its end ({first_line(error)}): check that it is complete", bad, stop)
     bar.close()
-    return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad
+    return {task: np.frombuffer(packed, ROW) for task, packed in rows.items()}, bad, system
 
 
 def index_file(path):
     """PATH.index.npy beside a file or folder. Of a pattern: in the folder before its first wildcard, with _ for each
     wildcard."""
     path = str(Path(path))
-    before = path if Path(path).exists() else re.split(r"[*?\[]", path)[0]
+    before = path if Path(path).exists() else WILD.split(path)[0]
     folder = before[:before.rfind("/") + 1]
-    return Path(folder + re.sub(r"[/*?\[\]]+", "_", path[len(folder):]) + ".index.npy")
+    return Path(folder + re.sub(r"[/*?\[\]{}]+", "_", path[len(folder):]) + INDEX)
 
 
 def stamps(files, folder):
-    """What shows that a file has changed: [[name, size, time], ...]."""
+    """What shows that a file has changed: [[name, size, time], ...], names relative to a folder."""
     return [[os.path.relpath(file, folder), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
 
 
-def load_index(path, files):
-    """The stored index of a data set -> rows {task: (n,)}, mapped into memory, and its bad records. It is refused if a
-    file has changed."""
-    stored = index_file(path)
-    again = f"run python data.py index {path} again"
+def read_index(stored):
+    """An index file -> its rows, mapped into memory, and the JSON behind them."""
     try:
         rows = np.load(stored, mmap_mode="r", allow_pickle=False)
         with open(stored, "rb") as file:
             file.seek(rows.offset + rows.nbytes)    # in the same file behind the array, so that the two always agree
             head = json.loads(file.read())
-        gen = head["count"]["gen"]
-        bad = head["bad"]
-        seen = {tuple(one) for one in head["files"]}
+        head = {"path": str(stored).removesuffix(INDEX), "system": 0} | head                # older ones lack these
+        head["files"] = {tuple(one) for one in head["files"]}
+        head["gen"] = head["count"]["gen"]
+        head["bad"] = list(head["bad"])
+        return rows, head
     except (*BROKEN, EOFError, AttributeError, TypeError) as error:
-        raise InputError(f"{stored} is broken ({error}): {again}") from error
-    if changed := seen ^ {tuple(one) for one in stamps(files, stored.parent)}:
-        raise InputError(f"{min(changed)[0]} has changed, come or gone since {stored} was written: {again}")
-    return {"gen": rows[:gen], "und": rows[gen:]}, bad
+        raise InputError(f"{stored} is broken ({first_line(error)}): run python data.py index again") from error
 
 
-def store_index(path):
-    """One pass over a data set -> its index file, and {task: number of records}. Bad records are listed beside it, in
-    PATH.bad.txt."""
+def load_index(stored, path, files):
+    """The stored index of a data set -> what make_index tells of it. It is refused if a file has changed."""
+    rows, head = read_index(stored)
+    if changed := head["files"] ^ {tuple(one) for one in stamps(files, index_file(path).parent)}:
+        raise InputError(f"{shortened(min(changed)[0], 140)} has changed, come or gone since {shortened(stored, 140)} "
+                         f"was written: run python data.py index {shortened(path, 140)} again")
+    return {"gen": rows[:head["gen"]], "und": rows[head["gen"]:]}, head["bad"], head["system"]
+
+
+def refuse_unwritable(stored):
+    """Try to write before the pass over the data, which may take hours."""
+    part = Path(f"{stored}.part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{stored} cannot be written ({error.strerror}): give a file in another folder, as --out "
+                         f"FILE{INDEX}") from error
+
+
+def store_index(path, out=""):
+    """One pass over a data set -> its index file, and {task: number of records}. The first LISTED bad records are
+    named beside it, in PATH.bad.txt. out: the index file, if it is not to lie beside the data."""
     form, files = data_files(path)
-    stored = index_file(path)
-    listed = stored.with_suffix("").with_suffix(".bad.txt")
-    seen = stamps(files, stored.parent)             # before reading: a change in the meantime will show
-    rows, bad = make_index(form, files, "janus")    # the wider limits; those of the model are checked in training
+    stored = Path(out or index_file(path))
+    if not stored.name.endswith(INDEX):
+        raise InputError(f"--out {shortened(out)}: let the name end in {INDEX}")
+    refuse_unwritable(stored)
+    # Before reading, so that a change in the meantime will show; relative to the data, since an index may be moved.
+    seen = stamps(files, index_file(path).parent)
+    # Janus-Pro's limits on pictures are the wider ones; those of the model are checked in training.
+    rows, bad, system = make_index(form, files, "janus")
+    listed = Path(str(stored).removesuffix(INDEX) + ".bad.txt")
     listed.unlink(missing_ok=True)
     if bad:
         with aside(listed) as part:
             part.write_text("\n".join([*bad, ""]), encoding="utf-8", errors="backslashreplace")
-        print(f"{bad_report(bad, [path])}\nall are in {listed}")
-    if not any(map(len, rows.values())):
-        raise InputError(f"data set {path} holds no usable record: see formats/README.md")
+        print(f"{bad_report(bad, [path])}\nlisted in {listed}")
+    refuse_empty(path, rows, bad)
+    if system:
+        print(f"{path}: {system} system turns, joined to the first questions")
     count = {task: len(part) for task, part in rows.items()}
-    with aside(stored) as part, open(part, "wb") as out:
-        np.save(out, np.concatenate(list(rows.values())), allow_pickle=False)
-        out.write(json.dumps({"files": seen, "count": count, "bad": bad}).encode())
+    head = {"path": os.path.abspath(path), "files": seen, "count": count, "bad": bad, "system": system}
+    with aside(stored) as part, open(part, "wb") as file:
+        np.save(file, np.concatenate(list(rows.values())), allow_pickle=False)
+        file.write(json.dumps(head).encode())
     return stored, count
 
 
@@ -330,51 +212,63 @@ class FileSource:
     def __init__(self, path, kind, on_bad_record="stop"):
         started = time.time()
         stop = on_bad_record == "stop"
+        self.name = str(path)
+        stored = index_file(path)
+        if self.name.endswith(INDEX):               # the index itself, which lies elsewhere and names its data
+            stored = Path(path)
+            path = Path(read_index(stored)[1]["path"])
         self.paths = [str(path)]
-        self.bad = []                               # texts about bad records
-        self.records = {task: [] for task in aia.TASKS}         # Records, or rows of an index
         self.form, self.files = data_files(path)
+        kept = None
+        # Rows of an index {task: (n,)}, texts about bad records, how many records had a system turn.
+        if stored.exists():
+            self.rows, self.bad, self.system = load_index(stored, path, self.files)
+        else:
+            kept = {task: [] for task in aia.TASKS} if self.form == "jsonl" else None
+            self.rows, self.bad, self.system = make_index(self.form, self.files, kind, stop, kept)
+        self.records = kept or self.rows
         self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
         self.read = functools.lru_cache(maxsize=256)(read_record)               # batches ask for lengths first
-        if index_file(path).exists():
-            self.records, self.bad = load_index(path, self.files)
-        elif self.form == "jsonl":
-            self.read_whole(kind, stop)
-        else:
-            self.records, self.bad = make_index(self.form, self.files, kind, stop)
         if time.time() - started > 5:
             print(f"{path}: read in {time.time() - started:.0f} s; to do this only once: python data.py index {path}")
-        if not any(map(len, self.records.values())):
-            raise InputError(f"data set {path} holds no usable record: see formats/README.md")
-
-    def read_whole(self, kind, stop):
-        """Read and check all records and pictures of JSON lines."""
-        for file in self.files:
-            try:
-                lines = file.read_bytes().split(b"\n")          # other line separators are text in JSON
-            except OSError as error:
-                raise InputError(f"data set {file} cannot be read ({error}): give a UTF-8 JSON-lines file") from error
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = parse_record(line, f"{file}:{number}", file.parent)
-                    for path in record.pictures:
-                        load_picture(path, kind)    # all of it, since a truncated file has a good header
-                    self.records[record.task].append(record)
-                except InputError as error:
-                    note_bad(f"{file}:{number}: {error}", self.bad, stop)
+        refuse_empty(path, self.records, self.bad)
 
     def count(self, task):
         return len(self.records[task])
 
+    def summary(self):
+        """What the data set holds, as one line."""
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        parts = [files, f"{self.count('gen')} records to draw", f"{self.count('und')} to answer"]
+        if self.bad:
+            parts.append(f"{sum(map(how_many, self.bad))} left out")
+        if self.system:
+            parts.append(f"{self.system} with a system turn, joined to the first question")
+        return f"{self.name}: {', '.join(parts)}"
+
+    def identity(self):
+        """What tells these data from others, wherever they lie, to be stored as JSON: how many records, and a hash of
+        the sizes of the files, of where each record lies in them, and of the words of some."""
+        mix = hashlib.blake2b(repr([os.stat(file).st_size for file in self.files]).encode(), digest_size=16)
+        for task in aia.TASKS:
+            mix.update(self.rows[task].view(np.uint8))
+            count = self.count(task)
+            for index in range(0, count, max(count // 16, 1)):
+                mix.update(repr(self.record(task, index).turns).encode())
+        return {task: self.count(task) for task in aia.TASKS} | {"content": mix.hexdigest()}
+
     def record(self, task, index, rng=None):
-        """The record of a task at an index. rng is for sources that choose words at random, as data.py's world does."""
-        row = self.records[task][index]
-        if isinstance(row, Record):
-            return row
-        where, size, number = row.item()
-        return self.read(self.form, self.files[where >> 48], where & OFFSET, size, number, self.table)
+        """The record of a task at an index. rng: the random numbers of a visit, by which one of several captions is
+        drawn; without them it is the first."""
+        record = self.records[task][index]
+        if not isinstance(record, Record):
+            where, size, number = record.item()
+            record = self.read(self.form, self.files[where >> 48], where & OFFSET, size, number, self.table)
+        if rng is None or not record.captions:
+            return record
+        visit = copy.deepcopy(rng).integers(2**63)              # a copy: what else the visit draws stays the same
+        caption = record.captions[stream(visit, "captions").integers(len(record.captions))]
+        return replace(record, turns=((caption, "<image>"),))
 
 
 class Mixture:
@@ -388,6 +282,14 @@ class Mixture:
 
     def count(self, task):
         return sum(source.count(task) for source in self.sources)
+
+    def summary(self):
+        """One line of each data set."""
+        return "\n".join(source.summary() for source in self.sources)
+
+    def identity(self):
+        """As FileSource.identity, of each data set, and their shares."""
+        return {"sources": [source.identity() for source in self.sources], "shares": list(map(str, self.shares))}
 
     def record(self, task, index, rng=None):
         for source in self.sources:
@@ -404,7 +306,8 @@ def open_sources(texts, kind, on_bad_record="stop"):
     except (ValueError, ZeroDivisionError):
         shares = [0]
     if min(shares, default=1) <= 0 or len(shares) not in (0, len(found)):
-        raise InputError(f"--data {' '.join(texts)}: give each data set a share above 0 (PATH=SHARE), or none")
+        given = shortened(" ".join(texts))
+        raise InputError(f"--data {given}: give each data set a share above 0 (PATH=SHARE), or none")
     sources = [FileSource(path, kind, on_bad_record) for path, _ in found]
     return Mixture(sources, shares) if len(sources) > 1 else sources[0]
 
@@ -528,7 +431,8 @@ class Encoded:
             stored = part.metadata() or {}
             names = list(part.keys())
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} is broken ({error}): remove it and run data.py encode again") from error
+            why = first_line(error)
+            raise InputError(f"{file} is broken ({why}): remove it and run data.py encode again") from error
         for name, made_with in stored.items():
             if made_with != self.fingerprints.get(name):
                 raise InputError(f"{file} was encoded with other weights or another resize ({name} {made_with}, "

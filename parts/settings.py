@@ -26,6 +26,12 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
+def shortened(value, most=200):
+    """A value as messages quote it: one line that any terminal prints, of at most so many characters."""
+    text = " ".join(str(value).encode(errors="backslashreplace").decode().splitlines())
+    return text if len(text) <= most else f"{text[:most - 3]}..."
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: a dataclass is defaults, flags, help and log
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +252,7 @@ def write_json(content, file):
 # One stream per use, so that a change to one leaves all others as they are. Results depend on these numbers: never
 # change one or use it again.
 STREAMS = {"held out": 1, "pool": 2, "record": 4, "export": 5, "questions": 6, "prompts": 7, "reconstructions": 8,
-           "curves": 9, "tokenizer": 10, "pairs": 11, "mix": 12}
+           "curves": 9, "tokenizer": 10, "pairs": 11, "mix": 12, "captions": 13}
 
 
 def stream(seed, name, *more):

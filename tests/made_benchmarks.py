@@ -22,7 +22,7 @@ import train
 from benchmarks.mme import MME_TASKS
 from benchmarks.pope import POPE_CATEGORIES
 from formats.checkpoints import save_checkpoint, tensors_of
-from formats.datasets import pyarrow_for
+from formats.readers import pyarrow_for
 from parts.settings import run_command, write_json
 
 

@@ -1,11 +1,14 @@
 """Scenes, tokenizers, records and data folders that several test files make."""
 
 import base64
+import io
 import json
 import re
 import shutil
+import tarfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -190,3 +193,46 @@ def encode(folder, file, init, *flags):
 
 
 ALBUM = [DRAWN, ASKED, entry(["b.png", "c.png"], ("same?", "no"))]
+
+
+# Data sets as they are published
+SHARDED = ("tar", "parquet", "arrow")
+EXTRA = {"id": 7, "data_source": "web", "note": 'brackets ]} in "quotes" \\', "scores": [1, 2]}
+PUBLIC = [DRAWN, ASKED, entry("c.png", ("two red crosses", "<image>"))]
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_table(file, columns):
+    table = pyarrow.table(columns)
+    if file.suffix == ".parquet":
+        return pyarrow.parquet.write_table(table, file, row_group_size=1)
+    with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+        stream.write_table(table, max_chunksize=1)
+
+
+def store(form, folder, entries):
+    """Entries as others publish them, with fields that we do not know, in two shards where there are shards."""
+    entries = [e | EXTRA for e in entries]
+    if form == "json":
+        (folder / "train.json").write_text(json.dumps(entries, indent=1))
+        return folder / "train.json"
+    (folder / form).mkdir()
+    for shard, part in enumerate((entries[:2], entries[2:])):
+        file, pictures = folder / form / f"{shard}.{form}", [(folder / e["image"]).read_bytes() for e in part]
+        if form != "tar":
+            write_table(file, {"image": [{"bytes": content, "path": "x.png"} for content in pictures],
+                               **{name: [e[name] for e in part] for name in ("conversations", *EXTRA)}})
+            continue
+        with tarfile.open(file, "w") as tar:
+            for i, (e, content) in enumerate(zip(part, pictures, strict=True)):
+                add(tar, f"part/{i}.PNG", content)
+                caption = e["conversations"][1]["value"] == "<image>" and e["conversations"][0]["value"]
+                if caption:
+                    add(tar, f"part/{i}.txt", f"{caption}\n".encode())
+                add(tar, f"part/{i}.json", json.dumps({"url": "web"} if caption else e).encode())
+    return folder / form
