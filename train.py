@@ -238,8 +238,6 @@ def check_numbers(config):
     world_of(asdict(config))                        # this and the next two for what they refuse
     fixed_lambdas(config.aia_weight)
     parse_ratio(config.ratio)
-    if config.encoded and not (config.data or config.val):
-        raise InputError("--encoded holds pictures of your own: the built-in world needs none, leave it out")
     if config.pure_bf16 and config.dtype == "float32":
         raise InputError("--pure-bf16 with --dtype float32: leave out one of them")
     if config.lora_rank and config.pure_bf16:
@@ -259,7 +257,7 @@ def check_effects(config, phases):
     if config.data:
         idle["--data takes the place of the built-in world"] = (*WORLD[1:], "pool", "eval_n")
     elif not config.val:
-        idle["the built-in world has no bad records"] = ("on_bad_record",)
+        idle["the built-in world has no files"] = ("on_bad_record", "encoded")
     if not config.init:
         idle["it belongs to --init"] = ("vision_tokenizer",)
     if not config.val:
@@ -545,13 +543,18 @@ class Run:
         self.world = None
         if config.data:
             self.source = open_sources(config.data, self.kind, config.on_bad_record)
+            print(self.source.summary())
         else:
             self.world = world_of(asdict(config))
             self.source = data.WorldSource(self.world, config.pool, config.seed)
         self.val = FileSource(config.val, self.kind, config.on_bad_record) if config.val else self.source
-        if self.manifest and self.manifest["records"] != self.records():
-            raise InputError(f"{self.folder} was started with {self.manifest['records']} records, now there are "
-                             f"{self.records()}: resume with the same data, or choose another --out")
+        if config.val:
+            print(self.val.summary())
+        counts = {task: self.source.count(task) for task in aia.TASKS}
+        self.records = self.source.identity() if config.data else counts
+        if self.manifest and self.manifest["records"] not in (self.records, counts):            # older runs: counts
+            raise InputError(f"{self.folder} was started with other records than these {sum(counts.values())}: resume "
+                             "with the same data, wherever they lie now, or choose another --out")
         data.check_tasks(self.source, parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
@@ -659,10 +662,7 @@ class Run:
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
         self.write(f"checkpoints/{index}-{step:07d}", optimizer, self.config.keep,
                    {"settings": asdict(self.config), "phase": index, "step": step, "lambdas": lambdas,
-                    "optimizer": optimizer is not None, "seconds": self.elapsed(), "records": self.records()})
-
-    def records(self):
-        return {task: self.source.count(task) for task in aia.TASKS}
+                    "optimizer": optimizer is not None, "seconds": self.elapsed(), "records": self.records})
 
     def write(self, name, optimizer=None, keep=0, more=None):
         """Start writing a checkpoint folder, of the model alone unless told otherwise."""

@@ -385,7 +385,7 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
 
 @pytest.mark.parametrize("words, message", [
     (["paint"], "no command 'paint'.*score, generate"), (["score"], "needs --checkpoint"),
-    (["score", "--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
+    (["score", "--checkpoint", "nowhere"], "nowhere does not exist"),
     (["generate", "--checkpoint", "RUN", "--out", "nowhere/red.png"], "nowhere/red.png"),
     (["generate", "--checkpoint", "RUN", "--out", "RUN/red.unknown"], "red.unknown"),
     (["curves", "--checkpoint", "RUN", "--device", "toaster"], "--device toaster.*cpu"),

@@ -45,7 +45,7 @@ from formats.checkpoints import (
 from parts.lock import held
 from parts.pictures import to_tensor
 from parts.processes import processes, rank
-from parts.settings import InputError
+from parts.settings import InputError, write_json
 from parts.text import Text
 from parts.vision import fill_codebook
 from parts.world import SHAPES, World
@@ -524,7 +524,7 @@ def test_numbers_that_cannot_work_are_refused(flag, value, tmp_path, capsys, mon
     (["--rho", 3, "--aia-weight", "off"], "no phase has AIA"), (["--val-every", 3], "there is no --val"),
     (["--shapes", 6, "--data", "a.jsonl"], "--shapes 6 has no effect, as --data"),
     (["--cell", 8, "--preset", "small-emu3", "--data", "a.jsonl"], "--cell 8 has no effect, as --data"),
-    (["--on-bad-record", "skip"], "world has no bad records"), (["--vision-tokenizer", "x"], "it belongs to --init")])
+    (["--on-bad-record", "skip"], "world has no files"), (["--vision-tokenizer", "x"], "it belongs to --init")])
 def test_a_setting_without_effect_is_refused(words, reason, tmp_path, capsys):
     """Who sets it expects a difference. What a preset sets by itself is no mistake of the user's."""
     assert reason in refused(capsys, "--out", tmp_path / "run", *words)
@@ -737,6 +737,27 @@ def test_a_missing_task_is_told_before_anything_is_trained(own, tmp_path, unscor
     plan = train.plan(settings(tmp_path, "tiny-unifork", data=(str(own),), ratio="1:0"))
     assert [phase.name for phase in plan] == ["tokenizer", "align", "joint", "branch-gen"]
     train.train(settings(tmp_path / "run", data=(str(own),), ratio="1:0", steps=1))
+
+
+def test_a_run_goes_on_with_its_data_wherever_they_lie(own, tmp_path, unscored, capsys):
+    """What a data set is shows in its records, not in its path: the same records go on, however their path is spelled;
+    as many others do not. The refusal of other steps names the way to train longer."""
+    given = settings(tmp_path / "run", data=(str(own),), steps=2)
+    train.train(given)
+    assert f"{own}: 1 file, 4 records to draw, 4 to answer" in capsys.readouterr().out
+    moved = tmp_path / "elsewhere"
+    own.parent.rename(moved)
+    for name in ("train.jsonl", "../elsewhere/train.jsonl"):
+        train.train(replace(given, data=(str(moved / name),), resume=True))
+    with pytest.raises(InputError, match=f"--steps 2, not 3: .* in another folder: --init {tmp_path}/run --out"):
+        train.train(replace(given, data=(str(moved / "train.jsonl"),), steps=3, resume=True))
+    lines = (moved / "train.jsonl").read_text().splitlines()
+    (moved / "other.jsonl").write_text("\n".join(lines[::-1]))
+    with pytest.raises(InputError, match="was started with other records than these 8: resume"):
+        train.train(replace(given, data=(str(moved / "other.jsonl"),), resume=True))
+    manifest, = [file for file in (tmp_path / "run").glob("checkpoints/*/manifest.json")][-1:]
+    write_json(json.loads(manifest.read_text()) | {"records": {"gen": 4, "und": 4}}, manifest)      # of an older run
+    train.train(replace(given, data=(str(moved / "train.jsonl"),), resume=True))
 
 
 def test_lambda_is_not_guessed_where_nothing_was_measured(whole, tmp_path):
