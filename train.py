@@ -249,20 +249,15 @@ def check_effects(config, phases):
     """Refuse settings of a command line that change nothing in their combination."""
     usual = asdict(TrainConfig()) | SETTINGS_OF.get(config.preset, {})
     usual |= RECIPES[config.recipe][1] if config.recipe else {}
-    idle = {}                                       # {reason: names}
-    if not has_aia(config, phases):
-        idle["no phase has AIA"] = ("rho", "calibration")
-    elif config.aia_weight != "rho":
-        idle["--aia-weight gives lambda"] = ("rho", "calibration")
-    if config.data:
-        idle["--data takes the place of the built-in world"] = (*WORLD[1:], "pool", "eval_n")
-    elif not config.val:
-        idle["the built-in world has no files"] = ("on_bad_record", "encoded")
-    if not config.init:
-        idle["it belongs to --init"] = ("vision_tokenizer",)
-    if not config.val:
-        idle["there is no --val"] = ("val_every",)
-    settings.check_idle(config, usual, idle)
+    planned = any(phase.aia for phase in phases)
+    idle = [(not planned and config.aia_weight not in ("off", "0"), "no phase has AIA", ("aia_weight",)),
+            (not has_aia(config, phases), "there is no AIA to weigh", ("rho", "calibration")),
+            (config.aia_weight != "rho", "--aia-weight gives lambda", ("rho", "calibration")),
+            (config.data, "--data takes the place of the built-in world", (*WORLD[1:], "pool", "eval_n")),
+            (not (config.data or config.val), "the built-in world has no files", ("on_bad_record", "encoded")),
+            (not config.init, "it belongs to --init", ("vision_tokenizer",)),
+            (not config.val, "there is no --val", ("val_every",))]
+    settings.check_idle(config, usual, {reason: names for holds, reason, names in idle if holds})
 
 
 def plan(config):

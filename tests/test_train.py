@@ -520,8 +520,10 @@ def test_numbers_that_cannot_work_are_refused(flag, value, tmp_path, capsys, mon
 
 @pytest.mark.parametrize("words, reason", [
     (["--rho", 3, "--aia-weight", "paper"], "--rho 3.0 has no effect, as --aia-weight gives lambda"),
-    (["--calibration", 3, "--preset", "tiny-unifork"], "--calibration 3 has no effect, as no phase has AIA"),
-    (["--rho", 3, "--aia-weight", "off"], "no phase has AIA"), (["--val-every", 3], "there is no --val"),
+    (["--calibration", 3, "--preset", "tiny-unifork"], "--calibration 3 has no effect, as there is no AIA"),
+    (["--rho", 3, "--aia-weight", "off"], "there is no AIA to weigh"),
+    (["--aia-weight", 3, "--preset", "tiny-unifork"], "--aia-weight 3 has no effect, as no phase has AIA"),
+    (["--val-every", 3], "there is no --val"),
     (["--shapes", 6, "--data", "a.jsonl"], "--shapes 6 has no effect, as --data"),
     (["--cell", 8, "--preset", "small-emu3", "--data", "a.jsonl"], "--cell 8 has no effect, as --data"),
     (["--on-bad-record", "skip"], "world has no files"), (["--vision-tokenizer", "x"], "it belongs to --init")])
