@@ -68,7 +68,8 @@ def bad_report(bad, paths):
     total = sum(counts.values())
     rest = [f"and {total - 20} more"] if total > 20 else []
     owners = [f"{path}: {count}" for path, count in counts.items()]
-    return "\n  ".join([f"{total} bad records were left out:", *owners, *bad[:20], *rest])
+    left = "1 bad record was" if total == 1 else f"{total} bad records were"
+    return "\n  ".join([f"{left} left out:", *owners, *bad[:20], *rest])
 
 
 def refuse_empty(path, records, bad):
@@ -193,7 +194,7 @@ def store_index(path, out=""):
         print(f"{bad_report(bad, [path])}\nlisted in {listed}")
     refuse_empty(path, rows, bad)
     if system:
-        print(f"{path}: {system} system turns, joined to the first questions")
+        print(f"{path}: {system} with a system turn, joined to the first question")
     count = {task: len(part) for task, part in rows.items()}
     head = {"path": os.path.abspath(path), "files": seen, "count": count, "bad": bad, "system": system}
     with aside(stored) as part, open(part, "wb") as file:

@@ -24,6 +24,7 @@ import formats.weights
 import model
 import parts.terminal
 import train
+from formats.checkpoints import save_checkpoint, tensors_of
 from parts.pictures import to_tensor
 from parts.settings import write_json
 from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, draw_scenes, read_scenes
@@ -360,6 +361,22 @@ def test_public_weights_are_inspected_in_half_precision(name, runs, tmp_path, ca
     with pytest.raises(SystemExit):
         command("curves", "--checkpoint", tmp_path / "public")
     assert "need --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [(), ("before",), ("before", "control")])
+def test_each_arm_is_measured_on_its_own_weights(kept, runs, tmp_path):
+    """Before, without AIA, and after are three checkpoints of a run, read into one model in turn: a mistake there would
+    compare weights with themselves, or under another's name."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["tiny-emu3"], folder)
+    m, _ = opened(folder)
+    marks = {"before": 2.0, "control": 3.0, "checkpoints/1-0000007": 5.0, "checkpoints/1-0000003": 7.0}
+    for name, mark in marks.items():
+        m.lm.norm.weight.data.fill_(mark)
+        if name in kept or "/" in name:
+            save_checkpoint(tensors_of(m), {"config": asdict(m.config), "dtype": "float32"}, folder / name).result()
+    found = {name: one.lm.norm.weight.unique().tolist() for name, one in evaluation.arms(folder, m)}
+    assert found == {name: [marks[name]] for name in kept} | {"after": [5.0]}
 
 
 @both_models

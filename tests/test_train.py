@@ -679,7 +679,7 @@ def test_a_bad_record_is_named_or_skipped_in_every_stage(line, what, own, tmp_pa
     assert f"{own}:{line}: " in refused(capsys, *OWN_STEPS, "--data", own, "--out", tmp_path / "stops")
     command(*OWN_STEPS, "--data", own, "--out", tmp_path / "run", "--on-bad-record", "skip")
     out = capsys.readouterr().out
-    assert f"1 bad records were left out:\n  {own}: 1\n  {own}:{line}: " in out and result_of(out)["val_ntp_und"] > 0
+    assert f"1 bad record was left out:\n  {own}: 1\n  {own}:{line}: " in out and result_of(out)["val_ntp_und"] > 0
     assert out.count(f"{own}:{line}: ") == 1
 
 
