@@ -29,7 +29,7 @@ from formats.datasets import FileSource
 from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.pictures import grid_for, load_picture, to_picture, to_tensor
-from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, save_figure
+from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
 from parts.settings import InputError, aside, opt, read_json, stream, write_json
 from parts.terminal import Typist, converse
 from parts.text import TOKENIZERS, Text
@@ -438,6 +438,8 @@ def generate(config):
     prompts = config.prompt
     if config.prompts:
         prompts = [line for _, line in settings.text_lines(config.prompts)]
+        if not prompts or config.prompt != Generate.prompt:
+            raise InputError(f"--prompts {config.prompts}: give a file with a prompt in each line, and no --prompt")
     m, text, _ = load_run(config)
     grid = grid_for(config.aspect, m.config)
     sheet = None
@@ -448,6 +450,8 @@ def generate(config):
                           config.negative or None)[0]
             picture = Image.fromarray(to_picture(pixels))
             scale = config.scale or max(240 // max(picture.size), 1)
+            if picture.width * picture.height * scale**2 > Image.MAX_IMAGE_PIXELS:
+                raise InputError(f"--scale {scale} makes a picture of over {Image.MAX_IMAGE_PIXELS} pixels: give less")
             picture = picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST)
             sheet = sheet or Image.new("RGB", (picture.width * config.n, picture.height * len(prompts)))
             sheet.paste(picture, (picture.width * column, picture.height * row))
@@ -512,7 +516,7 @@ class Curves(Loaded):
 def curve_command(config):
     """Write curves.png and curves.json."""
     settings.at_least(config, {"n": 1, "seed": 0})
-    settings.check_out(config.out)
+    check_figure(config.out)
     m, text, run = load_run(config)
     folder = Path(config.checkpoint)
     if run is None and not config.data:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from parts.settings import aside
+from parts.settings import InputError, aside, check_out
 
 VERMILION, BLUE, GREEN, SKY = "#D55E00", "#0072B2", "#009E73", "#56B4E9"
 PALETTE = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", SKY)                   # Okabe and Ito
@@ -27,6 +27,15 @@ def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1)):
             panel.set_xlim(ends)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def check_figure(file):
+    """Refuse a file of --out that no figure can be written to, before hours of work for it. Empty: none is given."""
+    from matplotlib.figure import Figure
+    check_out(file)
+    ending = Path(file).suffix[1:].lower() or "png"
+    if ending not in Figure().canvas.get_supported_filetypes():
+        raise InputError(f"--out {file} cannot be written: give a file that ends in .png")
 
 
 def save_figure(figure, panels, file, bottom=0, legend=True):

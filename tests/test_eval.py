@@ -220,8 +220,21 @@ def test_each_of_several_pictures_can_be_drawn_again_alone(name, runs, tmp_path,
         assert f"error: {words[1]} {words[2]}: give at least" in refused(capsys, words[0], *folder, *words[1:],
                                                                          main=evaluation.main)
     for words in (["generate", "--out", tmp_path / "no/a.png"], ["curves", "--out", tmp_path / "no/a.png"],
-                  ["score", "--out", tmp_path]):
+                  ["score", "--out", tmp_path], ["curves", "--out", tmp_path / "a.txt"]):
         assert "cannot be written: give a file" in refused(capsys, words[0], *folder, *words[1:], main=evaluation.main)
+
+
+def test_prompts_that_cannot_be_drawn_are_refused_in_one_line(runs, tmp_path, capsys):
+    """A file without a prompt has nothing to draw, --prompt beside a file would be ignored, and an enormous --scale
+    would end in want of memory; nothing is written."""
+    (tmp_path / "none.txt").write_text("\n \n")
+    (tmp_path / "one.txt").write_text("a red cross\n")
+    folder = ("--checkpoint", runs["tiny-emu3"], "--out", tmp_path / "a.png")
+    for words in (["--prompts", tmp_path / "none.txt"], ["--prompts", tmp_path / "one.txt", "--prompt", "x"]):
+        message = refused(capsys, "generate", *folder, *words, main=evaluation.main)
+        assert "give a file with a prompt in each line, and no --prompt" in message
+    assert "--scale 10000 makes" in refused(capsys, "generate", *folder, "--scale", 10000, main=evaluation.main)
+    assert not [*tmp_path.glob("*.png")]
 
 
 @both_models

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from parts.plots import canvas, save_figure
+from parts.plots import canvas, check_figure, save_figure
 from parts.settings import InputError
 
 
@@ -19,3 +19,13 @@ def test_a_figure_names_each_label_once_and_is_written_whole(tmp_path):
     assert (width, height) == (9 * 150, round(7.3 * 150)) and len([*tmp_path.iterdir()]) == 1
     with pytest.raises(InputError, match="cannot be written"):
         save_figure(figure, panels, tmp_path / "no/a.png")
+
+
+def test_a_name_that_no_figure_can_have_is_refused_beforehand(tmp_path):
+    """Matplotlib would refuse the ending after hours of work. Endings that it knows stay free, and none means PNG."""
+    for name in ("a.txt", "a.json"):
+        with pytest.raises(InputError, match=f"{name} cannot be written: give a file that ends in .png"):
+            check_figure(str(tmp_path / name))
+    for name in ("a.png", "a.PNG", "a.pdf", "a"):
+        check_figure(str(tmp_path / name))
+    check_figure("")
