@@ -69,7 +69,9 @@ def newest_checkpoint(folder):
 def resumed_from(folder, resume, check):
     """(checkpoint folder, manifest) that a run continues from, (None, None) at its start. check(settings) refuses the
     settings of another run. Damaged checkpoints are renamed, as the run will write their names again."""
-    used = folder.is_file() or (folder.exists() and any(file.suffix != ".part" for file in folder.iterdir()))
+    used = folder.is_file()
+    if folder.is_dir():
+        used = any(file.suffix not in (".part", ".lock") for file in folder.iterdir())
     if used and not resume:
         raise InputError(f"{folder} is not empty: continue it with --resume, or choose another --out")
     if used and not (folder / "settings.json").exists():

@@ -31,9 +31,18 @@ def started(process):
         return ""
 
 
+def system():
+    """What tells this machine's processes from others of equal numbers: its start, and the container they run in."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:                                 # not on Linux
+        return ""
+
+
 def identity():
     """Who writes into a lock. A number of a process is used again, with another start."""
-    return {"host": socket.gethostname(), "process": os.getpid(), "started": started(os.getpid())}
+    return {"host": socket.gethostname(), "system": system(), "process": os.getpid(), "started": started(os.getpid())}
 
 
 def silence(file):
@@ -48,7 +57,7 @@ def silence(file):
 
 def alive(owner, file):
     """Whether the owner of a lock file still runs."""
-    if owner.get("host") == socket.gethostname():
+    if (owner.get("host"), owner.get("system")) == (socket.gethostname(), system()):
         return started(owner["process"]) == owner["started"]
     return silence(file) < SILENT
 
@@ -62,14 +71,17 @@ def take(file, folder):
             found = file.read_text(encoding="utf-8")
             refuse_alive(found, file, folder)
             dead = Path(f"{file}.{os.getpid()}")
-            file.rename(dead)
+            try:
+                file.rename(dead)
+            except FileNotFoundError:
+                raise taken from None
             if dead.read_text(encoding="utf-8") != found:       # another process was faster, and this lock is its own
                 dead.rename(file)
                 raise taken
             dead.unlink()
         with open(file, "x", encoding="utf-8") as lock:         # "x": of two that come at once, one fails
             json.dump(identity(), lock)
-    except (FileExistsError, FileNotFoundError) as error:
+    except FileExistsError as error:
         raise taken from error
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error.strerror}): choose another --out") from error
@@ -96,8 +108,10 @@ def beat(file, ended):
 
 @contextlib.contextmanager
 def held(folder):
-    """Hold FOLDER.lock inside."""
+    """Hold FOLDER.lock inside; in the folder itself, where nothing may be written beside it, as in a mounted volume."""
     file = Path(f"{folder}.lock")
+    if Path(folder).is_dir() and not os.access(file.parent, os.W_OK):
+        file = Path(folder) / "run.lock"
     take(file, folder)
     ended = threading.Event()
     threading.Thread(target=beat, args=(file, ended), daemon=True).start()

@@ -135,6 +135,8 @@ def run_command(command):
     except (InputError, OSError, SafetensorError) as error:                     # the last two: disk full, no permission
         if os.environ.get("RANK", "0") != "0":      # if all processes fail, let the first one say why: torchrun stops
             time.sleep(3)                           # the others as soon as it has
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename} cannot be used ({error.strerror}): check its path, your rights and the disk"
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except RuntimeError as error:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 # Floors from the ground up: a file imports only from floors below its own, or from files named before it in its row.
 # Beside each file the most lines it may have.
 FLOORS = [
-    {"parts/settings.py": 310},
-    {"parts/processes.py": 100, "parts/lock.py": 120, "aia.py": 220},
+    {"parts/settings.py": 312},
+    {"parts/processes.py": 100, "parts/lock.py": 140, "aia.py": 220},
     {"parts/text.py": 270, "parts/pictures.py": 160, "parts/vision.py": 400, "parts/world.py": 480,
      "parts/kernels.py": 320, "parts/terminal.py": 80,
      "parts/plots.py": 70},

@@ -9,6 +9,7 @@ import time
 import pytest
 
 import parts.lock
+from formats.checkpoints import resumed_from
 from parts.lock import SILENT, held, identity
 from parts.settings import InputError
 
@@ -42,6 +43,24 @@ def test_the_lock_of_a_dead_process_is_replaced(tmp_path):
     left(tmp_path).write_text('{"host": "x", ')
     with held(tmp_path / "run"):
         pass
+
+
+def test_a_mounted_folder_is_locked_from_inside(tmp_path, monkeypatch):
+    """Beside the mount of a container nobody may write, in it everybody may; a lock alone is no run."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with held(tmp_path / "run"):
+        assert [file.name for file in tmp_path.rglob("*")] == ["run", "run.lock"]
+        with pytest.raises(InputError, match="is in use by process"):
+            held(tmp_path / "run").__enter__()
+        assert resumed_from(tmp_path / "run", False, None) == (None, None)
+
+
+def test_equal_numbers_in_another_container_are_another_owner(tmp_path):
+    """Containers may share a host's name and their processes' numbers: the heartbeat decides."""
+    left(tmp_path, system="another", process=os.getpid(), started="1")
+    with pytest.raises(InputError, match="is in use by process"):
+        held(tmp_path / "run").__enter__()
 
 
 def test_an_owner_on_another_machine_is_known_by_its_heartbeat(tmp_path, monkeypatch):
