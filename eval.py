@@ -286,11 +286,13 @@ def measure(m, batches, target, delta):
 def arms(folder, m):
     """(name, m) for the weights of a run before AIA, those trained on without it, and the final ones, one after the
     other in the same model: two may not fit where one was trained."""
-    for name in ("before", "control", checkpoints.newest_checkpoint(folder)[0].relative_to(folder)):
+    for name in ("before", "control"):
         if (folder / name).exists():
             checkpoints.read_manifest(folder / name)            # refuses damaged files
             checkpoints.read_tensors(checkpoints.tensors_of(m), folder / name)
-            yield name if isinstance(name, str) else "after", m
+            yield name, m
+    checkpoints.read_tensors(checkpoints.tensors_of(m), checkpoints.newest_checkpoint(folder)[0])
+    yield "after", m
 
 
 def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
@@ -530,7 +532,7 @@ def curve_command(config):
     models = arms(folder, m) if run else [("public", m)]
     result = curves(models, data.Preparer(m, text), samples, targets, config.n, config.decode,
                     final_label(folder) if run else "")
-    own = run and not config.data and not config.decode                     # what the run wrote itself
+    own = run and not config.data and not config.decode                         # what the run wrote itself
     out = Path(config.out or (folder / "curves.png" if own else "curves.png"))
     show_curves(result, out, m.config.kind)
     print(f"{out} and {out.with_suffix('.json')}")

@@ -600,7 +600,7 @@ class Unified(nn.Module):
         mask = left_padding(ids, mask)
         guided = guidance != 1
         rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
-        step = self.steps(mask, h * (w + 1), "gen")
+        step, _ = self.steps(mask, h * (w + 1), h * (w + 1), "gen")
         x = self.embed_text(rows)
         codes = []
         for i in range(h * w):
@@ -624,10 +624,7 @@ class Unified(nn.Module):
         temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended, or the longest fills the
         context. watch is called with the tokens (B,) of each step, as they come.
         """
-        mask = left_padding(ids, mask)
-        room = self.config.context - int(mask.sum(1).max())
-        max_new_tokens = min(max_new_tokens, max(room, 1))
-        step = self.steps(mask, max_new_tokens, "und")
+        step, max_new_tokens = self.steps(left_padding(ids, mask), max_new_tokens, 1, "und")
         x = self.embed_text(ids, pixels)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new = []
@@ -650,13 +647,15 @@ class Unified(nn.Module):
         going = (tokens == self.ids["eos"]).cumsum(1) == 0                      # (B, T): rows that have not ended
         return tokens[:, :int(going.any(0).sum()) + 1]
 
-    def steps(self, mask, new, task):
+    def steps(self, mask, new, least, task):
         """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
-        tokens -> the last hidden state (rows, C). After the prompts CUDA replays it: a step is 1,000 small kernels."""
+        tokens -> the last hidden state (rows, C); and how many tokens the context has room for, refused if fewer than
+        `least`. After the prompts CUDA replays the function: a step is 1,000 small kernels."""
         given, most = int(mask.sum(1).max()), self.config.context
-        if given + new > most:
-            raise InputError(f"{given} tokens and {new} to come, but the model takes {most}: shorten the text, show "
+        if given + least > most:
+            raise InputError(f"{given} tokens and {least} to come, but the model takes {most}: shorten the text, show "
                              "fewer pictures, or begin anew (/new in a conversation)")
+        new = min(new, most - given)
         cache = Cache(self.lm, mask, new)
         replayed = None
 
@@ -669,7 +668,7 @@ class Unified(nn.Module):
                 replayed = cache.recorded(step)
             with kernels.no_planning(x.device.type):
                 return (replayed or step)(x)
-        return run if mask.device.type in REPLAYED else step
+        return (run if mask.device.type in REPLAYED else step), new
 
 
 class Emu3(Unified):

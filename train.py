@@ -273,7 +273,7 @@ def plan(config):
         raise InputError(f"--preset {config.preset} needs --init FOLDER: fresh weights of this size learn nothing here")
     if config.data:
         phases = [phase for phase in phases if not phase.world]
-    shares = parse_ratio(config.ratio)     # a phase for a task without a share has nothing to train on
+    shares = parse_ratio(config.ratio)              # a phase for a task without a share has nothing to train on
     phases = [phase for phase in phases if not phase.ratio or any(
         own and share for own, share in zip(parse_ratio(phase.ratio), shares, strict=True))]
     if config.arms == "both":
@@ -475,14 +475,14 @@ class Stop(Exception):
 class Run:
     """A training run in its folder."""
 
-    def __init__(self, config, phases):
+    def __init__(self, config, phases, device):
         self.config = config
         self.phases = phases
         self.folder = run_folder(config)
         self.bad = []                               # texts about records that were left out
         self.stopping = 0                           # the signal that asks for an end
         self.held = None                            # batches of --val, made when they are first needed
-        self.device = start_processes(config)
+        self.device = device
         self.saver = Saver(self.sharded(), pinned=self.device.startswith("cuda"))
         self.checkpoint, self.manifest = first_decides(lambda: checkpoints.resumed_from(
             self.folder, config.resume, lambda stored: check_settings(stored, config, self.folder)))
@@ -546,7 +546,7 @@ class Run:
         if config.val:
             print(self.val.summary())
         counts = {task: self.source.count(task) for task in aia.TASKS}
-        self.records = self.source.identity() if config.data else counts
+        self.records = first_decides(self.source.identity) if config.data else counts
         if self.manifest and self.manifest["records"] not in (self.records, counts):            # older runs: counts
             raise InputError(f"{self.folder} was started with other records than these {sum(counts.values())}: resume "
                              "with the same data, wherever they lie now, or choose another --out")
@@ -726,14 +726,15 @@ def train(config, phases=None):
     None except on the first process."""
     check_numbers(config)
     phases = phases or plan(config)
-    start_processes(config)
+    device = start_processes(config)
     with owned(run_folder(config)):
-        run = Run(config, phases)
+        run = Run(config, phases, device)
         run_phases(run)
         return finish(run)
 
 
 def run_folder(config):
+    """Where a run lies."""
     return Path(config.out or f"runs/{config.preset}-seed{config.seed}")
 
 
@@ -816,7 +817,7 @@ def run_phase(run, index, manifest=None):
     run.m.train()
     if now.schedule and config.val and not run.held:            # a bad record is reported now, not after hours
         run.held = held_batches(run)
-    metrics = None
+    metrics = {}
     for step in range(now.first, phase.steps):
         metrics, norm = take_step(now, step)
         if (step + 1) % config.log_every == 0 or step + 1 == phase.steps:
@@ -831,7 +832,7 @@ def run_phase(run, index, manifest=None):
             now.bar.close()
             raise Stop(run.stopping)
     now.bar.close()
-    if metrics and metrics.get("tokenizer", {}).get("codes") == 1:
+    if metrics.get("tokenizer", {}).get("codes") == 1:
         print("warning: the picture tokenizer has collapsed to one code, so all pictures are the same to the model and "
               "losses of drawing mean nothing: start anew with another --seed, or with pictures that differ more")
     run.m.eval()
@@ -933,7 +934,8 @@ def report_step(now, step, metrics, norm):
         row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         entry[task] = row                           # what follows adds to it
         if phase.pictures:
-            parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}" + " (collapsed)" * (row["codes"] == 1))
+            collapsed = " (collapsed)" if row["codes"] == 1 else ""
+            parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}{collapsed}")
         else:
             weighted = now.lambdas[task] * (row["aia"] or 0.0)
             row |= {"lambda": now.lambdas[task], "ratio": row["ntp"] / weighted if weighted else None}
@@ -1037,8 +1039,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     settings.moved(argv, "train.py", MOVED)
     config = settings_from(argv)
-    check_effects(config, plan(config))
-    settings.tell(stoppable(lambda: train(config), "continue with the same command and --resume"))
+    phases = plan(config)
+    check_effects(config, phases)
+    settings.tell(stoppable(lambda: train(config, phases), "continue with the same command and --resume"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from parts.settings import InputError, first_line, read_json
+from parts.settings import InputError, first_line, read_json, shortened
 
 UNUSED = r"attn_pool|codebook_used|inv_freq"             # in public files, but never used
 
@@ -79,7 +79,7 @@ def refuse_adapter(path):
     folder = path if path.is_dir() else path.parent
     file = folder / "adapter_config.json"
     if file.exists():
-        base = str(read_json(file).get("base_model_name_or_path"))[:200]
+        base = shortened(read_json(file).get("base_model_name_or_path"))
         raise InputError(f"{folder} holds an adapter of {base}, not a whole model: merge it into that model "
                          "(peft: merge_and_unload, then save_pretrained), and give the merged folder")
 
@@ -89,7 +89,7 @@ def refuse_quantised(content, file):
     for section in (content, content.get("text_config") or {}, content.get("language_config") or {}):
         how = section.get("quantization_config") or section.get("quantization")         # MLX has the second one
         if how:
-            named = str(how.get("quant_method") or how)[:100]
+            named = shortened(how.get("quant_method") or how, 100)
             raise InputError(f"{file}: the weights are quantised ({named}): give the original weights, in bfloat16 or "
                              "float32")
 

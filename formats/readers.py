@@ -12,6 +12,7 @@ import re
 import tarfile
 from pathlib import Path
 
+from formats.hub import POINTER
 from formats.records import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -42,7 +43,7 @@ DISGUISES = {
     b"\x1f\x8b": "compressed with gzip: unpack it, gunzip -c {file} > NEW_FILE",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it, zstd -dc {file} > NEW_FILE",
     b"PK\x03\x04": "a zip archive: unpack it, and give the files in it",
-    b"version https://git-lfs": "a pointer of Git LFS: get the data it stands for, git lfs pull",
+    POINTER: "a pointer of Git LFS: get the data it stands for, git lfs pull",
 }
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)           # a string, or a bracket
 BLANK = re.compile(rb"\s*+")                     # what may stand before the first record, and behind the last ...

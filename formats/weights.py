@@ -327,14 +327,13 @@ def rounded_rope(manifest, home):
     return (stored or {}).get("rope_bf16", False)
 
 
-def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto", part="",
+def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=False, attention="auto",
          shard=None, lora_rank=None, fork_layer=0, checkpoint_activations=False):
     """A model in eval mode, from the folder of a run, or from a folder or hub id of public weights in any layout.
 
     dtype             None: as stored; the picture tokenizer is always float32
     vision_tokenizer  folder of Emu3's picture tokenizer; None: one beside the language model
     rope_bf16         round the rotary frequencies as the published scripts do; False: only if the run was trained so
-    part              "before" or "control" of a run; RUN/before may also be given as the folder
     shard             shard(m), called while the model is empty, may make its parameters DTensors
     lora_rank         add LoRA to a model without it; None: LoRA only if the run has it
     fork_layer        add UniFork's two branches to a model without them; 0: a fork only if the run has it
@@ -352,11 +351,9 @@ def load(folder, dtype=None, device="cpu", vision_tokenizer=None, rope_bf16=Fals
     if not (folder / "checkpoints").exists() and (folder.is_file() or (folder / "config.json").exists()):
         return load_public(folder, dtype, device, vision_tokenizer, changes, shard).eval()
     if (folder / "manifest.json").exists():         # one checkpoint of a run, RUN/before or RUN/checkpoints/3-0000300
-        part = "."
-        home = next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
-    if part:
-        saved = folder / part
+        saved = folder
         manifest = read_manifest(saved)
+        home = next((up for up in folder.absolute().parents if find_tokenizer(up)), folder)
     else:
         saved, manifest = newest_checkpoint(folder)
     if lora_rank is not None and manifest["config"].get("lora_rank"):

@@ -36,6 +36,17 @@ def chunk_for(x):
     return CHUNK["cuda" if x.is_cuda or x.element_size() < 4 else "cpu"]
 
 
+def loss_and_error(scores, target):
+    """Summed cross-entropy of scores (n, V) with target (n, 1), and its gradient by the scores, made in their place."""
+    scores -= scores.amax(-1, keepdim=True)
+    picked = scores.gather(1, target)                                           # (n, 1)
+    norm = scores.exp_().sum(-1, keepdim=True)                                  # (n, 1)
+    # -log p(target) = log sum_v exp(s_v) - s_target
+    loss = (norm.log() - picked).sum()
+    # d loss / d scores = softmax(scores) - onehot(target)
+    return loss, scores.div_(norm).scatter_add_(1, target, -torch.ones_like(norm))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of x W^T + b with target: x (n, C), W (V, C), b (V,) or None, target (n,) -> scalar.
 
@@ -53,15 +64,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk = chunk_for(x)
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
-            scores = F.linear(x[rows], weight, bias).to(wide)                   # (chunk, V)
-            chosen = target[rows, None]                                         # (chunk, 1)
-            norm = scores.logsumexp(-1, keepdim=True)                           # (chunk, 1)
-            # -log p(target) = log sum_v exp(s_v) - s_target
-            total += (norm - scores.gather(1, chosen)).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            # d loss / d scores = softmax(scores) - onehot(target)
-            error = scores.sub_(norm).exp_().scatter_add_(1, chosen, -torch.ones_like(norm))    # (chunk, V)
+            loss, error = loss_and_error(F.linear(x[rows], weight, bias).to(wide), target[rows, None])
+            total += loss
             if d_bias is not None:
                 d_bias += error.sum(0)
             error = error.to(x.dtype)

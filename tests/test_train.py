@@ -614,7 +614,7 @@ def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
 def test_a_presets_world_is_its_default_and_flags_come_first(preset, flags, expected, monkeypatch):
     """`--preset small-emu3` alone is a whole run, in a world that fits it; other presets know nothing of that."""
     met = []
-    monkeypatch.setattr(train, "train", met.append)
+    monkeypatch.setattr(train, "train", lambda config, phases: met.append(config))
     command("--preset", preset, *flags)
     assert tuple(getattr(met[0], name) for name in ("shapes", "colours", "objects", "cell", "pool")) == expected
     phases = train.plan(met[0])
@@ -881,7 +881,7 @@ def test_lora_begins_as_its_base_and_moves_alone(whole, tmp_path, unscored, caps
     config, _ = whole
     run, ids = lora_run(config, tmp_path, steps=3), torch.randint(model.TINY_TEXT, (2, 9))
     load = formats.weights.load
-    base, before, after = load(config.out), load(tmp_path, part="before"), load(tmp_path)
+    base, before, after = load(config.out), load(tmp_path / "before"), load(tmp_path)
     assert torch.equal(before.logits(ids), base.logits(ids)) and not torch.equal(after.logits(ids), base.logits(ids))
     start, end = before.state_dict(), after.state_dict()
     moved = {name for name, x in end.items() if not torch.equal(x, start[name])}
@@ -1130,7 +1130,7 @@ def test_pure_bfloat16_holds_everything_in_half(tmp_path, unscored):
 def test_recipes_are_settings_that_flags_replace(tmp_path, capsys, monkeypatch):
     """--recipe names what is known of the paper's training; any flag beside it still counts."""
     given = []
-    monkeypatch.setattr(train, "train", given.append)
+    monkeypatch.setattr(train, "train", lambda config, phases: given.append(config))
     command("--recipe", "janus-post", "--init", "x")
     command("--recipe", "emu3-sft", "--init", "x", "--micro-batch", 2, "--steps", 7)
     janus, emu3 = given
@@ -1246,7 +1246,7 @@ def test_lora_on_public_weights_begins_the_same_for_every_layout(texts, tmp_path
         out = process.communicate(timeout=200)[0]
     assert process.returncode == 0, out
     one = train.train(settings(tmp_path / "one", steps=6, batch_size=8, **given))
-    starts = [formats.weights.load(tmp_path / name, part="before").state_dict() for name in ("one", "two")]
+    starts = [formats.weights.load(tmp_path / name / "before").state_dict() for name in ("one", "two")]
     assert equal(*starts)
     a, b = (formats.weights.load(tmp_path / name).state_dict() for name in ("one", "two"))
     assert {name for name in a if not torch.equal(a[name], starts[0][name])} == {name for name in a if "lora_" in name}

@@ -302,7 +302,6 @@ def test_a_run_with_rounded_rotations_keeps_them(where, tmp_path):
         save_checkpoint(tensors_of(m), manifest, tmp_path / name).result()
         assert formats.weights.load(tmp_path / name).config.rope_bf16
     assert formats.weights.load(tmp_path).config.rope_bf16
-    assert formats.weights.load(tmp_path, part="before").config.rope_bf16
 
 
 def test_tied_embeddings_are_honoured(janus, tmp_path):
