@@ -25,7 +25,7 @@ import formats.weights
 import model
 from formats import datasets
 from formats.records import SKIP_HINT, Record, question_parts
-from parts.kernels import indices
+from parts.kernels import span
 from parts.pictures import load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
 from parts.text import Text, special_tokens, train_bpe
@@ -166,17 +166,14 @@ class Batch:
     origins: tuple = ()                      # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
     # What follows from the above, made while the batch is still on the CPU, so that a GPU is never asked how many there
-    # are. Whoever replaces a mask must make its indices anew: see `measuring`.
-    rows: torch.Tensor | None = None         # (B, Q) indices of queries, -1 after the last of a sample
-    keys: torch.Tensor | None = None         # (B, P) indices of the condition, likewise
+    # are. Whoever replaces a mask must make its span anew: see `measuring`.
+    rectangle: tuple = ()                    # first query and end, first key of the condition and end, of all samples
     predicting: torch.Tensor | None = None   # (n,) which of the B T tokens have a successor with a label ...
     targets: torch.Tensor | None = None      # ... and that label
 
     def __post_init__(self):
-        if self.rows is None:
-            self.rows = indices(self.queries)
-        if self.keys is None:
-            self.keys = indices(self.condition)
+        if not self.rectangle:
+            self.rectangle = (*span(self.queries), *span(self.condition))
         if self.targets is None:
             following = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()       # (B T,)
             self.predicting = (following != -100).nonzero()[:, 0]
@@ -184,7 +181,7 @@ class Batch:
 
     def measuring(self, condition):
         """The same samples, asked for the attention on other keys: condition (B, T) bool."""
-        return replace(self, condition=condition, keys=None)
+        return replace(self, condition=condition, rectangle=())
 
     def each(self, change):
         """A copy with all its tensors changed alike."""

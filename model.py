@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import aia
 from parts import kernels
+from parts.loss import next_token_loss
 from parts.settings import InputError
 from parts.text import SPECIAL
 from parts.vision import Emu3VQ, JanusVQ, SigLIP
@@ -150,7 +151,7 @@ PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TIN
 # q (B, H, T, D); k, v (B, G, U, D), where U >= T counts cached keys too, and G heads are shared by H / G queries each.
 # visible (B or 1, 1, T, U) bool, or None: causal where T = U, everything where T = 1.
 # condition (B, U) bool, or None if nobody asks.
-# rectangle: indices of rows (B, Q) and keys (B, P) that count, -1 for padding; None: all rows and the condition.
+# rectangle: (first row, end, first key, end), beyond which no row is asked for and no key is in the condition; or None.
 # All return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
 def attend_explicit(q, k, v, visible=None, condition=None, rectangle=None):
     """softmax(Q K^T / sqrt(D)) V written out: the one to read, and the reference of the tests."""
@@ -174,7 +175,7 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
 
     Attention is a weighted mean of values. Give condition keys the value 1 in one more channel and all others 0, and
     that channel's mean *is* the weight spent on the condition: exact, differentiable, and nearly free on a CPU. A GPU's
-    kernels are made for a few head sizes: there 128 + 8 channels may cost as much as 192.
+    kernels are made for a few head sizes: there 128 + 8 channels cost as much as 192.
     """
     # One query sees every cached key; more of them need the causal mask. `True if ... else False`, since torch.compile
     # with varying lengths makes a bare comparison a symbol, which no kernel accepts.
@@ -193,20 +194,28 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
 
 def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     """The same through a kernel of plain attention: rows of the rectangle get their mass from its log-sum-exp
-    (kernels.mass_from_lse), the others 0, which Eq. 1 does not read. It is `attend_fused` under a mask, and where no
-    kernel has been tried and found right (kernels.try_lse)."""
+    (kernels.AttentionWithMass), the others 0, which Eq. 1 does not read. Under a mask, and where no kernel has been
+    tried and found right (kernels.try_lse), it is `attend_fused`."""
     if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernels.kernel_for(q):
         return attend_fused(q, k, v, visible, condition)
     if rectangle is None:
-        rectangle = kernels.indices(torch.ones_like(condition)), kernels.indices(condition)
+        rectangle = (0, q.shape[2], 0, q.shape[2])
     # mass(q) = sum_{k in condition} exp(q.k / sqrt(D) - lse(q))
-    return kernels.attention_and_mass(q, k, v, *rectangle)                      # (B, H, T, D), (B, H, T)
+    return kernels.attention_and_mass(q, k, v, condition, rectangle)            # (B, H, T, D), (B, H, T)
 
 
-# "auto" is the fused body until training, which knows its device, chooses one (settle_attention). On CUDA it is to be
-# "lse" once a measurement (lab/gpu.py) has shown that the flag channel costs more than 5 % of a step there.
-ATTENTION = {"auto": attend_fused, "explicit": attend_explicit, "fused": attend_fused, "lse": attend_lse}
-AUTO = {"cuda": "fused"}                        # elsewhere fused too
+LSE_FROM = {"cuda": 5000}                       # tokens from which it is the faster one; on other devices it never is
+
+
+def attend_auto(q, k, v, visible=None, condition=None, rectangle=None):
+    """The faster of the two on this device. With short samples a GPU waits for the many small operations of log-sum-exp
+    unless they are compiled; with long ones the wider heads of the flag channel cost more (assets/gpu.json)."""
+    least = LSE_FROM.get(q.device.type)
+    faster = least is not None and (torch.compiler.is_compiling() or q.shape[2] >= least)
+    return (attend_lse if faster else attend_fused)(q, k, v, visible, condition, rectangle)
+
+
+ATTENTION = {"auto": attend_auto, "explicit": attend_explicit, "fused": attend_fused, "lse": attend_lse}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +395,7 @@ class Decoder(nn.Module):
         """Run embeddings x (B, T, C) through all layers of a task.
 
         mask (B, T) bool: True = real token; None: no padding, or padding on the right; a cache brings its own mask
-        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1); rectangle: their indices
+        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1); rectangle: their spans
         moving (B,) bool, with a cache: rows where it is false stand still; None: all go on
         -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
         """
@@ -490,14 +499,6 @@ class Cache:
 # ---------------------------------------------------------------------------------------------------------------------
 # The two models
 # ---------------------------------------------------------------------------------------------------------------------
-def next_token_loss(x, head, target):
-    """Sum of the cross-entropy of head(x) with target: x (n, C), target (n,) -> scalar."""
-    *before, last = head if isinstance(head, nn.Sequential) else [head]
-    for layer in before:
-        x = layer(x)
-    return kernels.chunked_cross_entropy(x, last.weight, last.bias, target)
-
-
 @dataclass
 class Output:
     """ntp: sum of the next-token loss over labels; tokens: their number; intensity (B, L); hidden: L + 1 states."""
@@ -553,7 +554,7 @@ class Unified(nn.Module):
         """Loss and intensities of one data.Batch: padding on the right, one task."""
         x = self.embed(batch)                                                   # (B, T, C)
         condition = batch.condition if intensity else None
-        x, intensities, states = self.lm(x, None, condition, batch.queries, (batch.rows, batch.keys), hidden=hidden,
+        x, intensities, states = self.lm(x, None, condition, batch.queries, batch.rectangle, hidden=hidden,
                                          task=batch.task)
         # Only positions that predict a label meet the head.
         x = x.flatten(0, 1).index_select(0, batch.predicting)                   # (n, C)
@@ -934,10 +935,9 @@ def settle_attention(m, device, dtype):
     """Choose the body of attention for a device. Where that is log-sum-exp, try it (kernels.try_lse): in a type for
     which no kernel is right, the flag channel goes on."""
     c = m.config
-    chosen = AUTO.get(torch.device(device).type, "fused") if c.attention == "auto" else c.attention
     for layer in m.lm.all_layers():
-        layer.self_attn.attend = ATTENTION[chosen]
-    if chosen != "lse":
+        layer.self_attn.attend = ATTENTION[c.attention]
+    if c.attention != "lse" and not (c.attention == "auto" and torch.device(device).type in LSE_FROM):
         return
     for tried in dict.fromkeys((dtype, torch.float32)):         # evaluations run in float32
         found, faults = kernels.try_lse(device, tried, c.heads, c.kv_heads, c.head_dim)

@@ -171,7 +171,7 @@ SHARED = ("vq", "lm_head", "lm.embed_tokens", *(f"lm.layers.{i}" for i in range(
 BRANCHES = (Phase("branch-gen", 200, 32, 1e-3, 30, (*SHARED, "lm.layers", "lm.norm"), ratio="1:0", weight_decay=0.3),
             Phase("branch-und", 200, 32, 1e-3, 30, (*SHARED, "lm.gen_layers", "lm.gen_norm"), ratio="0:1",
                   weight_decay=0.3))
-# For one GPU: ten minutes on an H100 by an estimate (lab/README.md) that has not been tried.
+# For one GPU: about twelve minutes on an H200, by the steps timed there (lab/README.md).
 SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(ANSWERS, steps=3000, batch_size=128, lr=1e-3, warmup=100),
          replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
@@ -360,7 +360,7 @@ def shard_model(m, config, frozen, device, node=None):
     how = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
     for layer in m.lm.all_layers():
         fully_shard(layer, **how)
-    # The root holds embeddings, heads and aligners. Its head is read directly (model.next_token_loss), which works
+    # The root holds embeddings, heads and aligners. Its head is read directly (loss.next_token_loss), which works
     # because the root stays whole from its forward to its backward pass.
     whole = {p for name, part in m.named_children() if name in frozen for p in part.parameters()}
     fully_shard(m, **how, ignored_params=whole)

@@ -146,7 +146,8 @@ def unreal_model(config, phase, attention, recompute):
     for name, parameter in m.named_parameters():
         parameter.data = parameter.data.to(model.held_type(name, held))
     train.freeze(m, phase)
-    train.shard_model(m, config, {"vq", *phase.frozen}, "cpu", config.node)
+    if processes() > 1:                             # one process keeps everything, as train.py does
+        train.shard_model(m, config, {"vq", *phase.frozen}, "cpu", config.node)
     return m
 
 
@@ -177,7 +178,9 @@ def rehearse(config, attention, recompute, batch=None):
     with ledger.fake, ledger:
         m.to_empty(device="cpu")
         optimizer = train.make_optimizer(m, phase)
-        train.accumulate(m, [batch] * passes, targets, {batch.task: 1.0})
+        half = processes() == 1 and config.dtype == "bfloat16" and not config.pure_bf16
+        train.accumulate(m, [batch] * passes, targets, {batch.task: 1.0},
+                         autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=half))
         row = bytes_by_kind(m, ledger)
         with train.updating(m, optimizer, phase.clip):
             pass

@@ -28,6 +28,7 @@ import formats.weights
 import model
 import train
 from formats.datasets import FileSource, shuffled
+from parts.loss import next_token_loss
 from parts.settings import machine, opt, parse, run_command, tell, write_json
 from parts.text import special_ids, token_ids
 from parts.world import Thing, World, draw_scenes
@@ -388,8 +389,7 @@ def bench_head(settings):
         head[name] = {"tokens": tokens, "gb": gb, "seconds": seconds}
         times = 8192 // tokens
         scaled = f"   (scaled to 8192: {gb * times:.1f} GB, {seconds * times:.1f} s)" if times > 1 else ""
-        print(f"loss head, 184,622 words of width 256, {name:7s} {tokens} tokens: {gb:.2f} GB above inputs and "
-              f"gradients, {seconds:.1f} s{scaled}")
+        print(f"loss head, 184,622 words, width 256, {name:7s} {tokens} tokens: {gb:.2f} GB, {seconds:.1f} s{scaled}")
     return head
 
 
@@ -401,7 +401,7 @@ def head_cost(tokens, chunked):
     before = resident("VmRSS") + (head.weight.nbytes + x.nbytes) / 1e9          # room for the gradients
     start = time.perf_counter()
     if chunked:
-        model.next_token_loss(x, head, target).backward()
+        next_token_loss(x, head, target).backward()
     else:
         torch.nn.functional.cross_entropy(head(x), target, reduction="sum").backward()
     return resident("VmHWM") - before, time.perf_counter() - start

@@ -1,5 +1,5 @@
-"""Where plain PyTorch would be slow or large: the next-token loss in chunks, attention mass from the log-sum-exp of a
-fused kernel, and decoding steps replayed as CUDA graphs.
+"""What a GPU needs beyond plain PyTorch: attention mass from the log-sum-exp of a fused kernel, and decoding steps
+replayed as CUDA graphs.
 
 PyTorch's private operators are called only here. `try_lse` tries them before training starts; if none works in this
 version of PyTorch, attention uses the flag channel instead.
@@ -16,87 +16,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
-import aia
 from parts.settings import first_line
 
-# Legend: B samples, H heads, G key/value heads, T tokens, D head size; R rows and K keys that count; n tokens with a
-# label, C channels, V vocabulary.
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss in chunks
-# ---------------------------------------------------------------------------------------------------------------------
-CHUNK = {"cpu": 256, "cuda": 1024}              # tokens whose logits exist at the same time
-
-
-def chunk_for(x):
-    """Tokens of a chunk. Half precision stands for a GPU also where its memory is predicted on a CPU."""
-    return CHUNK["cuda" if x.is_cuda or x.element_size() < 4 else "cpu"]
-
-
-def loss_and_error(scores, target):
-    """Summed cross-entropy of scores (n, V) with target (n, 1), and its gradient by the scores, made in their place."""
-    scores -= scores.amax(-1, keepdim=True)
-    picked = scores.gather(1, target)                                           # (n, 1)
-    norm = scores.exp_().sum(-1, keepdim=True)                                  # (n, 1)
-    # -log p(target) = log sum_v exp(s_v) - s_target
-    loss = (norm.log() - picked).sum()
-    # d loss / d scores = softmax(scores) - onehot(target)
-    return loss, scores.div_(norm).scatter_add_(1, target, -torch.ones_like(norm))
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of x W^T + b with target: x (n, C), W (V, C), b (V,) or None, target (n,) -> scalar.
-
-    Only one chunk of logits exists at a time. The loss is a sum, so the forward pass can compute the gradients too and
-    keep only them; the backward pass scales them. The loss and the gradients of W and b are summed in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, target):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        total = x.new_zeros((), dtype=wide)
-        d_x, d_weight, d_bias = ctx.grads = [
-            torch.zeros_like(part, dtype=part.dtype if part is x else wide) if needed else None
-            for part, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)]
-        chunk = chunk_for(x)
-        for first in range(0, len(x), chunk):
-            rows = slice(first, first + chunk)
-            loss, error = loss_and_error(F.linear(x[rows], weight, bias).to(wide), target[rows, None])
-            total += loss
-            if d_bias is not None:
-                d_bias += error.sum(0)
-            error = error.to(x.dtype)
-            if d_x is not None:
-                d_x[rows] = error @ weight
-            if d_weight is not None:
-                d_weight += error.T @ x[rows]
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        if ctx.grads is None:
-            raise RuntimeError("the loss in chunks can be differentiated once: compute it again")
-        grads = ctx.grads
-        ctx.grads = None                            # scaled in place: at Emu3's size a copy would be 3 GB
-        return (*(None if grad is None else grad.mul_(scale) for grad in grads), None)
-
-
-def chunked_cross_entropy(x, weight, bias, target):
-    """Summed cross-entropy of x (n, C) W (V, C)^T + b (V,) with target (n,) -> scalar, at least float32.
-
-    All logits at once would be larger than everything else: at Emu3's size, 8,192 tokens times 184,622 words are 6 GB
-    in float32.
-    """
-    inputs = [x, weight, bias]
-    if torch.is_autocast_enabled(x.device.type):    # autocast knows linear layers, but not this function
-        half = torch.get_autocast_dtype(x.device.type)
-        inputs = [part if part is None else part.to(half) for part in inputs]
-    if not torch.is_grad_enabled():                 # needs_input_grad ignores no_grad
-        inputs = [part if part is None else part.detach() for part in inputs]
-    return ChunkedCrossEntropy.apply(*inputs, target)
+# Legend: B samples, H heads, G key/value heads, T tokens, D head size; R rows and K keys of a rectangle.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,16 +36,17 @@ class Kernel:
     forward: Callable                    # q, k, v -> out, lse, and more for the backward pass
     backward: Callable                   # d_out, q, k, v, out, lse, and more -> d_q, d_k, d_v
     grouped: bool = True                 # takes fewer heads of k and v than of q
+    half: bool = True                    # takes half precision only
 
 
-# In order of preference; `try_lse` takes the first that works. The kernels of CUDA have never been run. Their `more` is
-# first_q, first_k, most_q, most_k, seed, offset, which each backward pass takes in another order.
+# In order of preference; `try_lse` takes the first that works. Of cuDNN and flash, `more` is first_q, first_k, most_q,
+# most_k, seed, offset, which each backward pass takes in another order.
 KERNELS = {
     "cpu": (Kernel(
         "flash for CPUs",
         lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True),
         lambda d_out, *saved: aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out.contiguous(), *saved, 0.0, True), grouped=False),),
+            d_out.contiguous(), *saved, 0.0, True), grouped=False, half=False),),
     "cuda": (
         Kernel("cudnn",
                lambda q, k, v: aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[:8],
@@ -131,7 +55,11 @@ KERNELS = {
         Kernel("flash",
                lambda q, k, v: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)[:8],
                lambda d_out, *saved: aten._scaled_dot_product_flash_attention_backward(
-                   d_out, *saved[:9], 0.0, True, *saved[9:])))}
+                   d_out, *saved[:9], 0.0, True, *saved[9:])),
+        Kernel("efficient",
+               lambda q, k, v: aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True),
+               lambda d_out, q, k, v, *saved: aten._scaled_dot_product_efficient_attention_backward(
+                   d_out, q, k, v, None, *saved, 0.0, (True, True, True, False), True)[:3], grouped=False, half=False))}
 PASSED = {}                                     # (device type, dtype): the kernel that `try_lse` took
 
 
@@ -140,69 +68,79 @@ def kernel_for(q):
     return PASSED.get((q.device.type, q.dtype))
 
 
-def indices(mask):
-    """Where a mask (B, T) is true, in order: (B, n), n the most of any row; shorter rows end in -1."""
-    found = mask.sum(1, keepdim=True)                                           # (B, 1)
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :int(found.max())]                # (B, n)
-    return order.masked_fill(torch.arange(order.shape[1], device=mask.device) >= found, -1)
+def span(mask):
+    """Columns [first, end) of a mask (B, T) outside of which it is false in every row; (0, 0) if it is false
+    everywhere."""
+    marked = mask.any(0).nonzero()[:, 0].tolist()
+    return (marked[0], marked[-1] + 1) if marked else (0, 0)
+
+
+def shares(q, k, lse, condition, rectangle):
+    """A(q, k) = exp(q.k / sqrt(D) - lse(q)) for the rows of q (B, H, T, D), whose log-sum-exp is lse (B, H, T), and the
+    keys of k (B, G, T, D) in a rectangle (first row, end, first key, end) -> (B, H, R, K). 0 where a key is not in the
+    condition (B, T), or after its row."""
+    top, bottom, left, right = rectangle
+    rows, keys = (torch.arange(*ends, device=q.device) for ends in ((top, bottom), (left, right)))
+    seen = condition[:, None, None, left:right] & (keys <= rows[:, None])       # (B, 1, R, K)
+    k = k[:, :, left:right].repeat_interleave(q.shape[1] // k.shape[1], 1)      # (B, H, K, D)
+    scores = q[:, :, top:bottom] @ k.transpose(2, 3)                            # (B, H, R, K)
+    # A(q, k) = exp(q.k / sqrt(D) - lse(q)), in the precision of lse
+    logs = torch.add(-lse[:, :, top:bottom, None], scores, alpha=q.shape[3] ** -0.5)
+    return logs.masked_fill_(~seen, -math.inf).exp_()
 
 
 FAINT = 1e-18                                   # its square times D is still a float32
 
 
-class AttentionWithLse(torch.autograd.Function):
-    """Causal attention through a fused kernel, q (B, H, T, D), k and v (B, G, T, D) -> out (B, H, T, D), and the
-    log-sum-exp of its scores, lse (B, H, T) = log sum_k exp(q.k / sqrt(D)), which has a derivative too.
+class AttentionWithMass(torch.autograd.Function):
+    """Causal attention through a fused kernel, q (B, H, T, D), k and v (B, G, T, D) -> out (B, H, T, D), and for the
+    rows of a rectangle the mass on its keys, mass (B, H, T), 0 in other rows; see `shares`. No map is kept: the
+    rectangle is computed again in the backward pass.
 
-    As d lse / dS = A, the derivative by the scores is dS = A (dO V^T - (rowsum(dO O) - d_lse)). The kernel's backward
-    pass computes rowsum(dO O) from the O it is given, so we give it O' = O - d_lse dO / |dO|^2.
+    The derivative by the scores is A (dO V^T - rowsum(dO O) - d_mass mass), plus d_mass A for keys of the condition.
+    The kernel's backward pass does the first: as it computes rowsum(dO O) from the O it is given, we give it
+    O' = O + d_mass mass dO / |dO|^2.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.kernel = kernel_for(q)
+    def forward(ctx, q, k, v, condition, rectangle):
+        ctx.kernel, ctx.rectangle = kernel_for(q), rectangle
         out, lse, *ctx.more = ctx.kernel.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse.flatten(2)[..., :q.shape[2]]                            # kernels may pad it
+        top, bottom, _, _ = rectangle
+        each = lse.flatten(2)[..., :q.shape[2]]                                 # (B, H, T): kernels may pad it
+        # mass(q) = sum_{k in condition} A(q, k)
+        mass = torch.zeros_like(each)
+        mass[:, :, top:bottom] = shares(q, k, each, condition, rectangle).sum(-1)
+        ctx.save_for_backward(q, k, v, out, lse, condition, mass)
+        return out, mass
 
     @staticmethod
-    def backward(ctx, d_out, d_lse):
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx, d_out, d_mass):
+        q, k, v, out, lse, condition, mass = ctx.saved_tensors
+        top, bottom, left, right = ctx.rectangle
         # A row whose out is not used has no direction to shift O along: a gradient too faint to matter makes one.
-        unused = (aia.at_least_float32(d_out).square().sum(-1) < FAINT**2) & (d_lse != 0)
-        d_out = torch.where(unused[..., None], FAINT, d_out)                    # (B, H, T, D)
-        wide = aia.at_least_float32(d_out)
-        # O' = O - d_lse dO / |dO|^2
-        shifted = out - (d_lse / wide.square().sum(-1).clamp(min=FAINT**2))[..., None] * wide   # (B, H, T, D)
-        d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, shifted.to(q.dtype), lse, *ctx.more)
-        return d_q, d_k, d_v
+        moved = (d_mass * mass)[..., None]                                      # (B, H, T, 1)
+        size = torch.linalg.vector_norm(d_out, dim=-1, keepdim=True, dtype=mass.dtype)          # (B, H, T, 1)
+        unused = (size < FAINT) & (moved != 0)
+        d_out = torch.where(unused, FAINT, d_out)                               # (B, H, T, D)
+        size = torch.where(unused, FAINT * q.shape[3] ** 0.5, size.clamp(min=FAINT))
+        # O' = O + d_mass mass dO / |dO|^2
+        shifted = torch.addcmul(out, d_out, moved / size.square()).to(q.dtype)
+        d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, shifted, lse, *ctx.more)
+        # on the rectangle dS = d_mass A, so with d = d_mass / sqrt(D): dQ = d (A K), dK = A^T (d Q)
+        a = shares(q, k, lse.flatten(2)[..., :q.shape[2]], condition, ctx.rectangle).to(q.dtype)        # (B, H, R, K)
+        d = (d_mass[:, :, top:bottom, None] * q.shape[3] ** -0.5).to(q.dtype)                   # (B, H, R, 1)
+        group = q.shape[1] // k.shape[1]
+        d_q[:, :, top:bottom] += d * (a @ k[:, :, left:right].repeat_interleave(group, 1))
+        d_k[:, :, left:right] += (a.transpose(2, 3) @ (d * q[:, :, top:bottom])).unflatten(1, (-1, group)).sum(2)
+        return d_q, d_k, d_v, None, None
 
 
-def mass_from_lse(q, k, lse, rows, keys):
-    """The mass of some rows (B, R) of q (B, H, T, D), whose log-sum-exp is lse (B, H, T), on some keys (B, K) of
-    k (B, G, T, D); indices padded by -1 -> (B, H, T), 0 in other rows. A row sees the keys up to its own position."""
-    # Expanded by hand: take_along_dim would compile anew for each length.
-    of_q = rows.clamp(min=0)[:, None].expand(-1, q.shape[1], -1)                # (B, H, R)
-    of_k = keys.clamp(min=0)[:, None].expand(-1, k.shape[1], -1)                # (B, G, K)
-    some_q = q.gather(2, of_q[..., None].expand(-1, -1, -1, q.shape[3]))        # (B, H, R, D)
-    some_k = k.gather(2, of_k[..., None].expand(-1, -1, -1, k.shape[3]))        # (B, G, K, D)
-    some_k = some_k.repeat_interleave(q.shape[1] // k.shape[1], 1)              # (B, H, K, D)
-    # A(q, k) = exp(q.k / sqrt(D) - lse(q))
-    scores = aia.at_least_float32(some_q @ some_k.transpose(-1, -2)) * q.shape[3] ** -0.5       # (B, H, R, K)
-    seen = (keys >= 0)[:, None] & (keys[:, None] <= rows[:, :, None])           # (B, R, K); no key is before row -1
-    share = (scores - lse.gather(2, of_q)[..., None]).masked_fill(~seen[:, None], -math.inf).exp()
-    # mass(q) = sum_{k in condition} A(q, k)
-    return torch.zeros_like(lse).scatter_add(2, of_q, share.sum(-1))            # (B, H, T)
-
-
-def attention_and_mass(q, k, v, rows, keys):
-    """Causal attention and the mass of some rows on some keys, as in `mass_from_lse`: q (B, H, T, D), k, v (B, G, T, D)
-    -> out (B, H, T, D), mass (B, H, T). No map is kept: the part that counts is computed again in the backward pass."""
+def attention_and_mass(q, k, v, condition, rectangle):
+    """Causal attention and the mass of a rectangle's rows on its keys in the condition, as `AttentionWithMass`."""
     if not kernel_for(q).grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out, lse = AttentionWithLse.apply(q, k, v)
-    mass = checkpoint(mass_from_lse, q, k, lse, rows, keys, use_reentrant=False, preserve_rng_state=False)
-    return out, mass
+    return AttentionWithMass.apply(q, k, v, condition, rectangle)
 
 
 def outputs_and_gradients(attend, inputs, n):
@@ -225,7 +163,7 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
     inputs = [torch.randn(2, tokens, n, head_dim, generator=draw).to(device, dtype).transpose(1, 2)
               for n in (heads, groups, groups)]
     n = tokens // 3
-    keys, rows = torch.arange(tokens, device=device).expand(2, -1).split([n, tokens - n], 1)
+    condition = (torch.arange(tokens, device=device) < n).expand(2, -1)
 
     def with_flag(q, k, v):
         flag = F.pad(torch.ones_like(v[:, :, :n, :1]), (0, 0, 0, tokens - n))
@@ -234,9 +172,12 @@ def try_lse(device, dtype, heads, groups, head_dim, tokens=77):
     exact = outputs_and_gradients(with_flag, [x.double() for x in inputs], n)
     faults = []
     for kernel in KERNELS[device_type]:
+        if kernel.half and dtype.itemsize > 2:
+            continue
         PASSED[device_type, dtype] = kernel
         try:
-            found = outputs_and_gradients(lambda q, k, v: attention_and_mass(q, k, v, rows, keys), inputs, n)
+            found = outputs_and_gradients(lambda q, k, v: attention_and_mass(q, k, v, condition, (n, tokens, 0, n)),
+                                          inputs, n)
         except (RuntimeError, AttributeError, TypeError) as error:              # absent, other arguments, or refused
             faults.append(f"{kernel.name}: {first_line(error)}")
             continue
@@ -253,7 +194,7 @@ def kernel_of(node):
     while type(node).__name__.startswith("Slice"):
         node = node.next_functions[0][0]
     step = type(node).__name__
-    if step.startswith("AttentionWithLse"):
+    if step.startswith("AttentionWithMass"):
         return f"fused, {node.kernel.name} kernel and its log-sum-exp"
     for kernel in ("Flash", "Cudnn", "Efficient"):
         if f"{kernel}Attention" in step:

@@ -269,8 +269,8 @@ def device_of(name):
     """The device of --device: "auto" is CUDA if available. Under torchrun, each process takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":                              # set_device wants an index
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(0, device=name).numpy(force=True)                           # refuses "meta", which holds no numbers
         if name.startswith("cuda"):

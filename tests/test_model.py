@@ -15,7 +15,8 @@ import data
 import model
 import parts.kernels
 import train
-from parts.kernels import CHUNK, KERNELS, Recorded, kernel_for, try_lse
+from parts.kernels import KERNELS, Recorded, kernel_for, try_lse
+from parts.loss import CHUNK, next_token_loss
 from parts.settings import InputError
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
@@ -154,11 +155,19 @@ def test_the_kernel_of_attention_is_told(name, monkeypatch):
     assert told() == told(heads=4, kv_heads=2) == told(attention="fused") == "fused, flash kernel"
     assert told(attention="lse") == "fused, flash kernel; with AIA fused, flash for CPUs kernel and its log-sum-exp"
     assert "every map" in told(attention="explicit")
-    monkeypatch.setitem(model.AUTO, "cpu", "lse")   # "auto" is what the table says of the device, once it is settled
-    assert told() == told(attention="lse") != told(attention="fused")
-    monkeypatch.delitem(model.AUTO, "cpu")
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert "slow math fallback" in told()
+
+
+@pytest.mark.parametrize("least, taken", [(None, False), (65, False), (64, True)])
+def test_log_sum_exp_is_taken_from_the_length_on_where_it_is_faster(least, taken, monkeypatch):
+    """`auto` asks the table, for the 64 tokens of the kernel that is told; compiled layers ask for the device alone."""
+    monkeypatch.setattr(model, "LSE_FROM", {} if least is None else {"cpu": least})
+    m = fresh("tiny-emu3")
+    model.settle_attention(m, "cpu", torch.float32)
+    assert ("log-sum-exp" in model.attention_kernel(m, "cpu", torch.float32)) == taken
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert ("log-sum-exp" in model.attention_kernel(m, "cpu", torch.float32)) == (least is not None)
 
 
 def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, capsys):
@@ -203,7 +212,7 @@ def test_the_chunked_loss_is_the_plain_one(n, head, chunks_of_256, device):
     x, target = torch.randn(n, 16).to(device).requires_grad_(), torch.randint(700, (n,)).to(device)
     head = head.to(device)
     expected = F.cross_entropy(head(x), target, reduction="sum") if n else 0.0 * head(x).sum()
-    got = model.next_token_loss(x, head, target)
+    got = next_token_loss(x, head, target)
     close(got, expected)
     inputs = [x, *head.parameters()]
     for a, b in zip(torch.autograd.grad(3 * got, inputs), torch.autograd.grad(3 * expected, inputs), strict=True):
@@ -216,7 +225,7 @@ def test_the_chunked_loss_under_autocast_rounds_as_linear_layers_do(device):
         torch.nn.Linear(64, 700, bias=False), torch.randn(300, 64), torch.randint(700, (300,))))
     exact = F.cross_entropy(head(x), target, reduction="sum")
     with torch.autocast(device.type, torch.bfloat16):
-        got = model.next_token_loss(x, head, target)
+        got = next_token_loss(x, head, target)
     got.backward()
     assert got.dtype == torch.float32 and abs(got / exact - 1) < 1e-3
     (expected,) = torch.autograd.grad(exact, head.weight)
@@ -616,7 +625,7 @@ def test_sampling_keeps_what_it_is_told_to(device):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
 def test_a_step_over_all_columns_draws_and_says_the_same(name, monkeypatch, capsys):
-    """What a GPU replays reads the whole cache under a mask; recorded here it fails, is told, and goes on plainly."""
+    """What a GPU replays reads the whole cache under a mask; if recording fails, that is told, and steps are plain."""
     m = small(name).eval()
     ids, mask = torch.randint(5, 400, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
     ids[:, 0], ids[:, -1] = m.ids["bos"], m.ids["boi"]
@@ -629,6 +638,7 @@ def test_a_step_over_all_columns_draws_and_says_the_same(name, monkeypatch, caps
                 m.generate_text(ids, mask=mask, max_new_tokens=20))
     before = work()
     assert not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs here")))
     monkeypatch.setattr(model, "REPLAYED", ("cpu",))
     monkeypatch.setattr(model, "REPLAY_FROM", 1)
     monkeypatch.setattr(model, "ASK_EVERY", 7)
@@ -798,8 +808,11 @@ def test_janus_drawing_equals_transformers(janus, device):
     close(ours.image_logits(ids, codes),
           theirs.model.generation_head(theirs.model.language_model(inputs_embeds=x).last_hidden_state[:, 4:]))
     theirs.generation_config.generation_kwargs = {"boi_token_id": 110}
-    expected = theirs.generate(inputs=ids, attention_mask=torch.ones_like(ids), generation_mode="image",
-                               guidance_scale=5, do_sample=False)
+    try:
+        expected = theirs.generate(inputs=ids, attention_mask=torch.ones_like(ids), generation_mode="image",
+                                   guidance_scale=5, do_sample=False)
+    except TypeError as error:
+        pytest.skip(f"this version of transformers cannot draw: {error}")
     assert torch.equal(ours.generate_images(ids, guidance=5.0, temperature=0), expected)
 
 

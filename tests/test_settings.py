@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
-from parts.settings import InputError, json_lines, moved, opt, parse, read_json, text_lines
+from parts.settings import InputError, device_of, json_lines, moved, opt, parse, read_json, text_lines
 
 
 def test_a_flag_given_twice_adds():
@@ -39,3 +40,18 @@ def test_text_that_is_not_utf_8_is_refused(encoding, tmp_path):
     for good in ("utf-8", "utf-8-sig"):
         file.write_bytes(text.encode(good))
         assert [row["word"] for _, row in json_lines(file, "word")] == ["é", "b"]
+
+
+@pytest.mark.parametrize("rank, expected", [(None, "cuda:0"), ("3", "cuda:3")])
+def test_a_gpu_is_named_by_its_number(rank, expected, monkeypatch):
+    """`torch.cuda.set_device` refuses a bare "cuda"; under torchrun each process takes its own. Tried without a GPU."""
+    taken = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    on_cpu = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device: on_cpu(*size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert device_of("auto") == device_of("cuda") == expected
+    assert device_of("cuda:1") == "cuda:1" and taken == [expected, expected, "cuda:1"]
