@@ -156,9 +156,9 @@ def score_generation(m, text, world, n, seed=0):
 
 
 def score_both(m, text, world, n, seed=0):
-    """Scores of answers and drawings, printed -> scores, samples."""
+    """Scores of answers and drawings, printed -> scores with the checksum of their weights, samples."""
     drawn, samples = score_generation(m, text, world, n, seed)
-    scores = score_understanding(m, text, world, n, seed) | drawn
+    scores = {"weights": formats.weights.digest(m)} | score_understanding(m, text, world, n, seed) | drawn
     print_scores(scores)
     return scores, samples
 
@@ -303,11 +303,12 @@ def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
     result = {task: {"target": target.tolist(), "delta": [d if d < float("inf") else None for d in delta.tolist()]}
               for task, (target, delta) in targets.items()}
     for name, m in models:
+        weights = formats.weights.digest(m)
         for task in aia.TASKS:
             own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches[task]
             row = measure(m, own, *targets[task])
-            if row and final and name == "after":
-                row["label"] = final
+            if row:
+                row |= {"weights": weights} | ({"label": final} if final and name == "after" else {})
             result[task][name] = row
     return result
 

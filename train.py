@@ -250,12 +250,14 @@ def check_effects(config, phases):
     usual = asdict(TrainConfig()) | SETTINGS_OF.get(config.preset, {})
     usual |= RECIPES[config.recipe][1] if config.recipe else {}
     planned = any(phase.aia for phase in phases)
+    public = config.init and not checkpoints.checkpoint_folders(Path(config.init))
     idle = [(not planned and config.aia_weight not in ("off", "0"), "no phase has AIA", ("aia_weight",)),
             (not has_aia(config, phases), "there is no AIA to weigh", ("rho", "calibration")),
             (config.aia_weight != "rho", "--aia-weight gives lambda", ("rho", "calibration")),
             (config.data, "--data takes the place of the built-in world", (*WORLD[1:], "pool", "eval_n")),
             (not (config.data or config.val), "the built-in world has no files", ("on_bad_record", "encoded")),
-            (not config.init, "it belongs to --init", ("vision_tokenizer",)),
+            (not public, "it belongs to --init with public weights", ("vision_tokenizer",)),
+            (not dist.is_torchelastic_launched(), "it takes torchrun to start several processes", ("parallel",)),
             (not config.val, "there is no --val", ("val_every",))]
     settings.check_idle(config, usual, {reason: names for holds, reason, names in idle if holds})
 
@@ -806,6 +808,7 @@ class Progress:
         batches = next(self.coming)
         self.waited += time.time() - start
         self.tokens += sum(torch.tensor([sum(batch.lengths), batch.tokens.numel()]) for batch in batches)
+        self.origins = [origin for batch in batches for origin in batch.origins]
         return batches
 
 
@@ -943,7 +946,7 @@ def report_step(now, step, metrics, norm):
     tokens, padded = over_processes(now.tokens).tolist()
     if padded:
         entry |= {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded,
-                  "waiting": now.waited / seconds}
+                  "waiting": now.waited / seconds, "origins": sorted(gathered(now.origins))}
     left = per_step * (phase.steps - step - 1)
     now.bar.write(f"step {step + 1:5d}/{phase.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
                   f"{phase.batch_size / per_step:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
@@ -962,8 +965,7 @@ def finish(run):
     run.bad = list(dict.fromkeys(gathered(run.bad)))
     if rank():
         return None
-    m = run.m
-    run.m, run.preparer = None, None                # one model may be all that fits
+    m, run.m, run.preparer = run.m, None, None      # one model may be all that fits
     run.saver.release()
     if run.sharded():                               # all of it in place of a part, in the type of activations
         del m

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import model
-from formats.checkpoints import configured, from_manifest, newest_checkpoint, read_manifest
+from formats.checkpoints import configured, from_manifest, new_checksum, newest_checkpoint, read_manifest
 from formats.hub import (
     find_folder,
     find_vision_tokenizer,
@@ -454,6 +454,15 @@ def public_files(m):
         if "boi" in ids:
             generation |= {"generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": c.guidance}
     return {"config": config, "generation_config": generation, "preprocessor_config": resize}
+
+
+def digest(m):
+    """Checksum of a model's weights as they are in memory: it says which weights a number belongs to."""
+    total = new_checksum()
+    for name, x in sorted(m.state_dict().items()):
+        total.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        total.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def save(m, folder):

@@ -15,7 +15,7 @@ import numpy as np
 
 import aia
 import train
-from eval import distance
+from eval import ARMS, distance
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
 from lab.figures import correlation
@@ -206,6 +206,16 @@ def finished_rows(runs):
     return found
 
 
+def check_weights(scores, curves, folder):
+    """Refuse scores and curves of a run that were not measured on the same weights. Older runs do not say."""
+    for name in ARMS:
+        scored = scores if name == "after" else scores.get(name, {})
+        measured = [curves[task][name] for task in aia.TASKS if curves[task].get(name)]
+        if len({row.get("weights") for row in [scored, *measured]} - {None}) > 1:
+            raise InputError(f"{folder}: scores.json and curves.json belong to different weights ({name}): remove the "
+                             "folder, and the study runs it again")
+
+
 def read_row(name, seed, folder):
     """Scores, losses on held-out samples, distances to the targets, seconds and GB; curves, parts of the scores and
     alignment where there are any."""
@@ -220,6 +230,7 @@ def read_row(name, seed, folder):
         if tuned and before:
             row[f"aia_before_{task}"] = before["aia"]
     scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
+    check_weights(scores, curves, folder)
     if "und_by_kind" in scores:                     # older runs
         scores["und_by_topic"] = scores["und_by_kind"]
     row |= {key: part[key] for part in (result, scores) for key in DETAILS if key in part}
