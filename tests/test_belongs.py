@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 
 
 def test_the_checksum_of_weights_tells_all_of_them_apart():
-    """One bit of one parameter, the place of a tensor, its type and its shape count; a copy does not."""
+    """One bit of one parameter counts, and the place and type of a tensor; a copy is the same."""
     m, twin = fresh("tiny-emu3", **SMALL), fresh("tiny-emu3", **SMALL)
     twin.load_state_dict(m.state_dict())
     found = [digest(m)]

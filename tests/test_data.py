@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from made_data import (
     ALBUM,
     ASKED,
@@ -170,6 +171,22 @@ def test_a_dropped_prompt_is_invalid_for_aia_but_trained(kind, preparers):
     for row, before in zip(dropped.tokens.tolist(), full.tokens.tolist(), strict=True):
         pads = [ids["pad"]] * (before.index(ids["boi"]) - 1) if kind == "janus" else []
         assert row[:len(pads) + 2] == [ids["bos"], *pads, ids["boi"]]
+
+
+@both_kinds
+def test_lengths_for_a_gpu_are_multiples_and_change_nothing_else(kind, preparers, monkeypatch):
+    """Its kernels plan anew for each length, so there are few of them; what is added is padding like any other."""
+    p = preparers[kind]
+    records = [Record("a", "und", (("what is there?" * n, "a red circle"),), ()) for n in (1, 3)]
+    usual = p.batch(records)
+    assert usual.tokens.shape[1] % 16
+    monkeypatch.setitem(data.LENGTHS, p.device.type, data.LENGTHS["cuda"])
+    longer = p.batch(records)
+    more = longer.tokens.shape[1] - usual.tokens.shape[1]
+    assert longer.tokens.shape[1] % 16 == 0 and 0 < more < 16 and longer.lengths == usual.lengths
+    assert torch.equal(longer.tokens, F.pad(usual.tokens, (0, more), value=p.text.ids["pad"]))
+    assert torch.equal(longer.labels, F.pad(usual.labels, (0, more), value=-100))
+    assert torch.equal(longer.queries, F.pad(usual.queries, (0, more)))
 
 
 @both_kinds
