@@ -26,7 +26,7 @@ import model
 from formats import datasets
 from formats.records import SKIP_HINT, Record, question_parts
 from parts.kernels import span
-from parts.pictures import load_picture, siglip_picture, tokenizer_picture
+from parts.pictures import drawn_at, load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
 from parts.text import Text, special_tokens, train_bpe
 from parts.world import DESCRIBE, World, caption, describe, draw_scenes, questions_about, sentences, words_of, world_of
@@ -569,6 +569,7 @@ class Encode:
     data: str = opt("", "a data set, as for train.py")
     init: str = opt("", "model whose towers encode, as for train.py")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
+    image_size: int = opt(0, "Emu3: as for train.py")
     features: bool = opt(False, "also what SigLIP makes of pictures in questions (Janus-Pro; 2.4 MB a picture)")
     on_bad_record: str = opt("stop", "what to do with a record that cannot be used", ("stop", "skip"))
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -582,6 +583,8 @@ def encode(settings):
     folder, device = Path(settings.folder), device_of(settings.device)
     m = formats.weights.load(settings.init, torch.float32, device, settings.vision_tokenizer)
     janus = m.config.kind == "janus"
+    if settings.image_size:
+        m.config = drawn_at(settings.image_size, m.config)
     if settings.features and not janus:
         raise InputError("--features: Emu3 sees pictures as codes, there is no SigLIP; leave it out")
     if folder.exists() and not folder.is_dir():

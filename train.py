@@ -45,6 +45,7 @@ from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, open_sources, parse_ratio, square_pictures
 from parts import settings
 from parts.lock import owned
+from parts.pictures import drawn_at
 from parts.processes import first_decides, gathered, interruptible, join, over_processes, processes, rank
 from parts.settings import InputError, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
@@ -91,6 +92,7 @@ class TrainConfig:
                          "--init and a larger --lr. 0: train the weights", section="the model")
     fork_layer: int = opt(0, "UniFork: from this layer on, each task has its own copy of the layers of --init")
     vision_tokenizer: str = opt("", "folder of Emu3's picture tokenizer; empty: beside the language model of --init")
+    image_size: int = opt(0, "Emu3 on your own data: side of a square picture; others have its area. 0: the model's")
     attention: str = opt("auto", "explicit: written out; fused: one kernel; lse: one kernel, AIA from its log-sum-exp; "
                          "auto: what suits the device. The result is the same", tuple(model.ATTENTION))
 
@@ -202,7 +204,7 @@ RECIPES = {
 
 LEAST = {"seed": 0, "steps": 0, "batch_size": 0, "micro_batch": 1, "lr": 0, "calibration": 0, "pool": 2, "eval_n": 1,
          "log_every": 1, "save_every": 1, "val_every": 1, "keep": 1, "weight_decay": -1, "lora_rank": 0,
-         "fork_layer": 0}
+         "fork_layer": 0, "image_size": 0}
 
 
 def fixed_lambdas(text):
@@ -258,6 +260,7 @@ def check_effects(config, phases):
             (not (config.data or config.val), "the built-in world has no files", ("on_bad_record", "encoded")),
             (not public, "it belongs to --init with public weights", ("vision_tokenizer",)),
             (not dist.is_torchelastic_launched(), "it takes torchrun to start several processes", ("parallel",)),
+            (not (config.init and config.data), "it belongs to --init and --data", ("image_size",)),
             (not config.val, "there is no --val", ("val_every",))]
     settings.check_idle(config, usual, {reason: names for holds, reason, names in idle if holds})
 
@@ -613,6 +616,8 @@ class Run:
         elif config.init:
             m = formats.weights.load(config.init, dtype, device, config.vision_tokenizer, shard=shard,
                                      lora_rank=config.lora_rank, fork_layer=config.fork_layer, **kept)
+            if config.image_size:
+                m.config = drawn_at(config.image_size, m.config)
             if not m.tokenizer_file:
                 raise InputError(f"--init {config.init} holds no tokenizer: put {' or '.join(TOKENIZERS)} there")
         else:

@@ -5,6 +5,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -134,6 +135,17 @@ def tokenizer_picture(picture, config, training=True):
         return janus_picture(picture, config)
     area = config.image_size**2 if training else None
     return emu3_picture(picture, config, area)
+
+
+def drawn_at(side, config):
+    """A Config of Emu3 whose pictures, drawn and seen, have the area of side x side pixels, as near as codes allow."""
+    if config.kind != "emu3":
+        raise InputError(f"--image-size {side}: Janus-Pro draws and sees pictures of one size: leave it out")
+    codes = side // config.factor                   # of a row; each row has an end
+    if side % config.factor or codes < 2 or codes * (codes + 1) >= config.context:
+        raise InputError(f"--image-size {side}: give a multiple of {config.factor} whose square has at least 4 codes, "
+                         f"and with row ends less than the {config.context} tokens that the model takes")
+    return replace(config, image_size=side, min_pixels=(side - config.factor) ** 2, max_pixels=side**2)
 
 
 def grid_for(aspect, config):

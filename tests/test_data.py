@@ -187,6 +187,8 @@ def test_lengths_for_a_gpu_are_multiples_and_change_nothing_else(kind, preparers
     assert torch.equal(longer.tokens, F.pad(usual.tokens, (0, more), value=p.text.ids["pad"]))
     assert torch.equal(longer.labels, F.pad(usual.labels, (0, more), value=-100))
     assert torch.equal(longer.queries, F.pad(usual.queries, (0, more)))
+    monkeypatch.setitem(data.LENGTHS, p.device.type, max(usual.lengths))
+    assert p.batch(records).tokens.shape[1] == max(usual.lengths) == usual.tokens.shape[1]
 
 
 @both_kinds

@@ -35,17 +35,18 @@ class Flag:
 
 FLAGS = {
     "preset": Flag("tiny-janus", "weights", "fresh"), "recipe": Flag("janus-post", "optimizer", "janus"),
-    "data": Flag("{other}", "batches", "own"), "init": Flag("{run}", "weights", "fresh"), "out": Flag("{new}", "place"),
-    "resume": Flag("", "batches"), "seed": Flag("1", "batches", "fresh"),
-    "steps": Flag("1", "log"), "batch_size": Flag("3", "batches"), "aia_weight": Flag("off", "lambda", "uncalibrated"),
-    "rho": Flag("5", "lambda"), "calibration": Flag("1", "lambda"), "aia_targets": Flag("{targets}", "aia"),
+    "data": Flag("{other}", "batches", "own"), "init": Flag("{run}", "weights", "fresh"),
+    "out": Flag("{new}", "place"), "resume": Flag("", "batches"), "seed": Flag("1", "batches", "fresh"),
+    "steps": Flag("1", "log"), "batch_size": Flag("3", "batches"),
+    "aia_weight": Flag("off", "lambda", "uncalibrated"), "rho": Flag("5", "lambda"),
+    "calibration": Flag("1", "lambda"), "aia_targets": Flag("{targets}", "aia"),
     "aia_variant": Flag("no-huber", "aia"), "arms": Flag("both", "log"), "lr": Flag("0.5", "optimizer"),
     "weight_decay": Flag("0.7", "optimizer"), "micro_batch": Flag("1", "batches"), "ratio": Flag("1:3", "batches"),
     "mix": Flag("drawn", "batches"), "lora_rank": Flag("2", "weights"), "fork_layer": Flag("1", "weights"),
     "vision_tokenizer": Flag("{run}", refused="has no effect, as it belongs to --init with public weights"),
-    "attention": Flag("explicit", "told"), "val": Flag("{other}", "val", "own"),
-    "val_every": Flag("1", "log", "own", "--val {data}"), "encoded": Flag("{encoded}", "encoded", "own"),
-    "on_bad_record": Flag("skip", "bad", "holed"),
+    "image_size": Flag("24", "batches", "own"), "attention": Flag("explicit", "told"),
+    "val": Flag("{other}", "val", "own"), "val_every": Flag("1", "log", "own", "--val {data}"),
+    "encoded": Flag("{encoded}", "encoded", "own"), "on_bad_record": Flag("skip", "bad", "holed"),
     "shapes": Flag("5", "batches", "fresh"), "colours": Flag("5", "batches", "fresh"),
     "objects": Flag("3", "batches", "fresh", "--shapes 5 --colours 5"),
     "cell": Flag("16", refused="give --cell 8", of="fresh"), "pool": Flag("4", "batches"),
@@ -74,7 +75,11 @@ def places(runs, tmp_path_factory):
     for name, seed in (("data", "0"), ("other", "1")):
         data.main(["export", str(found[name].parent), "--n", "8", "--seed", seed])
     data.main(["encode", str(found["encoded"]), "--data", str(found["data"]), "--init", str(found["run"])])
-    found["holed"].write_text(found["data"].read_text() + '{"image": "none.png", "prompt": "a red circle"}\n')
+    lines = found["data"].read_text().splitlines()
+    picture = json.loads(lines[0])["image"]         # one record has no picture, one more words than the model takes
+    lines += [json.dumps({"image": name, "prompt": words}) for name, words in (
+        ("none.png", "a red circle"), (picture, "a red circle " * 200))]
+    found["holed"].write_text("\n".join(lines) + "\n")
     found["targets"].write_text(json.dumps(dict.fromkeys(aia.TASKS, [[0, 0.1, 0.9]])))
     return found
 
@@ -166,6 +171,15 @@ def test_a_flag_is_seen_in_a_run_or_refused(name, places, usual, tmp_path, capsy
     after = traces(common if name == "out" else changed, out)
     before = usual(common) or {"bad": "refused"}
     assert [trace for trace in flag.seen.split() if before[trace] == after[trace]] == []
+
+
+def test_pictures_encoded_at_another_size_are_refused(places, tmp_path, capsys):
+    """Their codes are other codes; encoded at the size of training, they are its batches."""
+    words = filled(SHORT + SORTS["own"] + f" --image-size 24 --encoded {tmp_path / 'codes'}", places)
+    data.main(["encode", str(tmp_path / "codes"), "--data", str(places["data"]), "--init", str(places["run"]),
+               "--image-size", "24"])
+    assert traces(words, tmp_path / "run")["encoded"]
+    refused(capsys, *words, "--image-size", 16, "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("sort", [sort for sort in SORTS if sort != "holed"])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"parts/settings.py": 312},
     {"parts/processes.py": 100, "parts/lock.py": 140, "aia.py": 220},
-    {"parts/text.py": 270, "parts/pictures.py": 160, "parts/vision.py": 400, "parts/world.py": 480,
+    {"parts/text.py": 270, "parts/pictures.py": 170, "parts/vision.py": 400, "parts/world.py": 480,
      "parts/loss.py": 90, "parts/kernels.py": 260, "parts/terminal.py": 80,
      "parts/plots.py": 70},
     {"model.py": 950},
@@ -25,7 +25,7 @@ FLOORS = [
      "formats/readers.py": 405, "formats/datasets.py": 500},
     {"data.py": 800},
     {"eval.py": 850},
-    {"train.py": 1050},
+    {"train.py": 1060},
     {f"benchmarks/{name}.py": 340 if name == "common" else 280 for name in (
         "common", "judge", "mmmu", "mmbench", "mmvp", "mmvet", "pope", "mme", "geneval", "dpg", "fid", "score")},
     {f"lab/{name}.py": 400 if name == "check" else 600 for name in (
@@ -112,7 +112,7 @@ def test_the_method_is_read_in_an_evening():
             if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
                 spoken.add(token.start[0])
         comments += len(spoken)
-    assert lines <= 3450 and 0.15 <= comments / lines <= 0.25
+    assert lines <= 3470 and 0.15 <= comments / lines <= 0.25
 
 
 def test_a_global_name_is_one_thing():
@@ -137,7 +137,7 @@ def test_a_module_has_its_tests_in_one_file():
 
 def test_training_has_few_flags_and_names_the_other_commands(capsys):
     """The first ten are those that most runs need; the others stand in titled parts."""
-    assert len(fields(train.TrainConfig)) <= 44
+    assert len(fields(train.TrainConfig)) <= 45
     with pytest.raises(SystemExit):
         train.main(["--help"])
     told = capsys.readouterr().out

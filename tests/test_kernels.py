@@ -1,5 +1,7 @@
 """Claims about attention mass from a kernel's log-sum-exp: what is faster is also the same (parts/kernels.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from made import off
@@ -7,7 +9,7 @@ from made import off
 import aia
 import data
 import model
-from parts.kernels import attention_and_mass, span, try_lse
+from parts.kernels import KERNELS, attention_and_mass, span, try_lse
 
 T, C, P, W = 24, data.TEXT, data.PADDING, data.ANSWER
 # Roles of three samples: of generation with prompts of different length, the last with an empty prompt; of
@@ -19,8 +21,10 @@ ROLES = {"gen": [[C] * 6 + [data.IMAGE] * 18, [C] * 3 + [data.IMAGE] * 15 + [P] 
 
 def heads(groups, dtype, device, tokens=T, samples=3):
     """q of 4 heads, k and v of some groups, two random directions, all drawn in float32."""
-    if not try_lse(device, dtype, 4, groups, 8, T)[0]:
+    found, faults = try_lse(device, dtype, 4, groups, 8, T)
+    if not found and torch.device(device).type != "cpu":
         pytest.skip(f"{device} has no kernel with a log-sum-exp for {dtype}")
+    assert found, faults
     g = torch.Generator().manual_seed(0)
     *inputs, w = (torch.randn(samples, n, tokens, 8, generator=g).to(device, dtype) for n in (4, groups, groups, 4))
     return [x.requires_grad_() for x in inputs], w, torch.randn(samples, 4, tokens, generator=g).to(device, dtype)
@@ -50,6 +54,29 @@ def test_mass_from_log_sum_exp_is_that_of_the_written_out_softmax(dtype, close, 
     for name, got, right, rival in zip(("out", "mass", "q", "k", "v"), result_of(
             model.attend_lse, inputs, w, u, condition, queries, rectangle), exact, channel, strict=True):
         assert got.isfinite().all() and off(got, right) < max(close, 1.5 * off(rival, right)), (name, off(got, right))
+
+
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_a_kernel_that_takes_shared_heads_gives_the_same(task, monkeypatch):
+    """As those of GPUs do; here the CPU's, given each head of k and v as often as it is shared."""
+    usual, = KERNELS["cpu"]
+
+    def repeated(k, v):
+        return (x.repeat_interleave(2, 1) for x in (k, v))
+
+    def backward(d_out, q, k, v, *saved):
+        d_q, *grads = usual.backward(d_out, q, *repeated(k, v), *saved)
+        return d_q, *(grad.unflatten(1, (-1, 2)).sum(2) for grad in grads)
+    shared = replace(usual, forward=lambda q, k, v: usual.forward(q, *repeated(k, v)), backward=backward, grouped=True)
+    condition, queries = data.spans(torch.tensor(ROLES[task]), task)
+    results = []
+    for kernel in (usual, shared):
+        monkeypatch.setitem(KERNELS, "cpu", (kernel,))
+        inputs, w, u = heads(2, torch.float64, "cpu")
+        results.append(result_of(model.attend_lse, inputs, w, u, condition, queries,
+                                 (*span(queries), *span(condition))))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def test_rows_that_do_not_count_and_rows_without_a_key_have_no_mass(device):

@@ -11,6 +11,7 @@ from PIL import Image
 import model
 from parts.pictures import (
     check_size,
+    drawn_at,
     emu3_picture,
     grid_for,
     janus_picture,
@@ -20,6 +21,7 @@ from parts.pictures import (
     smart_resize,
     to_picture,
     to_tensor,
+    tokenizer_picture,
 )
 from parts.settings import InputError
 
@@ -139,6 +141,25 @@ def test_emu3_refuses_a_side_below_one_code():
 def test_emu3_draws_any_aspect(aspect, side, grid):
     """Rows and columns of codes, height first, all of about the same area; 67.5 becomes 68."""
     assert grid_for(aspect, replace(model.PRESETS["emu3-8b"], image_size=side)) == grid
+
+
+@pytest.mark.parametrize("height, width", [(512, 512), (40, 40), (3000, 2000), (443, 591), (90, 160)])
+def test_emu3_pictures_of_another_size_fit_twice_into_its_context(height, width):
+    """At a side of 512 each takes at most 4,160 tokens with row ends, in training and in questions, and is drawn so."""
+    c = drawn_at(512, model.EMU3_8B)
+    assert c.grid == (64, 64) == grid_for("1:1", c)
+    for training in (True, False):
+        _, h, w = tokenizer_picture(Image.new("RGB", (width, height)), c, training).shape
+        assert 4000 < h // 8 * (w // 8) + h // 8 <= 4160 + 20 and h % 8 == w % 8 == 0
+
+
+@pytest.mark.parametrize("side, config, reason", [
+    (500, model.EMU3_8B, "multiple of 8"), (8, model.EMU3_8B, "4 codes"), (768, model.EMU3_8B, "9216 tokens"),
+    (512, model.JANUS_PRO_7B, "Janus-Pro draws and sees pictures of one size")])
+def test_a_size_that_a_model_cannot_draw_is_refused(side, config, reason):
+    """Whole codes, room in the context, and not Janus-Pro, whose encoder has one size."""
+    with pytest.raises(InputError, match=f"--image-size {side}: .*{reason}"):
+        drawn_at(side, config)
 
 
 @pytest.mark.parametrize("kind, aspect", [("emu3", "16x9"), ("emu3", "0:1"), ("emu3", "-4:-3"), ("emu3", "9:1"),
