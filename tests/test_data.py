@@ -1,9 +1,11 @@
 """Claims about batches: templates and masks, records, encoded pictures, the schedule (data.py)."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from PIL import Image
 import data
 import formats.datasets
 import model
+import train
 from formats.datasets import Encoded, FileSource, Mixture, picture_key
 from formats.records import Record, question_parts
 from parts.pictures import load_picture
@@ -170,6 +173,20 @@ def test_a_dropped_prompt_is_invalid_for_aia_but_trained(kind, preparers):
     for row, before in zip(dropped.tokens.tolist(), full.tokens.tolist(), strict=True):
         pads = [ids["pad"]] * (before.index(ids["boi"]) - 1) if kind == "janus" else []
         assert row[:len(pads) + 2] == [ids["bos"], *pads, ids["boi"]]
+
+
+@both_kinds
+def test_aia_needs_keys_and_queries(kind, preparers):
+    """A conversation without a picture shows nothing to attend to, an empty answer asks nothing: both train, without
+    AIA."""
+    p, talk = preparers[kind], Record("talk", "und", (("is it red?", "yes"),), ())
+    batch = p.batch([*world_records("und", 1), talk])
+    assert batch.aia_valid.tolist() == [True, False] and batch.queries.any(1).all()
+    shown, said = ([5] * 4, data.IMAGE), ([7, 3], data.ANSWER)
+    samples = [[shown, said], [shown, ([3], data.ANSWER)], [([5] * 4, data.TEXT), said]]
+    batch = data.collate("und", samples, torch.ones(3).bool(), 0)
+    assert batch.aia_valid.tolist() == [True, False, False] and (batch.labels != -100).any(1).all()
+    assert not data.collate("und", samples, torch.zeros(3).bool(), 0).aia_valid.any()
 
 
 @both_kinds
@@ -370,6 +387,27 @@ def test_the_ratio_is_honoured_over_any_window(ratio, preparers):
     assert sum(len(b.tokens) for b in made if b.task == "gen") == before[4] - before[3]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_steps_of_one_task_are_drawn_with_the_odds_of_the_ratio(seed, preparers):
+    """As the released code mixes; which steps draw follows from the seed."""
+    before = np.array([data.samples_before(step, 5, (2, 1), drawn=seed)["gen"] for step in range(301)])
+    steps = np.diff(before)
+    assert {*steps} == {0, 5} and (steps == 5).mean() == pytest.approx(2 / 3, abs=0.1)
+    other = [data.samples_before(step, 5, (2, 1), drawn=1 - seed)["gen"] for step in range(301)]
+    assert before.tolist() != other
+    plan = data.Schedule(data.WorldSource(World(0), 10, 0), preparers["emu3"], seed, 5, (2, 1), 8, mix="drawn")
+    made = [[(batch.task, len(batch.tokens)) for batch in plan.step(step)] for step in range(12)]
+    assert made == [[("gen" if n else "und", 5)] for n in steps[:12]]
+
+
+@pytest.mark.parametrize("kind, share", [("emu3", 0.05), ("janus", 0.10)])
+def test_a_model_drops_the_share_of_prompts_that_its_authors_dropped(kind, share, preparers):
+    """Guidance needs some, AIA cannot use them. No setting says how many, so a schedule must know by itself."""
+    plan = data.Schedule(data.WorldSource(World(0), 4, 0), preparers[kind], 0, 2000, (1, 0), 2000)
+    batch, = plan.step(0)
+    assert 1 - batch.aia_valid.float().mean().item() == pytest.approx(share, rel=0.2)
+
+
 @both_kinds
 def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, preparers):
     """Records, words and dropped prompts follow from seed and position alone, so memory can be traded for time."""
@@ -406,12 +444,34 @@ def test_a_fault_in_preparation_names_its_records(preparers, monkeypatch):
     assert re.fullmatch("while preparing world picture [0-9]+, world picture [0-9]+", fault.value.__notes__[0])
 
 
-def test_every_record_comes_once_per_epoch(preparers):
-    """Each epoch is a permutation, and another one each time."""
-    plan = schedule(preparers["emu3"], n=7)
-    for task in ("gen", "und"):
-        epochs = [[plan.record(task, i)[0].origin for i in range(first, first + 7)] for first in (0, 7, 14)]
-        assert all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+def test_epochs_and_seeds_differ_in_order_and_words(preparers):
+    """Each epoch of a task is a permutation of its own. A picture that is met again has new words, and what a visit
+    draws (its words, whether its prompt is dropped) it shares with no other."""
+    source, n = data.WorldSource(World(0), 20, 0), 20
+    orders, numbers, words = [], [], []
+    for seed, task in itertools.product((0, 1), ("gen", "und")):
+        plan, bare = (data.Schedule(one, preparers["emu3"], seed, 6, (1, 1), 64) for one in (source, Numbered("a", n)))
+        met = [plan.record(task, position)[0] for position in range(3 * n)]
+        numbers += [bare.record(task, position)[1].random() for position in range(3 * n)]
+        epochs = [met[first:first + n] for first in range(0, 3 * n, n)]
+        orders += [[record.origin for record in epoch] for epoch in epochs]
+        words += [({record.origin: record.turns for record in epoch}, task) for epoch in epochs]
+    assert all(len({*order}) == n for order in orders) and len({*map(tuple, orders)}) == len(orders)
+    assert len({*numbers}) == len(numbers)
+    for (one, task), (other, like) in itertools.combinations(words, 2):
+        assert task != like or sum(one[place] == other[place] for place in one) < n / 2
+    assert data.WorldSource(World(0), n, 1).scenes != source.scenes
+
+
+def test_no_two_seeds_of_training_share_an_order(preparers):
+    """Nor do the phases of one seed, unless they say so. The schedule of training also drops prompts by itself."""
+    def plan(seed, order):
+        run = SimpleNamespace(source=data.WorldSource(World(0), 2, 0), preparer=preparers["janus"],
+                              config=train.TrainConfig(seed=seed))
+        now = SimpleNamespace(run=run, phase=train.Phase("joint", 10, 4, 1e-3, 1, order=order))
+        return train.Progress.order_of(now, "both")
+    assert len({plan(seed, order).seed for seed in range(3) for order in range(3)}) == 9
+    assert plan(0, 0).drop == 0.10
 
 
 class Numbered:
