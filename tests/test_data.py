@@ -209,6 +209,14 @@ def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
+def test_emu3_learns_from_pictures_of_the_area_that_it_draws_and_is_asked_about_whole_ones(texts):
+    """A large photo would else be thousands of codes, in sizes that it is never to draw."""
+    m = model.build("tiny-emu3", layers=1, width=32, min_pixels=8 * 8, max_pixels=64 * 64)      # draws 16 x 16
+    photo = random(0).integers(256, size=(40, 60, 3)).astype(np.uint8)
+    grids = [tuple(data.Preparer(m, texts["emu3"], training).codes([photo])[0].shape) for training in (True, False)]
+    assert grids == [(3, 5), (10, 15)]
+
+
 @both_kinds
 @pytest.mark.parametrize("images, marked, bare", [
     ("b.png", "<image>\nis it red?", "is it red?"), ("b.png", " <image> is it red? ", "is it red?"),
