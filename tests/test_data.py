@@ -36,7 +36,7 @@ from formats.records import Record, question_parts
 from parts.pictures import load_picture
 from parts.settings import InputError
 from parts.text import Text
-from parts.world import World, draw_scenes
+from parts.world import World, combinations, draw_scenes, read_scenes
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +127,12 @@ def test_masks_of_janus_understanding(texts):
           (e(" two or three"), "q"), (ids["eos"], "t"))
 
 
-def test_janus_answers_with_its_system_text_and_trains_without(texts):
+def test_janus_answers_with_its_system_text_and_trains_without(texts, preparers):
     """As its authors do; the tiny model has none."""
     system = model.PRESETS["janus-pro-7b"].system
+    m = SimpleNamespace(config=replace(PRESET["janus"], system=system), vq=preparers["janus"].m.vq)
     for training, expected in ((True, ()), (False, texts["janus"].encode(system + "\n\n"))):
-        template = data.JanusTemplate(replace(PRESET["janus"], system=system), texts["janus"], training)
+        template = data.Preparer(m, texts["janus"], training).template
         (first, role), *_ = template.understanding([(["hi"], None)], [])
         assert first == [texts["janus"].ids["bos"], *expected] and role == data.TEXT
     assert PRESET["janus"].system == "" and system.startswith("You are a helpful language and vision assistant. ")
@@ -206,6 +207,25 @@ def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
     assert min(lengths) < max(lengths) == together.tokens.shape[1]
 
 
+@both_kinds
+@pytest.mark.parametrize("task", ["gen", "und"])
+def test_a_batch_of_nothing_trains_nothing(kind, task, preparers):
+    """It only keeps a process in step with others: no label, no target, nothing valid, no sample to count."""
+    batch = preparers[kind].nothing(task)
+    assert batch.task == task and (batch.labels == -100).all() and not batch.aia_valid.any()
+    assert len(batch.targets) == len(batch.predicting) == sum(batch.lengths) == len(batch.origins) == 0
+
+
+def test_attention_on_other_keys_is_looked_for_where_they_are(preparers):
+    """Kernels compute one rectangle of the map, which must move with the keys."""
+    batch = preparers["emu3"].batch(world_records("und", 2))
+    other = torch.zeros_like(batch.condition)
+    other[:, 1:3] = True
+    moved = batch.measuring(other)
+    assert moved.rectangle == (*batch.rectangle[:2], 1, 3) and batch.rectangle[2:] != (1, 3)
+    assert torch.equal(moved.condition, other) and torch.equal(moved.queries, batch.queries)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +286,25 @@ def use(file, p, on_bad_record):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
+def test_janus_sees_a_picture_also_when_its_codes_are_known(texts):
+    """Codes that were made for drawing are not what SigLIP sees."""
+    p = data.Preparer(model.build("tiny-janus", layers=1, width=32), texts["janus"])
+    before = p.batch(world_records("und", 2))
+    p.batch(world_records("gen", 2))
+    again = p.batch(world_records("und", 2))
+    assert len(p.known) == 2 and again.features is None and torch.equal(again.pixels, before.pixels)
+
+
+def test_pictures_are_encoded_a_few_at_a_time(texts, monkeypatch):
+    """The tokenizer's activations are large, so a long group is cut, without another result."""
+    m, pictures = model.build("tiny-emu3", layers=1, width=32), [*draw_scenes(training_scenes(5))]
+    expected, sizes, inner = data.Preparer(m, None).codes(pictures), [], m.encode_images
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    m.encode_images = lambda pixels: sizes.append(len(pixels)) or inner(pixels)
+    codes = data.Preparer(m, None).codes(pictures)
+    assert sizes == [2, 2, 1] and all(map(torch.equal, codes, expected))
+
+
 @both_kinds
 def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, saved, album, texts, tmp_path, capsys):
     """Frozen towers say the same each time: once stored, codes and features take the towers' place, bit for bit."""
@@ -441,6 +480,27 @@ def test_samples_of_like_length_share_a_micro_batch(kind, preparers):
         assert 8 * sum(map(max, groups)) / sum(sum(groups, ())) - 1 < before / 3
 
 
+def test_steps_follow_one_another_from_where_a_run_goes_on(preparers):
+    """Each is prepared while the one before it trains, and none twice."""
+    def origins(batches):
+        return [batch.origins for batch in batches]
+    plan = schedule(preparers["emu3"])
+    assert [*map(origins, plan.steps(2, 5))] == [origins(plan.step(step)) for step in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_share_out_a_step(processes, preparers):
+    """Each sample is one process's, and all meet the same tasks in turn, with empty hands if need be: they wait for
+    one another."""
+    source = data.WorldSource(World(0), 10, 0)
+    plans = [data.Schedule(source, preparers["emu3"], 0, 10, (1, 1), 2, rank=rank, processes=processes)
+             for rank in range(processes)]
+    shares = [plan.groups(3) for plan in plans]
+    assert len({tuple(task for task, _ in share) for share in shares}) == 1
+    for task in ("gen", "und"):
+        assert sorted(i for share in shares for name, group in share if name == task for i in group) == [*range(15, 20)]
+
+
 def test_a_fault_in_preparation_names_its_records(preparers, monkeypatch):
     """Batches are prepared beside the training, where a bare traceback would not tell which picture broke a library."""
     def breaks(records, rngs=None, drop=0.0):
@@ -480,6 +540,15 @@ def test_no_two_seeds_of_training_share_an_order(preparers):
         return train.Progress.order_of(now, "both")
     assert len({plan(seed, order).seed for seed in range(3) for order in range(3)}) == 9
     assert plan(0, 0).drop == 0.10
+
+
+def test_the_picture_tokenizer_learns_from_fuller_scenes():
+    """Pictures of one to four things in any cells, half as many as those to talk about, and none of them held out."""
+    source = data.WorldSource(World(0), 200, 0)
+    scenes, clear = read_scenes(source.crowded, source.world)
+    assert len(scenes) == 100 and clear.all() and {*map(len, scenes)} == {1, 2, 3, 4}
+    assert max(len({(thing.shape, thing.colour) for thing in scene}) for scene in scenes) == 4
+    assert not any(combinations(scene) & source.world.held_out for scene in scenes)
 
 
 class Numbered:
