@@ -569,13 +569,11 @@ def places(source, p, positions, task="und"):
     return [plan.record(task, position)[0].origin for position in positions]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_record_comes_once_per_epoch_over_any_number_of_ranks(ranks, preparers):
-    """A record follows from its position alone, so processes that share positions share records."""
+def test_every_record_of_joined_sources_comes_once_per_epoch(preparers):
+    """Without shares they are one data set, whose records follow from their positions alone."""
     source = Mixture([Numbered("a", 5), Numbered("b", 11)])
     for epoch in (0, 1):
-        met = [place for rank in range(ranks)
-               for place in places(source, preparers["emu3"], range(16 * epoch + rank, 16 * epoch + 16, ranks))]
+        met = places(source, preparers["emu3"], range(16 * epoch, 16 * epoch + 16))
         assert len(met) == 16 and {*met} == {*(f"a{i}" for i in range(5)), *(f"b{i}" for i in range(11))}
 
 
