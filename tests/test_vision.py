@@ -120,7 +120,7 @@ def test_reconstruction_passes_straight_through_the_codes(name):
         setattr(m.vq, part, keep(part))
     again, _, pull, _ = autoencode(m.vq, torch.randn(2, 3, 16, 16))
     z, e, given = (seen[part] for part in ("latents", "vectors", "pixels"))
-    close(given, e, 1e-6)
+    close(given, e)
     again.square().mean().backward(retain_graph=True)
     assert torch.equal(z.grad, given.grad) and z.grad.abs().max() > 0 and e.grad is None
     z.grad = None
