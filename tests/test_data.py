@@ -1,9 +1,11 @@
 """Claims about batches: templates and masks, records, encoded pictures, the schedule (data.py)."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,12 +31,13 @@ from PIL import Image
 import data
 import formats.datasets
 import model
+import train
 from formats.datasets import Encoded, FileSource, Mixture, picture_key
 from formats.records import Record, question_parts
 from parts.pictures import load_picture
 from parts.settings import InputError
 from parts.text import Text
-from parts.world import World, draw_scenes
+from parts.world import World, combinations, draw_scenes, read_scenes
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +128,12 @@ def test_masks_of_janus_understanding(texts):
           (e(" two or three"), "q"), (ids["eos"], "t"))
 
 
-def test_janus_answers_with_its_system_text_and_trains_without(texts):
+def test_janus_answers_with_its_system_text_and_trains_without(texts, preparers):
     """As its authors do; the tiny model has none."""
     system = model.PRESETS["janus-pro-7b"].system
+    m = SimpleNamespace(config=replace(PRESET["janus"], system=system), vq=preparers["janus"].m.vq)
     for training, expected in ((True, ()), (False, texts["janus"].encode(system + "\n\n"))):
-        template = data.JanusTemplate(replace(PRESET["janus"], system=system), texts["janus"], training)
+        template = data.Preparer(m, texts["janus"], training).template
         (first, role), *_ = template.understanding([(["hi"], None)], [])
         assert first == [texts["janus"].ids["bos"], *expected] and role == data.TEXT
     assert PRESET["janus"].system == "" and system.startswith("You are a helpful language and vision assistant. ")
@@ -192,6 +196,28 @@ def test_lengths_for_a_gpu_are_multiples_and_change_nothing_else(kind, preparers
 
 
 @both_kinds
+def test_aia_needs_keys_and_queries(kind, preparers):
+    """A conversation without a picture shows nothing to attend to, an empty answer asks nothing: both train, without
+    AIA."""
+    p, talk = preparers[kind], Record("talk", "und", (("is it red?", "yes"),), ())
+    batch = p.batch([*world_records("und", 1), talk])
+    assert batch.aia_valid.tolist() == [True, False] and batch.queries.any(1).all()
+    shown, said = ([5] * 4, data.IMAGE), ([7, 3], data.ANSWER)
+    samples = [[shown, said], [shown, ([3], data.ANSWER)], [([5] * 4, data.TEXT), said]]
+    batch = data.collate("und", samples, torch.ones(3).bool(), 0)
+    assert batch.aia_valid.tolist() == [True, False, False] and (batch.labels != -100).any(1).all()
+    assert not data.collate("und", samples, torch.zeros(3).bool(), 0).aia_valid.any()
+
+
+def test_a_batch_asked_about_other_keys_has_another_rectangle(preparers):
+    """Kernels look at its rectangle alone, so one that were kept would hide the keys that are asked for."""
+    batch = preparers["emu3"].batch(world_records("und", 2))
+    first = torch.zeros_like(batch.condition)
+    first[:, 0] = True
+    assert not batch.condition[:, 0].any() and batch.measuring(first).rectangle == (*batch.rectangle[:2], 0, 1)
+
+
+@both_kinds
 @pytest.mark.parametrize("task", ["gen", "und"])
 def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
     """Beside longer samples a sample keeps its tokens, labels and masks; the pads behind it have none."""
@@ -208,9 +234,36 @@ def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
     assert min(lengths) < max(lengths) == together.tokens.shape[1]
 
 
+@both_kinds
+@pytest.mark.parametrize("task", ["gen", "und"])
+def test_a_batch_of_nothing_trains_nothing(kind, task, preparers):
+    """It only keeps a process in step with others: no label, no target, nothing valid, no sample to count."""
+    batch = preparers[kind].nothing(task)
+    assert batch.task == task and (batch.labels == -100).all() and not batch.aia_valid.any()
+    assert len(batch.targets) == len(batch.predicting) == sum(batch.lengths) == len(batch.origins) == 0
+
+
+def test_attention_on_other_keys_is_looked_for_where_they_are(preparers):
+    """Kernels compute one rectangle of the map, which must move with the keys."""
+    batch = preparers["emu3"].batch(world_records("und", 2))
+    other = torch.zeros_like(batch.condition)
+    other[:, 1:3] = True
+    moved = batch.measuring(other)
+    assert moved.rectangle == (*batch.rectangle[:2], 1, 3) and batch.rectangle[2:] != (1, 3)
+    assert torch.equal(moved.condition, other) and torch.equal(moved.queries, batch.queries)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
+def test_emu3_learns_from_pictures_of_the_area_that_it_draws_and_is_asked_about_whole_ones(texts):
+    """A large photo would else be thousands of codes, in sizes that it is never to draw."""
+    m = model.build("tiny-emu3", layers=1, width=32, min_pixels=8 * 8, max_pixels=64 * 64)      # draws 16 x 16
+    photo = random(0).integers(256, size=(40, 60, 3)).astype(np.uint8)
+    grids = [tuple(data.Preparer(m, texts["emu3"], training).codes([photo])[0].shape) for training in (True, False)]
+    assert grids == [(3, 5), (10, 15)]
+
+
 @both_kinds
 @pytest.mark.parametrize("images, marked, bare", [
     ("b.png", "<image>\nis it red?", "is it red?"), ("b.png", " <image> is it red? ", "is it red?"),
@@ -260,6 +313,25 @@ def use(file, p, on_bad_record):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures encoded once
 # ---------------------------------------------------------------------------------------------------------------------
+def test_janus_sees_a_picture_also_when_its_codes_are_known(texts):
+    """Codes that were made for drawing are not what SigLIP sees."""
+    p = data.Preparer(model.build("tiny-janus", layers=1, width=32), texts["janus"])
+    before = p.batch(world_records("und", 2))
+    p.batch(world_records("gen", 2))
+    again = p.batch(world_records("und", 2))
+    assert len(p.known) == 2 and again.features is None and torch.equal(again.pixels, before.pixels)
+
+
+def test_pictures_are_encoded_a_few_at_a_time(texts, monkeypatch):
+    """The tokenizer's activations are large, so a long group is cut, without another result."""
+    m, pictures = model.build("tiny-emu3", layers=1, width=32), [*draw_scenes(training_scenes(5))]
+    expected, sizes, inner = data.Preparer(m, None).codes(pictures), [], m.encode_images
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    m.encode_images = lambda pixels: sizes.append(len(pixels)) or inner(pixels)
+    codes = data.Preparer(m, None).codes(pictures)
+    assert sizes == [2, 2, 1] and all(map(torch.equal, codes, expected))
+
+
 @both_kinds
 def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, saved, album, texts, tmp_path, capsys):
     """Frozen towers say the same each time: once stored, codes and features take the towers' place, bit for bit."""
@@ -389,6 +461,27 @@ def test_the_ratio_is_honoured_over_any_window(ratio, preparers):
     assert sum(len(b.tokens) for b in made if b.task == "gen") == before[4] - before[3]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_steps_of_one_task_are_drawn_with_the_odds_of_the_ratio(seed, preparers):
+    """As the released code mixes; which steps draw follows from the seed."""
+    before = np.array([data.samples_before(step, 5, (2, 1), drawn=seed)["gen"] for step in range(301)])
+    steps = np.diff(before)
+    assert {*steps} == {0, 5} and (steps == 5).mean() == pytest.approx(2 / 3, abs=0.1)
+    other = [data.samples_before(step, 5, (2, 1), drawn=1 - seed)["gen"] for step in range(301)]
+    assert before.tolist() != other
+    plan = data.Schedule(data.WorldSource(World(0), 10, 0), preparers["emu3"], seed, 5, (2, 1), 8, mix="drawn")
+    made = [[(batch.task, len(batch.tokens)) for batch in plan.step(step)] for step in range(12)]
+    assert made == [[("gen" if n else "und", 5)] for n in steps[:12]]
+
+
+@pytest.mark.parametrize("kind, share", [("emu3", 0.05), ("janus", 0.10)])
+def test_a_model_drops_the_share_of_prompts_that_its_authors_dropped(kind, share, preparers):
+    """Guidance needs some, AIA cannot use them. No setting says how many, so a schedule must know by itself."""
+    plan = data.Schedule(data.WorldSource(World(0), 4, 0), preparers[kind], 0, 2000, (1, 0), 2000)
+    batch, = plan.step(0)
+    assert 1 - batch.aia_valid.float().mean().item() == pytest.approx(share, rel=0.2)
+
+
 @both_kinds
 def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, preparers):
     """Records, words and dropped prompts follow from seed and position alone, so memory can be traded for time."""
@@ -414,6 +507,27 @@ def test_samples_of_like_length_share_a_micro_batch(kind, preparers):
         assert 8 * sum(map(max, groups)) / sum(sum(groups, ())) - 1 < before / 3
 
 
+def test_steps_follow_one_another_from_where_a_run_goes_on(preparers):
+    """Each is prepared while the one before it trains, and none twice."""
+    def origins(batches):
+        return [batch.origins for batch in batches]
+    plan = schedule(preparers["emu3"])
+    assert [*map(origins, plan.steps(2, 5))] == [origins(plan.step(step)) for step in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_share_out_a_step(processes, preparers):
+    """Each sample is one process's, and all meet the same tasks in turn, with empty hands if need be: they wait for
+    one another."""
+    source = data.WorldSource(World(0), 10, 0)
+    plans = [data.Schedule(source, preparers["emu3"], 0, 10, (1, 1), 2, rank=rank, processes=processes)
+             for rank in range(processes)]
+    shares = [plan.groups(3) for plan in plans]
+    assert len({tuple(task for task, _ in share) for share in shares}) == 1
+    for task in ("gen", "und"):
+        assert sorted(i for share in shares for name, group in share if name == task for i in group) == [*range(15, 20)]
+
+
 def test_a_fault_in_preparation_names_its_records(preparers, monkeypatch):
     """Batches are prepared beside the training, where a bare traceback would not tell which picture broke a library."""
     def breaks(records, rngs=None, drop=0.0):
@@ -425,12 +539,43 @@ def test_a_fault_in_preparation_names_its_records(preparers, monkeypatch):
     assert re.fullmatch("while preparing world picture [0-9]+, world picture [0-9]+", fault.value.__notes__[0])
 
 
-def test_every_record_comes_once_per_epoch(preparers):
-    """Each epoch is a permutation, and another one each time."""
-    plan = schedule(preparers["emu3"], n=7)
-    for task in ("gen", "und"):
-        epochs = [[plan.record(task, i)[0].origin for i in range(first, first + 7)] for first in (0, 7, 14)]
-        assert all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+def test_epochs_and_seeds_differ_in_order_and_words(preparers):
+    """Each epoch of a task is a permutation of its own. A picture that is met again has new words, and what a visit
+    draws (its words, whether its prompt is dropped) it shares with no other."""
+    source, n = data.WorldSource(World(0), 20, 0), 20
+    orders, numbers, words = [], [], []
+    for seed, task in itertools.product((0, 1), ("gen", "und")):
+        plan, bare = (data.Schedule(one, preparers["emu3"], seed, 6, (1, 1), 64) for one in (source, Numbered("a", n)))
+        met = [plan.record(task, position)[0] for position in range(3 * n)]
+        numbers += [bare.record(task, position)[1].random() for position in range(3 * n)]
+        epochs = [met[first:first + n] for first in range(0, 3 * n, n)]
+        orders += [[record.origin for record in epoch] for epoch in epochs]
+        words += [({record.origin: record.turns for record in epoch}, task) for epoch in epochs]
+    assert all(len({*order}) == n for order in orders) and len({*map(tuple, orders)}) == len(orders)
+    assert len({*numbers}) == len(numbers)
+    for (one, task), (other, like) in itertools.combinations(words, 2):
+        assert task != like or sum(one[place] == other[place] for place in one) < n / 2
+    assert data.WorldSource(World(0), n, 1).scenes != source.scenes
+
+
+def test_no_two_seeds_of_training_share_an_order(preparers):
+    """Nor do the phases of one seed, unless they say so. The schedule of training also drops prompts by itself."""
+    def plan(seed, order):
+        run = SimpleNamespace(source=data.WorldSource(World(0), 2, 0), preparer=preparers["janus"],
+                              config=train.TrainConfig(seed=seed))
+        now = SimpleNamespace(run=run, phase=train.Phase("joint", 10, 4, 1e-3, 1, order=order))
+        return train.Progress.order_of(now, "both")
+    assert len({plan(seed, order).seed for seed in range(3) for order in range(3)}) == 9
+    assert plan(0, 0).drop == 0.10
+
+
+def test_the_picture_tokenizer_learns_from_fuller_scenes():
+    """Pictures of one to four things in any cells, half as many as those to talk about, and none of them held out."""
+    source = data.WorldSource(World(0), 200, 0)
+    scenes, clear = read_scenes(source.crowded, source.world)
+    assert len(scenes) == 100 and clear.all() and {*map(len, scenes)} == {1, 2, 3, 4}
+    assert max(len({(thing.shape, thing.colour) for thing in scene}) for scene in scenes) == 4
+    assert not any(combinations(scene) & source.world.held_out for scene in scenes)
 
 
 class Numbered:
@@ -451,13 +596,11 @@ def places(source, p, positions, task="und"):
     return [plan.record(task, position)[0].origin for position in positions]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_record_comes_once_per_epoch_over_any_number_of_ranks(ranks, preparers):
-    """A record follows from its position alone, so processes that share positions share records."""
+def test_every_record_of_joined_sources_comes_once_per_epoch(preparers):
+    """Without shares they are one data set, whose records follow from their positions alone."""
     source = Mixture([Numbered("a", 5), Numbered("b", 11)])
     for epoch in (0, 1):
-        met = [place for rank in range(ranks)
-               for place in places(source, preparers["emu3"], range(16 * epoch + rank, 16 * epoch + 16, ranks))]
+        met = places(source, preparers["emu3"], range(16 * epoch, 16 * epoch + 16))
         assert len(met) == 16 and {*met} == {*(f"a{i}" for i in range(5)), *(f"b{i}" for i in range(11))}
 
 

@@ -11,7 +11,21 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from made_data import ALBUM, ASKED, DRAWN, PUBLIC, SHARDED, add, encode, entry, random, records, store, write_table
+from made_data import (
+    ALBUM,
+    ASKED,
+    DRAWN,
+    PRESET,
+    PUBLIC,
+    SHARDED,
+    add,
+    encode,
+    entry,
+    random,
+    records,
+    store,
+    write_table,
+)
 from safetensors.torch import save_file
 
 import aia
@@ -23,12 +37,14 @@ from formats.datasets import (
     FileSource,
     bad_report,
     every,
+    fingerprint,
     index_file,
     open_sources,
     parse_ratio,
     picture_key,
+    square_pictures,
 )
-from parts.pictures import load_picture
+from parts.pictures import janus_picture, load_picture, to_picture
 from parts.settings import InputError
 
 
@@ -200,6 +216,15 @@ def test_a_million_bad_records_are_counted_but_not_all_described(album, monkeypa
         "10 bad records were left out:", f"  {file}: 10"]
 
 
+def test_the_picture_tokenizer_learns_from_all_pictures_once(album):
+    """Those to draw and those of questions, cut to the square that is drawn."""
+    config, file = PRESET["emu3"], album(*ALBUM, entry("huge.png", ("noise", "<image>")))
+    found = square_pictures(FileSource(file, "emu3"), config, [], True)
+    expected = [to_picture(janus_picture(load_picture(file.parent / f"{name}.png", "emu3"), config))
+                for name in ("a", "huge", "b", "c")]
+    assert len(found) == 4 and all(map(np.array_equal, found, expected))
+
+
 def test_a_source_says_what_it_holds(album, tmp_path):
     """One line of each data set, so that the start of a run shows what it trains on."""
     store("tar", tmp_path, PUBLIC)
@@ -262,6 +287,36 @@ def test_codes_of_other_weights_or_another_resizing_are_refused(saved, album, tm
     monkeypatch.setattr(formats.datasets, "ENCODING", ENCODING + 1)
     with pytest.raises(InputError, match="encode again"):
         Encoded(tmp_path / "codes", m)
+
+
+def test_a_resizing_is_known_by_small_and_by_large_pictures():
+    """Some differ in one of them only, such as in how they halve what is much too large."""
+    def resize(most, least=0):
+        def resized(picture, config):
+            return torch.full((1,), float(least <= max(picture.size) <= most))
+        return resized
+    tower = torch.nn.Linear(1, 1)
+    prints = [fingerprint(tower, one, None) for one in (resize(-1), resize(200), resize(9999, 500), resize(9999))]
+    assert len({*prints}) == 4 and prints[0] == fingerprint(tower, resize(-1), None)
+
+
+def test_processes_share_the_encoding(saved, album, tmp_path, monkeypatch):
+    """Each writes its own files, of other pictures; together they are all."""
+    (m, _), source = saved("emu3"), FileSource(album(*(entry(f"{name}.png", ("?", "no")) for name in "abc")), "emu3")
+    store, made = Encoded(tmp_path, m, new=True), []
+
+    def encoded(pictures):
+        made.append(pictures)
+        return [torch.zeros(1) for _ in pictures]
+    for number in (0, 1):
+        monkeypatch.setattr(formats.datasets, "rank", lambda number=number: number)
+        monkeypatch.setattr(formats.datasets, "processes", lambda: 2)
+        store.fill("codes", source, ("gen", "und"), encoded, stop=True)
+    names = [[picture.name for picture in some] for some in made]
+    assert names == [["a.png", "c.png"], ["b.png"]]
+    assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == ["000-00000.safetensors",
+                                                                            "001-00000.safetensors"]
+    assert len(Encoded(tmp_path, m).parts) == 3
 
 
 def test_a_broken_store_is_named(saved, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from made_data import random
 from PIL import Image
 
@@ -29,7 +30,8 @@ from parts.settings import InputError
 @pytest.mark.parametrize("width, height, expected", [
     (640, 427, (424, 640)), (500, 333, (424, 632)), (1000, 301, (304, 1000)), (384, 384, (512, 512)),
     (200, 150, (448, 592)), (1600, 1203, (880, 1176)), (719, 717, (720, 720)), (4000, 3000, (880, 1176)),
-    (524, 516, (512, 528))])                            # 64.5 and 65.5 codes: half to even, 64 and 66
+    (524, 516, (512, 528)),                             # 64.5 and 65.5 codes: half to even, 64 and 66
+    (516, 508, (512, 512)), (1028, 1020, (1024, 1024))])        # exactly the least and the most: nothing to mend
 def test_emu3_picture_sizes(width, height, expected):
     """What Emu3's own code makes of a picture: multiples of 8, area within 512^2..1024^2, height x width."""
     assert smart_resize(height, width, model.PRESETS["emu3-8b"]) == expected
@@ -46,6 +48,63 @@ def test_janus_reads_a_picture_on_grey_with_truncated_sides(width, height, inner
     left, top = ((384 - side) // 2 for side in inner)
     expected[top:top + inner[1], left:left + inner[0]] = 255
     torch.testing.assert_close(pixels, torch.from_numpy(expected / np.float32(255)).permute(2, 0, 1) * 2 - 1)
+
+
+def noise(width, height):
+    """Independent pixels, on which any two filters differ; none of them overshoots black or white."""
+    return Image.fromarray(random(0).integers(80, 176, size=(height, width, 3)).astype(np.uint8))
+
+
+def bicubic(pixels, height, width):
+    """Pixels (3, H, W) by torch's filter; Pillow's rounds to bytes after each direction."""
+    return F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+
+
+def differ(pixels, expected):
+    """The largest difference, in steps of a byte."""
+    return (pixels - expected).abs().max() * 127.5
+
+
+FINE = replace(model.PRESETS["emu3-8b"], image_size=64, min_pixels=32 * 32, max_pixels=128 * 128)
+SQUARE = replace(model.PRESETS["janus-pro-7b"], image_size=48)
+
+
+@pytest.mark.parametrize("width, height, first, then", [
+    (60, 90, (78, 52), (80, 48)), (200, 100, (45, 91), (48, 88)), (64, 64, (64, 64), (64, 64))])
+def test_emu3_learns_from_pictures_of_the_area_that_it_draws(width, height, first, then):
+    """In training a picture is first brought to that area and then to whole codes, both bicubically, as its own
+    preparation does; asked about, it keeps its size up to whole codes."""
+    picture = noise(width, height)
+    pixels = tokenizer_picture(picture, FINE)
+    assert abs(first[0] * first[1] / 64**2 - 1) < 0.02 and pixels.shape == (3, *then)
+    assert differ(pixels, bicubic(bicubic(to_tensor(picture), *first), *then)) < 2.5
+    sides = smart_resize(height, width, FINE)
+    assert differ(tokenizer_picture(picture, FINE, training=False), bicubic(to_tensor(picture), *sides)) < 1.5
+
+
+@pytest.mark.parametrize("width, height", [(100, 80), (20, 30)])
+def test_janus_reads_through_a_bicubic_filter(width, height):
+    """As its own preparation does, downwards with the filter widened."""
+    picture, pixels = noise(width, height), siglip_picture(noise(width, height), SQUARE)
+    inner = tuple(int(side / max(width, height) * 48) for side in (height, width))
+    top, left = ((48 - side) // 2 for side in inner)
+    found = pixels[:, top:top + inner[0], left:left + inner[1]]
+    assert differ(found, bicubic(to_tensor(picture), *inner)) < 1.5
+
+
+@pytest.mark.parametrize("factor, halvings", [(1, 0), (2, 1), (4, 2)])
+def test_janus_halves_large_pictures_with_a_box(factor, halvings):
+    """Whatever is twice the square or more, also exactly so: each pixel is the mean of those it stands for, cut out of
+    the centre, the larger rest last. A halving rounds twice by up to half a step."""
+    picture = noise(51 * factor, 48 * factor)
+    mean = F.avg_pool2d(to_tensor(picture), factor)                             # (3, 48, 51)
+    assert differ(janus_picture(picture, SQUARE), mean[:, :, 1:-2]) < halvings + 0.01
+
+
+def test_janus_draws_bicubically_below_twice_the_square():
+    """Beside the box, which halves only."""
+    picture = noise(95, 95)
+    assert differ(janus_picture(picture, SQUARE), bicubic(to_tensor(picture), 48, 48)) < 1.5
 
 
 @pytest.mark.parametrize("width, height", [(1600, 800), (800, 1600), (90, 45), (768, 384)])

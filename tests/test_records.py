@@ -9,7 +9,7 @@ from made_data import ASKED, DRAWN, both_kinds, entry, records, write_table
 from PIL import Image
 
 from formats.datasets import FileSource
-from formats.records import Record, question_parts
+from formats.records import Record, first_question, question_parts
 from parts.settings import InputError, stream
 
 
@@ -18,6 +18,15 @@ def test_marks_must_fit_the_pictures(marks, pictures):
     """Else a picture would be lost, or a question would ask about one that is not there."""
     with pytest.raises(InputError, match=f"{marks} <image> marks in the questions for {pictures} pictures"):
         question_parts([("<image> and " * marks, None)], pictures)
+
+
+@pytest.mark.parametrize("first, second, shown", [
+    ("see <image>", "like <image>?", 1), ("red?", "and <image><image>?", 0), ("red?", "and blue?", 2)])
+def test_a_first_question_takes_its_own_pictures_along(first, second, shown):
+    """Those of later questions stay behind; without marks all pictures stand before the first."""
+    record = Record("x", "und", ((first, "yes"), (second, "no")), ("a", "b"))
+    asked = first_question(record)
+    assert asked.turns == ((first, None),) and asked.pictures == ("a", "b")[:shown]
 
 
 @both_kinds

@@ -1,11 +1,21 @@
 """Claims about picture tokenizers and SigLIP, with their parity with transformers (parts/vision.py)."""
 
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from made import both_models, close, fresh, tiny
+from made_data import training_scenes
 
-from parts.vision import autoencode, flatten
+import parts.vision
+import train
+from parts.pictures import to_tensor
+from parts.vision import AGREEMENT, autoencode, equal_patches, fill_codebook, flatten, tokenizer_step
+from parts.world import draw_scenes
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 
@@ -90,3 +100,109 @@ def test_equal_patches_share_a_code_in_training_and_different_ones_are_plain_vec
         equal = torch.cat([z[:, 1, 2], z[:1, 0, 0]])                # picture 0 shows the patch twice
         spread = (equal - equal.mean(0)).square().sum() / (z - z.mean((0, 1, 2))).square().sum()
     assert within.item() == pytest.approx(spread.item(), rel=1e-4) and within > 0
+
+
+@both_models
+def test_reconstruction_passes_straight_through_the_codes(name):
+    """Latents get the gradient of the decoder's input as it is, and the codebook none: that of reconstruction must not
+    pull rows away from their latents."""
+    m, seen = tiny(name), {}
+
+    def keep(name):
+        inner = getattr(m.vq, name)
+
+        def kept(x):
+            seen[name] = inner(x) if name != "pixels" else x
+            seen[name].retain_grad()
+            return inner(x) if name == "pixels" else seen[name]
+        return kept
+    for part in ("latents", "vectors", "pixels"):
+        setattr(m.vq, part, keep(part))
+    again, _, pull, _ = autoencode(m.vq, torch.randn(2, 3, 16, 16))
+    z, e, given = (seen[part] for part in ("latents", "vectors", "pixels"))
+    close(given, e)
+    again.square().mean().backward(retain_graph=True)
+    assert torch.equal(z.grad, given.grad) and z.grad.abs().max() > 0 and e.grad is None
+    z.grad = None
+    pull.backward()
+    close(e.grad, 2 * (e - z) / z.numel())                          # |sg(z) - e|^2
+    close(z.grad, 0.25 * 2 * (z - e) / z.numel())                   # 0.25 |z - sg(e)|^2
+
+
+@both_models
+def test_agreement_moves_latents_but_not_their_variance(name):
+    """The share falls when equal patches agree, not when all latents are blown up: its divisor has no gradient."""
+    m = fresh(name)
+    z = torch.randn(2, m.config.code_dim, 4, 4, requires_grad=True)
+    m.vq.latents = lambda pixels: z
+    pixels = torch.randn(2, 3, 16, 16)
+    pixels[1] = pixels[0]                                           # each patch twice
+    autoencode(m.vq, pixels)[3].backward()
+    mean = z.mean(0, keepdim=True)
+    variance = (z - z.mean((0, 2, 3), keepdim=True)).square().sum(1).mean()
+    close(z.grad, 2 * (z - mean) / (2 * 16 * variance))
+
+
+@both_models
+def test_a_filled_codebook_has_every_patch_there_is(name):
+    """Each row goes to what is farthest from those before it, so rare patches come before a second copy of any."""
+    m, pixels = fresh(name), torch.stack([*map(to_tensor, draw_scenes(training_scenes(4)))])
+    fill_codebook(m.vq, pixels)
+    mean = equal_patches(pixels, m.vq.latents(pixels))[-1]
+    assert 5 < len(mean) < m.config.codebook
+    apart = (mean[:, None] - m.vq.quantize.weight).norm(dim=-1)     # (patches, rows)
+    assert apart.min(1).values.max() < 1e-5 * apart.max()
+
+
+def test_a_step_of_the_picture_tokenizer_adds_up_its_losses(monkeypatch):
+    """l1 + l2 + pull + agreement, whose weight grows from 0 to AGREEMENT; without codes for the first fifth; the
+    codebook is filled when codes begin, and again halfway. Pictures follow from seed and step."""
+    m, phase = fresh("tiny-emu3"), replace(train.TOKENIZER, batch_size=6)
+    pictures = draw_scenes(training_scenes(50))
+    a, b, c = (torch.tensor(value, requires_grad=True) for value in (0.3, 0.1, 0.1))
+    met, filled = [], []
+
+    def faked(vq, pixels, commitment=0.25, quantize=True):
+        met.append(pixels)
+        codes = torch.tensor([0, 5, 5]) if quantize else None
+        return pixels - a, codes, b, c
+    monkeypatch.setattr(parts.vision, "autoencode", faked)
+    monkeypatch.setattr(parts.vision, "fill_codebook", lambda vq, pixels: filled.append((step, pixels)))
+    for step in (0, 1, 199, 200, 201, 500, 750, 999):
+        a.grad = b.grad = c.grad = None
+        row = tokenizer_step(m, pictures, step, phase, 3)["tokenizer"]
+        assert (a.grad.item(), b.grad.item()) == pytest.approx((1 + 2 * 0.3, 1.0), rel=1e-5)
+        assert c.grad.item() == pytest.approx(AGREEMENT * step / 1000) and row["codes"] == (2 if step >= 200 else 0)
+        assert (row["l1"], row["within"]) == pytest.approx((0.3, 0.1), rel=1e-5)
+    assert [step for step, _ in filled] == [200, 500] and all(pixels.shape == (128, 3, 16, 16) for _, pixels in filled)
+    assert [*map(len, met)] == [6] * 8 and len(filled[0][1].unique(dim=0)) > len(pictures) / 2
+    known = {to_tensor(picture).numpy().tobytes() for picture in pictures}
+    assert {one.numpy().tobytes() for batch in met for one in batch} <= known
+    batches = {batch.numpy().tobytes() for batch in met}
+    for step, seed in ((0, 3), (0, 4), (1, 4)):
+        tokenizer_step(m, pictures, step, phase, seed)
+        assert (met[-1].numpy().tobytes() in batches) == (seed == 3)
+        batches.add(met[-1].numpy().tobytes())
+    assert len(batches) == 8 + 2
+
+
+@both_models
+def test_the_first_stage_is_these_steps_at_their_rates(name):
+    """What training does to a picture tokenizer, said again by hand: bit for bit, with the pictures of each step."""
+    phase = replace(train.TOKENIZER, steps=10, batch_size=4, warmup=3)
+    ours, pictures = fresh(name), draw_scenes(training_scenes(12))
+    plain = copy.deepcopy(ours)
+    run = SimpleNamespace(m=ours, pictures=pictures, config=SimpleNamespace(seed=3), autocast=nullcontext)
+    now = SimpleNamespace(run=run, phase=phase, optimizer=train.make_optimizer(ours, phase),
+                          bar=SimpleNamespace(update=lambda: None))
+    optimizer = torch.optim.AdamW(plain.vq.parameters(), 8e-3, (0.9, 0.99), weight_decay=0.0, fused=True)
+    for step in range(4):
+        train.take_step(now, step)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, phase)
+        tokenizer_step(plain, pictures, step, phase, 3)
+        torch.nn.utils.clip_grad_norm_(plain.vq.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (key, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other), key
+    assert not torch.equal(ours.vq.quantize.weight, fresh(name).vq.quantize.weight)
