@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made import both_models
-from made_data import answer_of
+from made_data import all_held_out, answer_of, combination_of
 from made_folders import BLUE, RED, command, opened
 from made_runs import refused
 from PIL import Image
@@ -25,9 +25,9 @@ import model
 import parts.terminal
 import train
 from formats.checkpoints import save_checkpoint, tensors_of
-from parts.pictures import to_tensor
+from parts.pictures import to_picture, to_tensor
 from parts.settings import write_json
-from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, draw_scenes, read_scenes
+from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, combinations, draw_scenes, read_scenes
 
 
 def result_of(capsys):
@@ -104,6 +104,33 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
     scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
     assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
     assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
+
+
+def test_what_is_scored_or_measured_was_never_shown(monkeypatch):
+    """A model that knows its training pictures by heart must gain nothing by that: not in answers, open ones among
+    them, drawings, reconstructions or curves."""
+    world, met = World(3, 5, 5, 3), {}
+
+    class Keeper(torch.nn.Linear):
+        encode_images = staticmethod(lambda pixels: met.update(rebuilt=[*map(to_picture, pixels)]) or pixels)
+        decode_images = staticmethod(lambda pixels: pixels)
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: met.update(
+        shown=[picture for picture, _ in asked]) or ["yes"] * len(asked))
+    monkeypatch.setattr(evaluation, "draw", lambda m, text, prompts, **_: met.update(
+        prompts=prompts) or torch.zeros(len(prompts), 3, world.side, world.side))
+    evaluation.score_understanding(None, None, world, 6)
+    evaluation.score_generation(None, None, world, 3)
+    evaluation.score_tokenizer(Keeper(1, 1), world, 21)
+    records = {task: next(evaluation.HeldOut(world, 0).batches(SimpleNamespace(batch=list), task, 21))
+               for task in aia.TASKS}
+    measured = {task: [record.pictures[0] for record in some] for task, some in records.items()}
+    for pictures in (met["shown"], met["rebuilt"], *measured.values()):
+        assert len(pictures) >= 21 and all_held_out(pictures, world)
+    for prompts in (met["prompts"], [record.turns[0][0] for record in records["gen"]]):
+        asked = [combination_of(prompt) for prompt in prompts]
+        assert {*asked} <= world.held_out and {combination[0] for combination in asked} == {*world.skills}
+    scenes, _ = read_scenes(np.stack(measured["gen"]), world)
+    assert all(combination in combinations(scene) for combination, scene in zip(asked, scenes, strict=True))
 
 
 @pytest.mark.parametrize("offset, psnr, reader", [(0, 90, 1.0), (10, 20 * np.log10(25.5), 1.0)])
