@@ -1,5 +1,7 @@
 """Claims about judging: scores, curves, and the commands that draw and answer (eval.py)."""
 
+import inspect
+import itertools
 import json
 import math
 import re
@@ -36,18 +38,35 @@ def result_of(capsys):
     return before, json.loads(last.removeprefix("result "))
 
 
+def watched(monkeypatch, owner, name):
+    """The arguments, by name, of each call of a method from now on."""
+    inner, seen = getattr(owner, name), []
+
+    def call(*args, **more):
+        bound = inspect.signature(inner).bind(*args, **more)
+        bound.apply_defaults()
+        seen.append(SimpleNamespace(**bound.arguments))
+        return inner(*args, **more)
+    monkeypatch.setattr(owner, name, call)
+    return seen
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
+def saying(monkeypatch, world, change):
+    """From now on questions are answered by change(right answer, question)."""
+    def say(m, text, asked, **_):
+        scenes, _ = read_scenes(np.stack([picture for picture, _ in asked]), world)
+        return [change(answer_of(words, scene), words) for (_, words), scene in zip(asked, scenes, strict=True)]
+    monkeypatch.setattr(evaluation, "answer", say)
+
+
 @pytest.mark.parametrize("size", [(4, 4, 2), (8, 8, 4)])
 def test_right_answers_score_one(size, monkeypatch):
     """Someone who reads the pictures and answers by the words of the question is right in every measure."""
     world = World(0, *size)
-
-    def look(m, text, asked, **_):
-        scenes, _ = read_scenes(np.stack([picture for picture, _ in asked]), world)
-        return [answer_of(question, scene) for (_, question), scene in zip(asked, scenes, strict=True)]
-    monkeypatch.setattr(evaluation, "answer", look)
+    saying(monkeypatch, world, lambda right, words: right)
     scores = evaluation.score_understanding(None, None, world, 8)
     assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 1.0) and set(scores.values()) == {1.0}
 
@@ -66,6 +85,47 @@ def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
     scores = evaluation.score_understanding(None, None, World(0), 40)
     assert 0 < scores["und_by_topic"]["choice"] < 1 and scores["circular"] == 0
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_one_wrong_turn_of_a_choice_is_enough(wrong, monkeypatch):
+    """Right under all four rotations, the first asking among them, which alone is the plain accuracy."""
+    world, number = World(0), itertools.count()
+    saying(monkeypatch, world, lambda right, words: "none" if words.startswith("which") and next(number) % 4 == wrong
+           else right)
+    scores = evaluation.score_understanding(None, None, world, 8)
+    assert scores["circular"] == 0 and scores["und_by_topic"] == dict.fromkeys(TOPICS, 1.0) | {
+        "choice": float(wrong > 0)}
+
+
+@pytest.mark.parametrize("change", [lambda right: f"{right} or not", lambda right: f"not {right}", str.upper,
+                                    lambda right: right[:-1]], ids=["longer", "behind", "loud", "shorter"])
+def test_an_answer_counts_as_a_whole(change, monkeypatch):
+    """The model was taught just these words: who says more, or less, hedges or has not learned them."""
+    world = World(0)
+    saying(monkeypatch, world, lambda right, words: "" if right in "ABCD" else change(right))
+    scores = evaluation.score_understanding(None, None, world, 8)
+    assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 0.0) and set(scores.values()) == {0.0}
+
+
+def test_scores_take_what_is_likeliest(runs, monkeypatch):
+    """Drawn by chance, two scores of one model would differ. Pictures are guided as the model's preset says."""
+    said, drawn = (watched(monkeypatch, model.Unified, name) for name in ("generate_text", "generate_images"))
+    evaluation.score_both(*opened(runs["tiny-emu3"]), World(0), 1)
+    assert {(one.temperature, one.max_new_tokens) for one in said} == {(0.0, 8)}
+    assert {(one.temperature, one.guidance) for one in drawn} == {(0, None)}
+
+
+def test_the_seed_decides_what_is_scored_and_measured(runs, tmp_path, monkeypatch):
+    """Questions, prompts, reconstructions and samples of curves: all random numbers of both commands follow from it."""
+    keys, inner = [], evaluation.stream
+    monkeypatch.setattr(evaluation, "stream", lambda *key: keys.append(key) or inner(*key))
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
+    monkeypatch.setattr(evaluation, "draw", lambda m, text, prompts, **_: torch.zeros(len(prompts), 3, 16, 16))
+    monkeypatch.setattr(evaluation, "plot_curves", lambda result, file: None)
+    command("score", "--checkpoint", runs["tiny-emu3"], "--n", 1, "--seed", 3)
+    command("curves", "--checkpoint", runs["tiny-emu3"], "--n", 1, "--seed", 3, "--out", tmp_path / "a.png")
+    assert {*keys} == {(3, "questions"), (3, "prompts"), (3, "reconstructions"), (3, "curves", 0), (3, "curves", 1)}
 
 
 @pytest.mark.parametrize("objects", [2, 3, 4])
@@ -88,7 +148,7 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
     monkeypatch.setattr(World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
 
     def paint(m, text, prompts, temperature):
-        assert len(prompts) == len(scenes)
+        assert len(prompts) == len(scenes) and temperature == 0
         shown = [scene for scene, _ in scenes]
         if drawn == "another shape":
             following = dict(zip(world.shapes, (*world.shapes[1:], world.shapes[0]), strict=True))
@@ -205,6 +265,40 @@ def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
     torch.testing.assert_close(torch.tensor(rows["intensity"]) - torch.tensor(rows["without_first_token"]), gap)
 
 
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_samples_that_aia_cannot_use_are_in_no_curve(name, task, runs):
+    """A dropped prompt would pull every mean towards the attention on nothing. The others count alike, whatever batch
+    they are in; only the next-token loss is of all tokens."""
+    m, text = opened(runs[name])
+    preparer, targets = data.Preparer(m, text), aia.targets(2, task)
+    records, = evaluation.HeldOut(World(0), 0).batches(SimpleNamespace(batch=list), task, 4)
+    mixed, last, alone = (preparer.batch([records[i] for i in chosen]) for chosen in ((0, 1, 2), (3,), (0, 2, 3)))
+    mixed = replace(mixed, aia_valid=torch.tensor([True, False, True]))
+    found, expected = evaluation.measure(m, [mixed, last], *targets), evaluation.measure(m, [alone], *targets)
+    with torch.inference_mode():
+        whole = [m(batch) for batch in (mixed, last)]
+    assert found.pop("ntp") == pytest.approx(sum(out.ntp.item() for out in whole) / sum(out.tokens for out in whole))
+    expected.pop("ntp")
+    assert found.keys() == expected.keys() and found["samples"] == 3
+    for key, value in found.items():
+        assert value == pytest.approx(expected[key], rel=1e-4), key
+    invalid = replace(last, aia_valid=torch.tensor([False]))
+    assert evaluation.measure(m, [invalid], *targets) is None
+
+
+@both_models
+def test_a_spoken_answer_ends_with_its_end(name, runs, monkeypatch):
+    """EOS is predicted like any word, so it has a label; what stands behind it was never said."""
+    m, text = opened(runs[name])
+    eos = m.ids["eos"]
+    said = torch.tensor([[7, 8, eos, m.ids["pad"]], [7, 8, 9, 10]])
+    monkeypatch.setattr(m, "generate_text", lambda *key: said)
+    batch, = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text), "und", 2)
+    assert [row[row != -100].tolist() for row in batch.labels] == [[7, 8, eos], [7, 8, 9, 10]]
+    assert batch.queries.sum(1).tolist() == [2, 3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +313,46 @@ def test_a_drawing_is_repeated_by_its_seed(name, runs, tmp_path, capsys):
         assert Image.open(file).size == (result["width"], result["height"]) == (3 * model.PRESETS[name].image_size,) * 2
     first, same, other = (file.read_bytes() for file in files)
     assert first == same != other
+
+
+@pytest.mark.parametrize("flags, away, how", [
+    ((), "blurry", {}), (("--negative", "ugly", "--guidance", 2.5), "ugly", {"guidance": 2.5}),
+    (("--guidance", 1, "--temperature", 0.5, "--seed", 4), None, {"guidance": 1, "temperature": 0.5, "seed": 4})])
+def test_what_emu3_is_given_to_draw(flags, away, how, runs, tmp_path, monkeypatch):
+    """What public weights were trained and drawn with: the suffix behind every prompt, the model's own negative prompt
+    without it, and in both as text the sides of the grid, height first, that is drawn. Flags reach the model."""
+    m, text = opened(runs["tiny-emu3"])
+    m.config = replace(m.config, suffix=" best quality.", negative="blurry")
+    monkeypatch.setattr(evaluation, "load_run", lambda config: (m, text, None))
+    seen = watched(monkeypatch, model.Unified, "generate_images")
+    command("generate", "--prompt", "a red cross", "--aspect", "5:2", "--out", tmp_path / "a.png", *flags)
+    one, = seen
+
+    def prompt(words):
+        ids = text.ids
+        return [[ids["bos"], *text.encode(words), ids["boi"], *text.encode("3*6"), ids["img"]]]
+    assert one.size == (3, 6) and one.ids.tolist() == prompt("a red cross best quality.") and one.mask.all()
+    assert one.negative is None if away is None else one.negative.tolist() == prompt(away)
+    found = {"guidance": one.guidance, "temperature": one.temperature, "seed": one.generator.initial_seed()}
+    assert found == {"guidance": None, "temperature": 1.0, "seed": 0} | how and one.top_k is None
+
+
+def test_the_next_batch_of_prompts_is_drawn_from_other_random_numbers(runs):
+    """Were the seed taken anew for each, one prompt would give the same picture in all of them."""
+    one, two = evaluation.draw(*opened(runs["tiny-emu3"]), ["a red cross"] * 2, 7, batch=1)
+    assert not torch.equal(one, two)
+
+
+def test_free_decoding_measures_what_was_drawn_from(runs, monkeypatch):
+    """The suffix is a part of the prompt, so attention on it counts as well."""
+    m, text = opened(runs["tiny-emu3"])
+    m.config = replace(m.config, suffix=" best quality.")
+    seen = watched(monkeypatch, model.Unified, "generate_images")
+    batch, = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text, seed=3), "gen", 4)
+    one, = seen
+    assert one.generator.initial_seed() == 3 and len({*one.mask.sum(1).tolist()}) > 1
+    for tokens, ids, kept in zip(batch.tokens, one.ids, one.mask, strict=True):
+        assert torch.equal(tokens[:kept.sum()], ids[kept])
 
 
 @both_models
@@ -272,6 +406,17 @@ def test_chat_prints_the_models_answer(name, runs, capsys):
     printed, result = result_of(capsys)
     expected, = evaluation.answer(*opened(runs[name]), [(picture, question)], max_new_tokens=5)
     assert printed == result["answer"] == expected != ""
+
+
+@pytest.mark.parametrize("flags, how", [
+    ((), (512, 0.0, 1.0, 0)),
+    (("--temperature", 0.7, "--top-p", 0.4, "--seed", 5, "--max-new-tokens", 3), (3, 0.7, 0.4, 5))])
+def test_flags_of_a_chat_reach_the_model(flags, how, runs, monkeypatch):
+    """How words are drawn: greedily, unless a flag asks for more."""
+    seen = watched(monkeypatch, model.Unified, "generate_text")
+    command("chat", "--checkpoint", runs["tiny-emu3"], "--question", "what?", *flags)
+    one, = seen
+    assert (one.max_new_tokens, one.temperature, one.top_p, one.generator.initial_seed()) == how
 
 
 def talk(monkeypatch, *lines):
@@ -421,13 +566,16 @@ def test_each_arm_is_measured_on_its_own_weights(kept, runs, tmp_path):
 
 @both_models
 def test_curves_of_free_decoding_are_another_measurement(name, runs, tmp_path, capsys):
-    """--decode leaves out the stored answers, so the same samples give other numbers of the same form."""
+    """--decode leaves out the stored answers: of the same samples, what the model itself says and draws is measured."""
     files = [tmp_path / "given.png", tmp_path / "free.png"]
     for file, flag in zip(files, ([], ["--decode"]), strict=True):
         command("curves", "--checkpoint", runs[name], "--n", 2, "--out", file, *flag)
     given, free = (json.loads(file.with_suffix(".json").read_text()) for file in files)
+    m, text = opened(runs[name])
     for task in aia.TASKS:
-        assert given[task]["after"].keys() == free[task]["after"].keys() and free[task]["after"]["samples"] == 2
+        own = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text), task, 2)
+        expected = evaluation.measure(m, own, *aia.targets(2, task))
+        assert {key: pytest.approx(value) for key, value in free[task]["after"].items() if key != "label"} == expected
         assert given[task]["after"]["intensity"] != free[task]["after"]["intensity"]
 
 

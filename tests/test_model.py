@@ -324,8 +324,8 @@ def test_a_branch_of_its_own_is_drawn_with(forked, device):
             p.copy_(torch.randn(p.shape))
     ids = torch.randint(5, 90, (2, 6)).to(device)
     codes = f.generate_images(ids, guidance=1, temperature=0)
-    if m.config.kind == "janus":                    # the code of the highest logit at each place of a full pass
-        assert torch.equal(f.image_logits(ids, codes.clone()).argmax(-1), codes)
+    # the code of the highest logit at each place of a full pass
+    assert torch.equal(f.image_logits(ids, codes.clone()).argmax(-1), codes.flatten(1))
     assert not torch.equal(codes, m.generate_images(ids, guidance=1, temperature=0))
     assert torch.equal(f.generate_text(ids, max_new_tokens=4), m.generate_text(ids, max_new_tokens=4))
 
@@ -435,6 +435,17 @@ def test_a_model_learns_the_same_by_log_sum_exp(name, task, recompute, lora, dev
     torch.testing.assert_close(found["intensity"], expected["intensity"], rtol=1e-4, atol=1e-6)
     for name, grad in got.items():
         torch.testing.assert_close(grad, right[name], rtol=1e-3, atol=1e-5 * float(right[name].abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("valid", [(True, False), (False, True), (True, True)])
+def test_a_step_reports_the_intensity_of_valid_samples(valid):
+    """A mean over them, however they are cut into micro-batches; what a dropped prompt attends to is nothing to log."""
+    m, batch = small("tiny-emu3"), batch_of(model.PRESETS["tiny-emu3"], "gen", valid=valid)
+    found = train.metrics_of(train.accumulate(m, [batch, batch], TARGETS, {}, backward=False))["gen"]
+    with torch.no_grad():
+        expected = m(batch).intensity[torch.tensor(valid)]
+    torch.testing.assert_close(found["intensity"], expected.mean(0))
+    assert found["aia"] == pytest.approx(aia.loss(expected, *TARGETS["gen"], torch.ones(len(expected)).bool()).item())
 
 
 class Operations(TorchDispatchMode):
@@ -585,6 +596,17 @@ def test_greedy_drawing_equals_full_passes(m, guidance, lengths):
         codes = m.generate_images(ids, mask, GRID, negative, guidance, **how)   # takes the likeliest
         assert codes.flatten(1).tolist() == expected
     assert len(set(sum(expected, []))) > 3      # a model that repeats one code would prove little
+
+
+def test_drawing_takes_guidance_and_top_k_of_the_model(m, monkeypatch):
+    """What nobody states is what the preset says: the same logits at each step, of which as many may be drawn."""
+    negative = ids_of([words(6)], m) if m.config.kind == "emu3" else None
+    ids, seen = ids_of([words(5)], m), []
+    monkeypatch.setattr(model, "sample", lambda logits, *how: seen.append((logits, how[:3])) or logits.argmax(-1))
+    for how in ({}, {"guidance": 1.2, "top_k": 2, "temperature": 1.0}):
+        m.generate_images(ids, None, GRID, negative, **how)
+    assert {how for _, how in seen} == {(1.0, 2, 1.0)}
+    assert torch.equal(*(torch.cat([logits for logits, _ in half]) for half in (seen[:6], seen[6:])))
 
 
 def test_teacher_forced_logits_are_those_of_each_step(m, device):
