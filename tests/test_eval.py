@@ -29,7 +29,7 @@ import train
 from formats.checkpoints import save_checkpoint, tensors_of
 from parts.pictures import to_picture, to_tensor
 from parts.settings import write_json
-from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, combinations, draw_scenes, read_scenes
+from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, combinations, draw_scenes, read_scenes
 
 
 def result_of(capsys):
@@ -164,6 +164,23 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
     scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
     assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
     assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
+
+
+def test_each_skill_has_a_score_of_its_own(monkeypatch):
+    """Someone who draws groups of equal things only is right in counting and wrong everywhere else."""
+    world = World(0)
+
+    def paint(m, text, prompts, temperature):
+        scenes = []
+        for skill, *words in map(combination_of, prompts):
+            number, colour, shape = words if skill == "counting" else (0, None, None)
+            scenes.append([Thing(shape, colour, cell) for cell in range(number)])
+        return torch.stack([to_tensor(picture) for picture in draw_scenes(scenes)])
+    monkeypatch.setattr(evaluation, "draw", paint)
+    scores, (prompts, _, right) = evaluation.score_generation(None, None, world, 3)
+    assert scores["gen_by_skill"] == dict.fromkeys(world.skills, 0.0) | {"counting": 1.0}
+    assert scores["gen"] == pytest.approx(1 / len(world.skills))
+    assert right == [combination_of(prompt)[0] == "counting" for prompt in prompts]
 
 
 def test_what_is_scored_or_measured_was_never_shown(monkeypatch):
