@@ -354,6 +354,20 @@ def test_what_emu3_is_given_to_draw(flags, away, how, runs, tmp_path, monkeypatc
     assert found == {"guidance": None, "temperature": 1.0, "seed": 0} | how and one.top_k is None
 
 
+@pytest.mark.parametrize("roles", ["tags", "plain"])
+def test_what_janus_is_given_to_draw(roles, runs, monkeypatch):
+    """A conversation of one turn, up to begin-of-image, with role tags or the words for them; nothing to be guided
+    away from."""
+    m, text = opened(runs["tiny-janus"])
+    seen = watched(monkeypatch, model.Unified, "generate_images")
+    evaluation.draw_codes(m, text, ["a red cross "], roles=roles)
+    one, = seen
+    user, assistant = ([text.ids["user"]], [text.ids["assistant"]]) if roles == "tags" else map(
+        text.encode, ("User", "Assistant"))
+    said = [text.ids["bos"], *user, *text.encode(": a red cross\n\n"), *assistant, *text.encode(":"), text.ids["boi"]]
+    assert one.ids.tolist() == [said] and (one.size, one.negative, one.guidance) == ((4, 4), None, None)
+
+
 def test_the_next_batch_of_prompts_is_drawn_from_other_random_numbers(runs):
     """Were the seed taken anew for each, one prompt would give the same picture in all of them."""
     one, two = evaluation.draw(*opened(runs["tiny-emu3"]), ["a red cross"] * 2, 7, batch=1)

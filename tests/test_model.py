@@ -711,11 +711,12 @@ def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["sliced", "all columns"])
-def test_a_row_that_stands_still_goes_on_where_it_was(whole):
+@pytest.mark.parametrize("pads", [2, 0], ids=["padded", "equal"])
+def test_a_row_that_stands_still_goes_on_where_it_was(pads, whole):
     """Rows move in turn, one column a step; each gives what it gives alone, whatever the others do meanwhile."""
     m = small("tiny-emu3").eval()
     x, mask = torch.randn(3, 10, m.config.width), torch.ones(3, 4, dtype=torch.bool)
-    mask[2, :2] = False
+    mask[2, :pads] = False
     moves = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 1, 0], [0, 1, 0, 1, 1, 1]]).bool()
     with torch.no_grad():
         alone = [m.lm(x[b:b + 1, 4 - int(mask[b].sum()):4 + int(moves[b].sum())])[0][0, -int(moves[b].sum()):]
@@ -733,6 +734,19 @@ def test_a_row_that_stands_still_goes_on_where_it_was(whole):
                     taken[b] += 1
     for mine, right in zip(found, alone, strict=True):
         torch.testing.assert_close(torch.stack(mine), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["sliced", "all columns"])
+def test_a_cache_holds_what_autocast_gives_in_its_own_type(whole):
+    """Keys in half precision may meet a cache in float32, whose columns are not all new: they are the same there."""
+    m = small("tiny-emu3")
+    cache = model.Cache(m.lm, torch.ones(2, 4, dtype=torch.bool), 2)
+    if whole:
+        cache.recorded(None)
+    k, v = torch.randn(2, 2, 1, 4, m.config.head_dim).bfloat16()
+    cache.enter(4)
+    keys, values = (x[:, :, :4] for x in cache.add(1, k, v))
+    assert torch.equal(keys, k.float()) and torch.equal(values, v.float())
 
 
 def test_codes_are_drawn_as_by_torch_multinomial():
