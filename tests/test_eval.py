@@ -304,6 +304,28 @@ def test_samples_that_aia_cannot_use_are_in_no_curve(name, task, runs):
     assert evaluation.measure(m, [invalid], *targets) is None
 
 
+def test_the_first_samples_of_a_data_set_are_measured_once_each():
+    """As many as are asked for, or there are, in order, and none with a dropped prompt."""
+    source = SimpleNamespace(count=lambda task: 5, record=lambda task, i: i)
+    preparer = SimpleNamespace(batch=lambda records, rngs, drop: (records, drop))
+    for n, expected in ((3, [[0, 1], [2]]), (9, [[0, 1], [2, 3], [4]])):
+        found = [*evaluation.FileBatches(source).batches(preparer, "gen", n, batch=2)]
+        assert found == [(records, 0.0) for records in expected]
+
+
+@pytest.mark.parametrize("manifest, label", [
+    ({"lambdas": {"gen": 0.0, "und": 0.0}}, "at the end, without AIA"), ({"lambdas": {}}, "at the end, without AIA"),
+    ({"lambdas": {"gen": 0.0, "und": 2.0}}, "with AIA"), ({"weights": {"gen": 5.0, "und": 0.0}}, "with AIA")])
+def test_final_weights_are_called_by_how_they_were_trained(manifest, label, tmp_path):
+    """Measured with lambda 0, or without a lambda, they had no AIA; the newest checkpoint tells, and older ones call
+    lambdas weights."""
+    assert evaluation.final_label(tmp_path) == "with AIA"                       # results alone, as they are copied
+    for name, content in (("2-0000005", {"lambdas": {"gen": float(label != "with AIA")}}), ("3-0000001", manifest)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        write_json(content, tmp_path / "checkpoints" / name / "manifest.json")
+    assert evaluation.final_label(tmp_path) == label
+
+
 @both_models
 def test_a_spoken_answer_ends_with_its_end(name, runs, monkeypatch):
     """EOS is predicted like any word, so it has a label; what stands behind it was never said."""
