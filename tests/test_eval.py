@@ -118,14 +118,18 @@ def test_scores_take_what_is_likeliest(runs, monkeypatch):
 
 def test_the_seed_decides_what_is_scored_and_measured(runs, tmp_path, monkeypatch):
     """Questions, prompts, reconstructions and samples of curves: all random numbers of both commands follow from it."""
-    keys, inner = [], evaluation.stream
+    keys, drawn, inner = [], [], evaluation.stream
     monkeypatch.setattr(evaluation, "stream", lambda *key: keys.append(key) or inner(*key))
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
-    monkeypatch.setattr(evaluation, "draw", lambda m, text, prompts, **_: torch.zeros(len(prompts), 3, 16, 16))
+    monkeypatch.setattr(evaluation, "draw", lambda m, text, prompts, **_: drawn.extend(prompts) or torch.zeros(
+        len(prompts), 3, 16, 16))
     monkeypatch.setattr(evaluation, "plot_curves", lambda result, file: None)
-    command("score", "--checkpoint", runs["tiny-emu3"], "--n", 1, "--seed", 3)
+    command("score", "--checkpoint", runs["tiny-emu3"], "--n", 2, "--seed", 3, "--out", tmp_path / "s.json")
     command("curves", "--checkpoint", runs["tiny-emu3"], "--n", 1, "--seed", 3, "--out", tmp_path / "a.png")
     assert {*keys} == {(3, "questions"), (3, "prompts"), (3, "reconstructions"), (3, "curves", 0), (3, "curves", 1)}
+    assert len(drawn) == 2 * 6
+    assert {"und", "gen", "f1", "acc_plus", "circular", "open", "psnr", "reader"} <= json.loads(
+        (tmp_path / "s.json").read_text()).keys()
 
 
 @pytest.mark.parametrize("objects", [2, 3, 4])
@@ -259,12 +263,15 @@ def test_curves_are_stored_for_every_layer(name, runs, tmp_path, capsys):
 
 
 def test_curves_without_huber_are_json_for_every_reader(runs, tmp_path):
-    """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity."""
+    """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity. Targets are
+    those that the run asked for."""
     shutil.copy(runs["tiny-emu3"] / "tokenizer.json", tmp_path)
     shutil.copytree(runs["tiny-emu3"] / "checkpoints", tmp_path / "checkpoints")
-    write_json(asdict(train.TrainConfig(aia_variant="no-huber")), tmp_path / "settings.json")
+    write_json(asdict(train.TrainConfig(aia_variant="no-huber", aia_targets="flux")), tmp_path / "settings.json")
     command("curves", "--checkpoint", tmp_path, "--n", 1)
-    json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    stored = json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert stored["gen"]["target"] == aia.targets(2, "gen", "flux")[0].tolist() != aia.targets(2, "gen")[0].tolist()
+    assert stored["gen"]["delta"] == [None] * 2
 
 
 @pytest.mark.parametrize("task", aia.TASKS)
@@ -449,6 +456,15 @@ def test_prompts_that_cannot_be_drawn_are_refused_in_one_line(runs, tmp_path, ca
         assert "give a file with a prompt in each line, and no --prompt" in message
     assert "--scale 10000 makes" in refused(capsys, "generate", *folder, "--scale", 10000, main=evaluation.main)
     assert not [*tmp_path.glob("*.png")]
+
+
+@pytest.mark.parametrize("flags", [{}, {"dtype": "bfloat16", "rope_bf16": True, "allow_special": True}])
+def test_flags_of_loading_reach_model_and_tokenizer(flags, runs):
+    """As stored and safe by default: exact frequencies, and strings that look like control tokens are text."""
+    m, text, run = evaluation.load_run(evaluation.Loaded(str(runs["tiny-emu3"]), device="cpu", **flags))
+    assert m.lm_head.weight.dtype == (torch.bfloat16 if flags else torch.float32) and run["preset"] == "tiny-emu3"
+    assert m.config.rope_bf16 == m.lm.config.rope_bf16 == bool(flags)
+    assert ([*text.encode("<|image start|>")] == [text.ids["boi"]]) == bool(flags)
 
 
 @both_models

@@ -174,7 +174,7 @@ def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, c
     """A kernel that is not there and one that is wrong are named, and attention takes the flag channel."""
     cpu, = KERNELS["cpu"]
     absent = replace(cpu, name="absent", forward=lambda *args: torch.ops.aten.of_another_version(*args))
-    wrong = replace(cpu, name="wrong", backward=lambda *args: [2 * grad for grad in cpu.backward(*args)])
+    wrong = replace(cpu, name="wrong", backward=lambda *args: [1.005 * grad for grad in cpu.backward(*args)])
     monkeypatch.setattr(parts.kernels, "PASSED", {})
     monkeypatch.setitem(KERNELS, "cpu", (absent, wrong))
     m = fresh("tiny-emu3", attention="lse")
@@ -185,6 +185,13 @@ def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, c
     monkeypatch.setitem(KERNELS, "cpu", (wrong, cpu))
     assert try_lse("cpu", torch.float32, 4, 2, 16)[0] == cpu.name
     assert kernel_for(torch.zeros(1)) is cpu and kernel_for(torch.zeros(1).double()) is None
+
+
+def test_log_sum_exp_is_tried_in_both_types_of_a_run(monkeypatch):
+    """Training in half precision is evaluated in float32, with the same attention."""
+    monkeypatch.setattr(parts.kernels, "PASSED", {})
+    model.settle_attention(fresh("tiny-emu3", attention="lse"), "cpu", torch.bfloat16)
+    assert kernel_for(torch.zeros(1)) and kernel_for(torch.zeros(1).bfloat16())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
