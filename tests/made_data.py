@@ -30,6 +30,7 @@ from parts.world import (
     World,
     combinations,
     draw_scenes,
+    read_scenes,
 )
 
 PRESET = {"emu3": model.PRESETS["tiny-emu3"], "janus": model.PRESETS["tiny-janus"]}
@@ -79,6 +80,12 @@ def combination_of(prompt):
     if first[1] > second[1]:
         first, name, second = second, [OPPOSITE[n] for n in name], first
     return skill, first, *name, second
+
+
+def all_held_out(pictures, world):
+    """Can every picture be read, and shows each a combination that no training picture of the world shows?"""
+    scenes, clear = read_scenes(np.stack(pictures), world)
+    return clear.all() and all(combinations(scene) & world.held_out for scene in scenes)
 
 
 def fits(caption, scene):

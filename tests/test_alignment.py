@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from made import both_models
+from made_data import all_held_out
 from made_folders import RED, command, opened
 from PIL import Image
 
 import aia
 import data
 from lab.alignment import Alignment, different_pairs, mutual_neighbours, pair_batch, pooled
-from parts.world import draw_scenes
+from parts.world import World, draw_scenes
 
 
 def test_alike_spaces_have_all_neighbours_in_common():
@@ -58,7 +59,8 @@ def test_only_the_captions_words_and_the_picture_are_pooled(name, task, runs):
 
 
 def test_alignment_is_written_with_its_controls(runs, tmp_path):
-    """A score for the embedding and each layer with 95 % bars of a mean over pairs; the same seed gives the same."""
+    """A score for the embedding and each layer with 95 % bars of a mean over held-out pairs; the same seed gives the
+    same."""
     for name in ("one.png", "two.png"):
         command("alignment", "--checkpoint", runs["tiny-emu3"], "--n", 40, "--out", tmp_path / name)
     first, again = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
@@ -66,6 +68,7 @@ def test_alignment_is_written_with_its_controls(runs, tmp_path):
     m, text = opened(runs["tiny-emu3"])
     pairs = different_pairs(Alignment(n=40), "emu3", {"seed": 0})
     assert len({picture.tobytes() for picture, _ in pairs}) == len({caption for _, caption in pairs}) == 40
+    assert all_held_out([picture for picture, _ in pairs], World(0))
     for task in aia.TASKS:
         words, image = pooled(m, data.Preparer(m, text), pairs, task)
         for k in (5, 10, 20):

@@ -12,9 +12,10 @@ DOOR = {"A": "Open", "B": "Closed"}
 
 @pytest.mark.parametrize("pred, letter", [
     ("Open", "A"), ("open", "open"), ("(a)", "(a)"), ("Because", "B"), ("", ""), (" \n", ""), ("b", "b"),
-    ("It is Closed", "B"), ("Ajar", "A")])
-def test_mmbench_letter_leaves_what_it_cannot_read(pred, letter):
-    """Unlike MMMU's rule it never guesses: the text stays and scores as wrong."""
+    ("It is Closed", "B"), ("Ajar", "A"), ("A.", "A"), ("B", "B"), (" A. Open\n", "A"), ("B, not Open", "B"),
+    ("C.", "C.")])
+def test_mmbench_letter_reads_the_first_letter_and_leaves_what_it_cannot_read(pred, letter):
+    """"A." is the commonest answer of all. Unlike MMMU's rule it never guesses: the text stays and scores as wrong."""
     assert mmbench_letter(pred, DOOR) == letter
 
 

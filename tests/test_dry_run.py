@@ -117,13 +117,11 @@ def test_a_dry_run_knows_what_costs_memory(predicted):
 WAYS = (("fused", False, 3072), ("explicit", True, 2048))                       # attention, recompute, tokens
 
 
-def peaks(folder):
-    """Runs in a process of its own: GB that steps of real numbers take above weights and moments, shared by one."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+def peaks():
+    """Runs in a process of its own: GB that steps of real numbers take above weights and moments."""
     for attention, recompute, tokens in WAYS:
         m = model.from_config(replace(PREDICTED, attention=attention, checkpoint_activations=recompute)).train()
         train.freeze(m, train.TUNE)
-        train.shard_model(m, train.TrainConfig(parallel="fsdp"), {"vq"}, "cpu")
         optimizer, targets = train.make_optimizer(m, train.TUNE), {"gen": aia.targets(PREDICTED.layers, "gen")}
         for length in (16, tokens):                 # the first makes the moments
             condition = torch.arange(length)[None] < length // 3
@@ -137,15 +135,23 @@ def peaks(folder):
         yield resident("VmHWM") - before
 
 
-def test_a_dry_run_predicts_what_is_measured(tmp_path, monkeypatch):
+def test_a_dry_run_predicts_what_is_measured(monkeypatch):
     """The same accounting against the memory of real steps, in float32 on a CPU: within a tenth."""
     monkeypatch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
     script = f"sys.path.append({str(Path(__file__).parent)!r}); import test_dry_run; "
-    measured = lab.speed.fresh(f"{script}print(*test_dry_run.peaks({str(tmp_path)!r}))", 1)
+    measured = lab.speed.fresh(f"{script}print(*test_dry_run.peaks())", 1)
     for (attention, recompute, tokens), gb in zip(WAYS, measured, strict=True):
         row = rehearsed(1, attention, recompute, tokens=tokens, dtype="float32")
         above = (row["peak"] - row["parameters"] - row["optimizer"] - row["frozen"]) / 1e9
         assert gb > 0.1 and above == pytest.approx(gb, rel=0.1), (attention, above, gb)
+
+
+def test_one_process_keeps_its_weights_as_they_are(monkeypatch):
+    """As in training it shares nothing, so no copy of a layer is gathered; activations are half as wide in bfloat16."""
+    monkeypatch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
+    monkeypatch.setattr(train, "shard_model", lambda *args: pytest.fail("one process was sharded"))
+    wide, half = (rehearsed(1, "fused", False, tokens=1024, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert wide["parameters"] == half["parameters"] and half["activations"] < 0.75 * wide["activations"]
 
 
 @pytest.mark.parametrize("words, message", [

@@ -1,5 +1,7 @@
 """Claims about judging: scores, curves, and the commands that draw and answer (eval.py)."""
 
+import inspect
+import itertools
 import json
 import math
 import re
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made import both_models
-from made_data import answer_of
+from made_data import all_held_out, answer_of, combination_of
 from made_folders import BLUE, RED, command, opened
 from made_runs import refused
 from PIL import Image
@@ -25,9 +27,9 @@ import model
 import parts.terminal
 import train
 from formats.checkpoints import save_checkpoint, tensors_of
-from parts.pictures import to_tensor
+from parts.pictures import to_picture, to_tensor
 from parts.settings import write_json
-from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, World, draw_scenes, read_scenes
+from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, combinations, draw_scenes, read_scenes
 
 
 def result_of(capsys):
@@ -36,18 +38,35 @@ def result_of(capsys):
     return before, json.loads(last.removeprefix("result "))
 
 
+def watched(monkeypatch, owner, name):
+    """The arguments, by name, of each call of a method from now on."""
+    inner, seen = getattr(owner, name), []
+
+    def call(*args, **more):
+        bound = inspect.signature(inner).bind(*args, **more)
+        bound.apply_defaults()
+        seen.append(SimpleNamespace(**bound.arguments))
+        return inner(*args, **more)
+    monkeypatch.setattr(owner, name, call)
+    return seen
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
+def saying(monkeypatch, world, change):
+    """From now on questions are answered by change(right answer, question)."""
+    def say(m, text, asked, **_):
+        scenes, _ = read_scenes(np.stack([picture for picture, _ in asked]), world)
+        return [change(answer_of(words, scene), words) for (_, words), scene in zip(asked, scenes, strict=True)]
+    monkeypatch.setattr(evaluation, "answer", say)
+
+
 @pytest.mark.parametrize("size", [(4, 4, 2), (8, 8, 4)])
 def test_right_answers_score_one(size, monkeypatch):
     """Someone who reads the pictures and answers by the words of the question is right in every measure."""
     world = World(0, *size)
-
-    def look(m, text, asked, **_):
-        scenes, _ = read_scenes(np.stack([picture for picture, _ in asked]), world)
-        return [answer_of(question, scene) for (_, question), scene in zip(asked, scenes, strict=True)]
-    monkeypatch.setattr(evaluation, "answer", look)
+    saying(monkeypatch, world, lambda right, words: right)
     scores = evaluation.score_understanding(None, None, world, 8)
     assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 1.0) and set(scores.values()) == {1.0}
 
@@ -66,6 +85,51 @@ def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
     scores = evaluation.score_understanding(None, None, World(0), 40)
     assert 0 < scores["und_by_topic"]["choice"] < 1 and scores["circular"] == 0
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_one_wrong_turn_of_a_choice_is_enough(wrong, monkeypatch):
+    """Right under all four rotations, the first asking among them, which alone is the plain accuracy."""
+    world, number = World(0), itertools.count()
+    saying(monkeypatch, world, lambda right, words: "none" if words.startswith("which") and next(number) % 4 == wrong
+           else right)
+    scores = evaluation.score_understanding(None, None, world, 8)
+    assert scores["circular"] == 0 and scores["und_by_topic"] == dict.fromkeys(TOPICS, 1.0) | {
+        "choice": float(wrong > 0)}
+
+
+@pytest.mark.parametrize("change", [lambda right: f"{right} or not", lambda right: f"not {right}", str.upper,
+                                    lambda right: right[:-1]], ids=["longer", "behind", "loud", "shorter"])
+def test_an_answer_counts_as_a_whole(change, monkeypatch):
+    """The model was taught just these words: who says more, or less, hedges or has not learned them."""
+    world = World(0)
+    saying(monkeypatch, world, lambda right, words: "" if right in "ABCD" else change(right))
+    scores = evaluation.score_understanding(None, None, world, 8)
+    assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 0.0) and set(scores.values()) == {0.0}
+
+
+def test_scores_take_what_is_likeliest(runs, monkeypatch):
+    """Drawn by chance, two scores of one model would differ. Pictures are guided as the model's preset says."""
+    said, drawn = (watched(monkeypatch, model.Unified, name) for name in ("generate_text", "generate_images"))
+    evaluation.score_both(*opened(runs["tiny-emu3"]), World(0), 1)
+    assert {(one.temperature, one.max_new_tokens) for one in said} == {(0.0, 8)}
+    assert {(one.temperature, one.guidance) for one in drawn} == {(0, None)}
+
+
+def test_the_seed_decides_what_is_scored_and_measured(runs, tmp_path, monkeypatch):
+    """Questions, prompts, reconstructions and samples of curves: all random numbers of both commands follow from it."""
+    keys, drawn, inner = [], [], evaluation.stream
+    monkeypatch.setattr(evaluation, "stream", lambda *key: keys.append(key) or inner(*key))
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
+    monkeypatch.setattr(evaluation, "draw", lambda m, text, prompts, **_: drawn.extend(prompts) or torch.zeros(
+        len(prompts), 3, 16, 16))
+    monkeypatch.setattr(evaluation, "plot_curves", lambda result, file: None)
+    command("score", "--checkpoint", runs["tiny-emu3"], "--n", 2, "--seed", 3, "--out", tmp_path / "s.json")
+    command("curves", "--checkpoint", runs["tiny-emu3"], "--n", 1, "--seed", 3, "--out", tmp_path / "a.png")
+    assert {*keys} == {(3, "questions"), (3, "prompts"), (3, "reconstructions"), (3, "curves", 0), (3, "curves", 1)}
+    assert len(drawn) == 2 * 6
+    assert {"und", "gen", "f1", "acc_plus", "circular", "open", "psnr", "reader"} <= json.loads(
+        (tmp_path / "s.json").read_text()).keys()
 
 
 @pytest.mark.parametrize("objects", [2, 3, 4])
@@ -88,7 +152,7 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
     monkeypatch.setattr(World, "held_out_scene", lambda *key: scenes.append(choose(*key)) or scenes[-1])
 
     def paint(m, text, prompts, temperature):
-        assert len(prompts) == len(scenes)
+        assert len(prompts) == len(scenes) and temperature == 0
         shown = [scene for scene, _ in scenes]
         if drawn == "another shape":
             following = dict(zip(world.shapes, (*world.shapes[1:], world.shapes[0]), strict=True))
@@ -104,6 +168,50 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
     scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
     assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
     assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
+
+
+def test_each_skill_has_a_score_of_its_own(monkeypatch):
+    """Someone who draws groups of equal things only is right in counting and wrong everywhere else."""
+    world = World(0)
+
+    def paint(m, text, prompts, temperature):
+        scenes = []
+        for skill, *words in map(combination_of, prompts):
+            number, colour, shape = words if skill == "counting" else (0, None, None)
+            scenes.append([Thing(shape, colour, cell) for cell in range(number)])
+        return torch.stack([to_tensor(picture) for picture in draw_scenes(scenes)])
+    monkeypatch.setattr(evaluation, "draw", paint)
+    scores, (prompts, _, right) = evaluation.score_generation(None, None, world, 3)
+    assert scores["gen_by_skill"] == dict.fromkeys(world.skills, 0.0) | {"counting": 1.0}
+    assert scores["gen"] == pytest.approx(1 / len(world.skills))
+    assert right == [combination_of(prompt)[0] == "counting" for prompt in prompts]
+
+
+def test_what_is_scored_or_measured_was_never_shown(monkeypatch):
+    """A model that knows its training pictures by heart must gain nothing by that: not in answers, open ones among
+    them, drawings, reconstructions or curves."""
+    world, met = World(3, 5, 5, 3), {}
+
+    class Keeper(torch.nn.Linear):
+        encode_images = staticmethod(lambda pixels: met.update(rebuilt=[*map(to_picture, pixels)]) or pixels)
+        decode_images = staticmethod(lambda pixels: pixels)
+    monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: met.update(
+        shown=[picture for picture, _ in asked]) or ["yes"] * len(asked))
+    monkeypatch.setattr(evaluation, "draw", lambda m, text, prompts, **_: met.update(
+        prompts=prompts) or torch.zeros(len(prompts), 3, world.side, world.side))
+    evaluation.score_understanding(None, None, world, 6)
+    evaluation.score_generation(None, None, world, 3)
+    evaluation.score_tokenizer(Keeper(1, 1), world, 21)
+    records = {task: next(evaluation.HeldOut(world, 0).batches(SimpleNamespace(batch=list), task, 21))
+               for task in aia.TASKS}
+    measured = {task: [record.pictures[0] for record in some] for task, some in records.items()}
+    for pictures in (met["shown"], met["rebuilt"], *measured.values()):
+        assert len(pictures) >= 21 and all_held_out(pictures, world)
+    for prompts in (met["prompts"], [record.turns[0][0] for record in records["gen"]]):
+        asked = [combination_of(prompt) for prompt in prompts]
+        assert {*asked} <= world.held_out and {combination[0] for combination in asked} == {*world.skills}
+    scenes, _ = read_scenes(np.stack(measured["gen"]), world)
+    assert all(combination in combinations(scene) for combination, scene in zip(asked, scenes, strict=True))
 
 
 @pytest.mark.parametrize("offset, psnr, reader", [(0, 90, 1.0), (10, 20 * np.log10(25.5), 1.0)])
@@ -155,12 +263,15 @@ def test_curves_are_stored_for_every_layer(name, runs, tmp_path, capsys):
 
 
 def test_curves_without_huber_are_json_for_every_reader(runs, tmp_path):
-    """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity."""
+    """Its delta is infinite, which JSON has no number for: other programs refuse a file that says Infinity. Targets are
+    those that the run asked for."""
     shutil.copy(runs["tiny-emu3"] / "tokenizer.json", tmp_path)
     shutil.copytree(runs["tiny-emu3"] / "checkpoints", tmp_path / "checkpoints")
-    write_json(asdict(train.TrainConfig(aia_variant="no-huber")), tmp_path / "settings.json")
+    write_json(asdict(train.TrainConfig(aia_variant="no-huber", aia_targets="flux")), tmp_path / "settings.json")
     command("curves", "--checkpoint", tmp_path, "--n", 1)
-    json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    stored = json.loads((tmp_path / "curves.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert stored["gen"]["target"] == aia.targets(2, "gen", "flux")[0].tolist() != aia.targets(2, "gen")[0].tolist()
+    assert stored["gen"]["delta"] == [None] * 2
 
 
 @pytest.mark.parametrize("task", aia.TASKS)
@@ -178,6 +289,62 @@ def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
     torch.testing.assert_close(torch.tensor(rows["intensity"]) - torch.tensor(rows["without_first_token"]), gap)
 
 
+@both_models
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_samples_that_aia_cannot_use_are_in_no_curve(name, task, runs):
+    """A dropped prompt would pull every mean towards the attention on nothing. The others count alike, whatever batch
+    they are in; only the next-token loss is of all tokens."""
+    m, text = opened(runs[name])
+    preparer, targets = data.Preparer(m, text), aia.targets(2, task)
+    records, = evaluation.HeldOut(World(0), 0).batches(SimpleNamespace(batch=list), task, 4)
+    mixed, last, alone = (preparer.batch([records[i] for i in chosen]) for chosen in ((0, 1, 2), (3,), (0, 2, 3)))
+    mixed = replace(mixed, aia_valid=torch.tensor([True, False, True]))
+    found, expected = evaluation.measure(m, [mixed, last], *targets), evaluation.measure(m, [alone], *targets)
+    with torch.inference_mode():
+        whole = [m(batch) for batch in (mixed, last)]
+    assert found.pop("ntp") == pytest.approx(sum(out.ntp.item() for out in whole) / sum(out.tokens for out in whole))
+    expected.pop("ntp")
+    assert found.keys() == expected.keys() and found["samples"] == 3
+    for key, value in found.items():
+        assert value == pytest.approx(expected[key], rel=1e-4), key
+    invalid = replace(last, aia_valid=torch.tensor([False]))
+    assert evaluation.measure(m, [invalid], *targets) is None
+
+
+def test_the_first_samples_of_a_data_set_are_measured_once_each():
+    """As many as are asked for, or there are, in order, and none with a dropped prompt."""
+    source = SimpleNamespace(count=lambda task: 5, record=lambda task, i: i)
+    preparer = SimpleNamespace(batch=lambda records, rngs, drop: (records, drop))
+    for n, expected in ((3, [[0, 1], [2]]), (9, [[0, 1], [2, 3], [4]])):
+        found = [*evaluation.FileBatches(source).batches(preparer, "gen", n, batch=2)]
+        assert found == [(records, 0.0) for records in expected]
+
+
+@pytest.mark.parametrize("manifest, label", [
+    ({"lambdas": {"gen": 0.0, "und": 0.0}}, "at the end, without AIA"), ({"lambdas": {}}, "at the end, without AIA"),
+    ({"lambdas": {"gen": 0.0, "und": 2.0}}, "with AIA"), ({"weights": {"gen": 5.0, "und": 0.0}}, "with AIA")])
+def test_final_weights_are_called_by_how_they_were_trained(manifest, label, tmp_path):
+    """Measured with lambda 0, or without a lambda, they had no AIA; the newest checkpoint tells, and older ones call
+    lambdas weights."""
+    assert evaluation.final_label(tmp_path) == "with AIA"                       # results alone, as they are copied
+    for name, content in (("2-0000005", {"lambdas": {"gen": float(label != "with AIA")}}), ("3-0000001", manifest)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        write_json(content, tmp_path / "checkpoints" / name / "manifest.json")
+    assert evaluation.final_label(tmp_path) == label
+
+
+@both_models
+def test_a_spoken_answer_ends_with_its_end(name, runs, monkeypatch):
+    """EOS is predicted like any word, so it has a label; what stands behind it was never said."""
+    m, text = opened(runs[name])
+    eos = m.ids["eos"]
+    said = torch.tensor([[7, 8, eos, m.ids["pad"]], [7, 8, 9, 10]])
+    monkeypatch.setattr(m, "generate_text", lambda *key: said)
+    batch, = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text), "und", 2)
+    assert [row[row != -100].tolist() for row in batch.labels] == [[7, 8, eos], [7, 8, 9, 10]]
+    assert batch.queries.sum(1).tolist() == [2, 3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +359,60 @@ def test_a_drawing_is_repeated_by_its_seed(name, runs, tmp_path, capsys):
         assert Image.open(file).size == (result["width"], result["height"]) == (3 * model.PRESETS[name].image_size,) * 2
     first, same, other = (file.read_bytes() for file in files)
     assert first == same != other
+
+
+@pytest.mark.parametrize("flags, away, how", [
+    ((), "blurry", {}), (("--negative", "ugly", "--guidance", 2.5), "ugly", {"guidance": 2.5}),
+    (("--guidance", 1, "--temperature", 0.5, "--seed", 4), None, {"guidance": 1, "temperature": 0.5, "seed": 4})])
+def test_what_emu3_is_given_to_draw(flags, away, how, runs, tmp_path, monkeypatch):
+    """What public weights were trained and drawn with: the suffix behind every prompt, the model's own negative prompt
+    without it, and in both as text the sides of the grid, height first, that is drawn. Flags reach the model."""
+    m, text = opened(runs["tiny-emu3"])
+    m.config = replace(m.config, suffix=" best quality.", negative="blurry")
+    monkeypatch.setattr(evaluation, "load_run", lambda config: (m, text, None))
+    seen = watched(monkeypatch, model.Unified, "generate_images")
+    command("generate", "--prompt", "a red cross", "--aspect", "5:2", "--out", tmp_path / "a.png", *flags)
+    one, = seen
+
+    def prompt(words):
+        ids = text.ids
+        return [[ids["bos"], *text.encode(words), ids["boi"], *text.encode("3*6"), ids["img"]]]
+    assert one.size == (3, 6) and one.ids.tolist() == prompt("a red cross best quality.") and one.mask.all()
+    assert one.negative is None if away is None else one.negative.tolist() == prompt(away)
+    found = {"guidance": one.guidance, "temperature": one.temperature, "seed": one.generator.initial_seed()}
+    assert found == {"guidance": None, "temperature": 1.0, "seed": 0} | how and one.top_k is None
+
+
+@pytest.mark.parametrize("roles", ["tags", "plain"])
+def test_what_janus_is_given_to_draw(roles, runs, monkeypatch):
+    """A conversation of one turn, up to begin-of-image, with role tags or the words for them; nothing to be guided
+    away from."""
+    m, text = opened(runs["tiny-janus"])
+    seen = watched(monkeypatch, model.Unified, "generate_images")
+    evaluation.draw_codes(m, text, ["a red cross "], roles=roles)
+    one, = seen
+    user, assistant = ([text.ids["user"]], [text.ids["assistant"]]) if roles == "tags" else map(
+        text.encode, ("User", "Assistant"))
+    said = [text.ids["bos"], *user, *text.encode(": a red cross\n\n"), *assistant, *text.encode(":"), text.ids["boi"]]
+    assert one.ids.tolist() == [said] and (one.size, one.negative, one.guidance) == ((4, 4), None, None)
+
+
+def test_the_next_batch_of_prompts_is_drawn_from_other_random_numbers(runs):
+    """Were the seed taken anew for each, one prompt would give the same picture in all of them."""
+    one, two = evaluation.draw(*opened(runs["tiny-emu3"]), ["a red cross"] * 2, 7, batch=1)
+    assert not torch.equal(one, two)
+
+
+def test_free_decoding_measures_what_was_drawn_from(runs, monkeypatch):
+    """The suffix is a part of the prompt, so attention on it counts as well."""
+    m, text = opened(runs["tiny-emu3"])
+    m.config = replace(m.config, suffix=" best quality.")
+    seen = watched(monkeypatch, model.Unified, "generate_images")
+    batch, = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text, seed=3), "gen", 4)
+    one, = seen
+    assert one.generator.initial_seed() == 3 and len({*one.mask.sum(1).tolist()}) > 1
+    for tokens, ids, kept in zip(batch.tokens, one.ids, one.mask, strict=True):
+        assert torch.equal(tokens[:kept.sum()], ids[kept])
 
 
 @both_models
@@ -237,6 +458,15 @@ def test_prompts_that_cannot_be_drawn_are_refused_in_one_line(runs, tmp_path, ca
     assert not [*tmp_path.glob("*.png")]
 
 
+@pytest.mark.parametrize("flags", [{}, {"dtype": "bfloat16", "rope_bf16": True, "allow_special": True}])
+def test_flags_of_loading_reach_model_and_tokenizer(flags, runs):
+    """As stored and safe by default: exact frequencies, and strings that look like control tokens are text."""
+    m, text, run = evaluation.load_run(evaluation.Loaded(str(runs["tiny-emu3"]), device="cpu", **flags))
+    assert m.lm_head.weight.dtype == (torch.bfloat16 if flags else torch.float32) and run["preset"] == "tiny-emu3"
+    assert m.config.rope_bf16 == m.lm.config.rope_bf16 == bool(flags)
+    assert ([*text.encode("<|image start|>")] == [text.ids["boi"]]) == bool(flags)
+
+
 @both_models
 def test_chat_prints_the_models_answer(name, runs, capsys):
     """What is printed is the greedy answer, alone on the lines before the result."""
@@ -245,6 +475,17 @@ def test_chat_prints_the_models_answer(name, runs, capsys):
     printed, result = result_of(capsys)
     expected, = evaluation.answer(*opened(runs[name]), [(picture, question)], max_new_tokens=5)
     assert printed == result["answer"] == expected != ""
+
+
+@pytest.mark.parametrize("flags, how", [
+    ((), (512, 0.0, 1.0, 0)),
+    (("--temperature", 0.7, "--top-p", 0.4, "--seed", 5, "--max-new-tokens", 3), (3, 0.7, 0.4, 5))])
+def test_flags_of_a_chat_reach_the_model(flags, how, runs, monkeypatch):
+    """How words are drawn: greedily, unless a flag asks for more."""
+    seen = watched(monkeypatch, model.Unified, "generate_text")
+    command("chat", "--checkpoint", runs["tiny-emu3"], "--question", "what?", *flags)
+    one, = seen
+    assert (one.max_new_tokens, one.temperature, one.top_p, one.generator.initial_seed()) == how
 
 
 def talk(monkeypatch, *lines):
@@ -394,13 +635,16 @@ def test_each_arm_is_measured_on_its_own_weights(kept, runs, tmp_path):
 
 @both_models
 def test_curves_of_free_decoding_are_another_measurement(name, runs, tmp_path, capsys):
-    """--decode leaves out the stored answers, so the same samples give other numbers of the same form."""
+    """--decode leaves out the stored answers: of the same samples, what the model itself says and draws is measured."""
     files = [tmp_path / "given.png", tmp_path / "free.png"]
     for file, flag in zip(files, ([], ["--decode"]), strict=True):
         command("curves", "--checkpoint", runs[name], "--n", 2, "--out", file, *flag)
     given, free = (json.loads(file.with_suffix(".json").read_text()) for file in files)
+    m, text = opened(runs[name])
     for task in aia.TASKS:
-        assert given[task]["after"].keys() == free[task]["after"].keys() and free[task]["after"]["samples"] == 2
+        own = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text), task, 2)
+        expected = evaluation.measure(m, own, *aia.targets(2, task))
+        assert {key: pytest.approx(value) for key, value in free[task]["after"].items() if key != "label"} == expected
         assert given[task]["after"]["intensity"] != free[task]["after"]["intensity"]
 
 

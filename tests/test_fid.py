@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from made_benchmarks import command, made_run, png, stored, written
+from made_data import all_held_out, combination_of
 from PIL import Image
 
 import benchmarks.fid
+import eval as evaluation
 from benchmarks.fid import fid_distance, fid_network, fid_pixels, fid_stats
+from parts.pictures import to_picture
 from parts.settings import InputError
-from parts.world import SKILLS
+from parts.world import SKILLS, World
 
 
 def test_fid_equals_the_official_packages():
@@ -113,10 +116,16 @@ def test_fid_asks_each_package_for_the_right_network(monkeypatch):
     assert calls == [{"resize_input": False, "normalize_input": False}, ("clean", {"use_dataparallel": False})]
 
 
-def test_fid_of_the_world_uses_the_runs_own_tokenizer(tmp_path):
+def test_fid_of_the_world_uses_the_runs_own_tokenizer(tmp_path, monkeypatch):
     """Drawings of an untrained model are far from held-out scenes, and the same seed gives the same number."""
-    run = made_run("emu3", tmp_path / "run")
+    run, compared, drawn = made_run("emu3", tmp_path / "run"), [], []
+    features, draw = benchmarks.fid.tokenizer_features, evaluation.draw
+    monkeypatch.setattr(benchmarks.fid, "tokenizer_features", lambda m, pixels: compared.append(pixels) or features(
+        m, pixels))
+    monkeypatch.setattr(evaluation, "draw", lambda *key: drawn.append(key[2]) or draw(*key))
     found, again = (command("fid", tmp_path, "--variant", "world", "--checkpoint", run, "--n", 2) for _ in range(2))
     assert found == again
     assert found["score"] > 0
     assert found["pictures"] == 2 * len(SKILLS)
+    assert all_held_out([*map(to_picture, compared[0])], World(0))
+    assert {combination_of(prompt) for prompt in drawn[0]} <= World(0).held_out

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parts.loss import CHUNK, ChunkedCrossEntropy, chunked_cross_entropy
+from parts.loss import CHUNK, ChunkedCrossEntropy, chunk_for, chunked_cross_entropy
 
 
 def head(n, words, width, dtype, device="cpu", bias=True):
@@ -49,6 +49,7 @@ def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(monkeypatch):
     """1,000 chunks of one token that all pull the same word: a sum in bfloat16 would stop growing at 256."""
     monkeypatch.setitem(CHUNK, "cuda", 1)           # that of half precision everywhere
     x = torch.ones(1000, 1, dtype=torch.bfloat16)
+    assert chunk_for(x) == 1 and chunk_for(x.float()) == CHUNK["cpu"]
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     chunked_cross_entropy(x, weight, None, torch.zeros(1000, dtype=torch.long)).backward()
     assert weight.grad.dtype == torch.bfloat16

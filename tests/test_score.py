@@ -171,18 +171,21 @@ def test_questions_are_wrapped_for_each_model(kind, bench, how, before, after, l
     assert tokens == longest
 
 
-@pytest.mark.parametrize("bench, kind, flags", [("geneval", "janus", ["--gen-roles", "plain"]), ("dpg", "emu3", [])])
+@pytest.mark.parametrize("bench, kind, flags", [
+    ("geneval", "janus", ["--gen-roles", "plain", "--guidance", "2.5"]), ("dpg", "emu3", [])])
 def test_drawings_lie_in_the_official_folders_and_repeat(bench, kind, flags, run_of, alone, tmp_path, monkeypatch):
-    """Each prompt has its own seed, so a resumed run and two processes draw the same pictures."""
+    """Each prompt has its own seed, so a resumed run and two processes draw the same pictures: four of a prompt, guided
+    and with the role words that the flags say."""
     make = geneval_files if bench == "geneval" else dpg_files
     make(tmp_path / "data")
     home = tmp_path / "out/images"
-    seeds = []
+    seeds, hows = [], set()
     draw = evaluation.draw
 
-    def counted(m, text, prompts, seed, *more, **how):
+    def counted(m, text, prompts, seed, guidance=None, *, roles="tags"):
         seeds.append(seed)
-        return draw(m, text, prompts, seed, *more, **how)
+        hows.add((len(prompts), guidance, roles))
+        return draw(m, text, prompts, seed, guidance, roles=roles)
 
     def pictures():
         return {str(file.relative_to(home)): file.read_bytes() for file in sorted(home.rglob("*.png"))}
@@ -197,7 +200,7 @@ def test_drawings_lie_in_the_official_folders_and_repeat(bench, kind, flags, run
     else:
         assert [*first] == [f"{i:05d}/samples/{j:05d}.png" for i in range(3) for j in range(4)]
         assert json.loads((home / "00001/metadata.jsonl").read_text()) == GENEVAL[1]
-    assert seeds == [*range(5, 5 + len(seeds))]
+    assert seeds == [*range(5, 5 + len(seeds))] and hows == {(4, 2.5, "plain") if flags else (4, None, "tags")}
     assert [*json.loads((tmp_path / "out/seeds.json").read_text()).values()] == seeds
     (home / min(first)).unlink()
     work()

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -605,7 +606,9 @@ def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("answer", 2), ("joint", 2),
                                                                  ("tune", 2)]
-    assert log[-1]["gen"]["lambda"] > 0 and len(log[-1]["und"]["intensity"]) == SMALL[name].layers
+    for row in (log[-1][task] for task in aia.TASKS):
+        assert row["lambda"] > 0 and len(row["intensity"]) == SMALL[name].layers
+        assert row["ntp"] == pytest.approx(row["ratio"] * row["lambda"] * row["aia"])
 
 
 @pytest.mark.parametrize("preset, flags, expected", [
@@ -1155,6 +1158,18 @@ def test_held_out_losses_come_every_so_often(own, tmp_path, unscored, capsys):
     assert [json.loads(line).get("grad_norm") for line in (tmp_path / "alone/metrics.jsonl").read_text().splitlines()] \
         == [entry["grad_norm"] for entry in log if "val" not in entry]
     assert re.search(r"first loss gen \d.* \(chance: 6.3", capsys.readouterr().out)
+
+
+@both_models
+def test_no_prompt_of_held_out_records_is_dropped(name, texts, monkeypatch):
+    """Losses are those of whole samples, the same each time: 32 of a task where there are so many."""
+    monkeypatch.setattr(data, "DROP", dict.fromkeys(data.DROP, 1.0))
+    config = train.TrainConfig(preset=name, micro_batch=16)
+    run = SimpleNamespace(val=data.WorldSource(World(0), 40, 0), config=config, bad=[],
+                          preparer=data.Preparer(fresh(name), texts[name]))
+    batches = train.held_batches(run)
+    assert [(batch.task, len(batch.tokens)) for batch in batches] == [("gen", 16)] * 2 + [("und", 16)] * 2
+    assert all(batch.aia_valid.all() for batch in batches)
 
 
 def test_a_bad_held_out_record_is_told_at_the_start(own, tmp_path, unscored):

@@ -21,6 +21,7 @@ from parts.world import (
     caption,
     combinations,
     draw_scenes,
+    held_out_questions,
     make_question,
     prompt_text,
     read_scenes,
@@ -201,3 +202,15 @@ def test_rotations_keep_the_right_option():
         turned = rotations(asked)
         assert turned[0] == asked and sorted(q.answer for q in turned) == list("ABCD")
         assert all(q.answer == answer_of(q.text, scene) for q in turned)
+
+
+def test_a_choice_is_asked_in_all_four_turns():
+    """Of each scored picture: the plain accuracy counts the first alone, the circular one all."""
+    groups = {}
+    for measure, number, _, question in held_out_questions(World(0), 8, random(0)):
+        if question.topic == "choice":
+            groups.setdefault(number, []).append((measure, question))
+    assert len(groups) == 8
+    for group in groups.values():
+        measures, turns = zip(*group, strict=True)
+        assert measures == ("choice", "turned", "turned", "turned") and [*turns] == rotations(turns[0])
