@@ -147,7 +147,7 @@ def test_a_dry_run_predicts_what_is_measured(monkeypatch):
 
 
 def test_one_process_keeps_its_weights_as_they_are(monkeypatch):
-    """As in training it shares nothing, so no copy of a layer is gathered; what layers keep is half as wide in bfloat16."""
+    """As in training it shares nothing: no layer is gathered; what layers keep is half as wide in bfloat16."""
     monkeypatch.setitem(model.PRESETS, "tiny-emu3", PREDICTED)
     monkeypatch.setattr(train, "shard_model", lambda *args: pytest.fail("one process was sharded"))
     wide, half = (rehearsed(1, "fused", True, tokens=1024, dtype=dtype) for dtype in ("float32", "bfloat16"))
