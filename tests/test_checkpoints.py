@@ -9,7 +9,15 @@ from made import fresh
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from formats.checkpoints import checkpoint_folders, newest_checkpoint, read_tensors, save_checkpoint, tensors_of
+from formats.checkpoints import (
+    Saver,
+    checkpoint_folders,
+    newest_checkpoint,
+    read_tensors,
+    save_checkpoint,
+    tensor_names,
+    tensors_of,
+)
 
 
 def test_a_checkpoint_is_written_from_the_copies_that_a_stager_made(tmp_path, monkeypatch):
@@ -28,6 +36,23 @@ def test_a_checkpoint_is_written_from_the_copies_that_a_stager_made(tmp_path, mo
         read_tensors(tensors_of(m), tmp_path / name)
         assert all(torch.equal(value, tensors[key]) for key, value in m.state_dict().items())
     assert len(pinned) == len(m.state_dict())
+
+
+def test_memory_for_copies_is_kept_for_the_same_tensors_and_no_others(tmp_path, monkeypatch):
+    """Phases differ in what their optimizer holds, and "before" holds none of it; a second copy of the same is free."""
+    pinned, grown, manifest = [], [], {"config": {}, "dtype": "float32"}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: pinned.append(x) or x)
+    m, saver = fresh("tiny-emu3"), Saver(sharded=False, pinned=True)
+    optimizer = torch.optim.AdamW(m.lm.norm.parameters())
+    m.lm.norm.weight.sum().backward()
+    optimizer.step()
+    weights, everything = tensors_of(m), tensors_of(m, optimizer)
+    for name, tensors in (("before", weights), ("one", everything), ("two", everything)):
+        saver.begin(tensors, manifest, tmp_path / name)
+        saver.finish()
+        assert tensor_names(tmp_path / name) == tensors.keys()
+        grown.append(len(pinned) - sum(grown))
+    assert grown[0] == len(weights) < grown[1] and grown[2] == 0
 
 
 @pytest.mark.parametrize("keep", [1, 2])
