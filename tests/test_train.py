@@ -76,6 +76,14 @@ def texts(tmp_path_factory):
         yield made
 
 
+def progress(m, text, phase, **changes):
+    """A phase at its first step."""
+    run = SimpleNamespace(m=m, phases=[phase], source=data.WorldSource(World(0), 16, 0), targets=TARGETS, device="cpu",
+                          preparer=data.Preparer(m, text), config=settings("none", **changes), sharded=lambda: False,
+                          autocast=contextlib.nullcontext)
+    return train.Progress(run, 0, None)
+
+
 @pytest.fixture
 def unscored(monkeypatch):
     """Runs end without the final evaluation; train.train then returns the run."""
@@ -263,14 +271,6 @@ def test_calibration_gives_the_ratio_on_its_batches(name, texts):
     assert train.calibrate(m, plan, TARGETS, replace(config, aia_weight="5,10"), None) == {"gen": 5.0, "und": 10.0}
 
 
-def progress(m, text, phase, **changes):
-    """A phase at its first step."""
-    run = SimpleNamespace(m=m, phases=[phase], source=data.WorldSource(World(0), 16, 0), targets=TARGETS, device="cpu",
-                          preparer=data.Preparer(m, text), config=settings("none", **changes), sharded=lambda: False,
-                          autocast=contextlib.nullcontext)
-    return train.Progress(run, 0, None)
-
-
 @pytest.mark.parametrize("ratio", [(2, 1), (1, 3)])
 def test_drawn_steps_have_one_task_by_the_odds_of_the_ratio_and_the_seed(ratio, texts):
     """As the released code trains: at 2:1 two of three steps draw; which ones they are is another matter for each seed.
@@ -345,6 +345,15 @@ def test_the_optimizer_takes_what_the_phase_says():
         assert {*map(id, group["params"])} == {id(p) for p in trained.values() if (p.ndim == 1) == vectors}
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.6), 1e-3, decay)
     assert {name for name, p in m.named_parameters() if p.requires_grad} == trained.keys()
+
+
+def test_a_step_is_taken_at_its_own_rate(texts):
+    """Up in the first steps and down in the later ones."""
+    phase = train.Phase("joint", 6, 4, 1e-3, 3, ("vq",))
+    now = progress(fresh("tiny-emu3"), texts["tiny-emu3"], phase)
+    for step in range(6):
+        train.take_step(now, step)
+        assert [group["lr"] for group in now.optimizer.param_groups] == [train.learning_rate(step, phase)] * 2
 
 
 def test_flags_of_the_language_model_leave_the_picture_tokenizer_alone():
@@ -676,10 +685,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, unscored):
     assert {place.name for place in (tmp_path / "checkpoints").iterdir()} == {"3-0000006", "3-0000008", "4-0000000"}
 
 
-@pytest.mark.parametrize("phase, function, saved", [
-    ("tokenizer", "tokenizer_step", "no checkpoint yet"),
-    ("answer", "accumulate", "last good checkpoint {}/checkpoints/1-0000000")])
-def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_path, unscored, monkeypatch):
+@pytest.mark.parametrize("phase, function, call, saved", [
+    ("tokenizer", "tokenizer_step", 3, "no checkpoint yet"),
+    ("joint", "accumulate", 7, "last good checkpoint {}/checkpoints/2-0000000")])
+def test_a_broken_number_stops_before_it_is_stored(phase, function, call, saved, tmp_path, unscored, monkeypatch):
     """One infinite weight makes the loss NaN: the message names phase, step, records and the last good checkpoint, be
     it one that is still being written."""
     step, calls, finish = getattr(train, function), [], Writer.finish
@@ -687,29 +696,26 @@ def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_p
 
     def breaks(m, *rest, **named):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == call:
             [p for p in m.parameters() if p.requires_grad][-1].data.fill_(math.inf)
         return step(m, *rest, **named)
     monkeypatch.setattr(train, function, breaks)
-    records = "world picture [0-9]+, world picture" if phase == "answer" else "tokenizer pictures"
+    records = "world picture [0-9]+, world picture" if phase == "joint" else "tokenizer pictures"
     with pytest.raises(InputError, match=f"phase {phase}, step 3: .*not finite.*{records}.*{saved.format(tmp_path)}"):
         train.train(settings(tmp_path, steps=4, save_every=100))
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-    assert len(calls) == 3
-    places = [*(tmp_path / "checkpoints").glob("*")]
-    assert [place.name for place in places] == (["1-0000000"] if phase == "answer" else [])
+    assert len(calls) == call
+    places = checkpoint_folders(tmp_path)
+    assert [place.name for place in places] == (["1-0000000", "2-0000000"] if phase == "joint" else [])
     assert all(x.isfinite().all() for place in places for x in stored(place).values())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_moves_no_weight(value, texts, monkeypatch):
     """The losses of such a step may look well: an overflow in the backward pass shows in the norm alone."""
-    m, phase = fresh("tiny-emu3"), train.Phase("tune", 3, 4, 1e-3, 1, ("vq",))
-    plan, step = schedule(m, texts["tiny-emu3"], 4), train.accumulate
-    run = SimpleNamespace(m=m, targets=TARGETS, autocast=contextlib.nullcontext, device="cpu", folder=ROOT / "none",
-                          saver=SimpleNamespace(finish=lambda: None))
-    now = SimpleNamespace(run=run, phase=phase, net=m, lambdas=OFF, optimizer=train.make_optimizer(m, phase),
-                          batches=lambda: plan.step(0))
+    m, step = fresh("tiny-emu3"), train.accumulate
+    now = progress(m, texts["tiny-emu3"], train.Phase("tune", 3, 4, 1e-3, 1, ("vq",)))
+    now.run.folder, now.run.saver = ROOT / "none", SimpleNamespace(finish=lambda: None)
 
     def overflows(*given, **named):
         sums = step(*given, **named)
