@@ -144,6 +144,37 @@ def test_rotary_frequencies_survive_bfloat16(device):
     assert max(kept) < 2**-8 < 1 < min(rounded)
 
 
+def test_the_softmax_of_half_precision_is_taken_in_float32(device):
+    """As both public models do: of a sum over hundreds of keys bfloat16 keeps three digits."""
+    q, k, v = (torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(i)).to(device, torch.bfloat16)
+               for i in range(3))
+    condition = torch.arange(300, device=device)[None] % 2 == 0
+    _, mass = model.attend_explicit(q, k, v, condition=condition)
+    scores = (q @ k.mT * 16 ** -0.5).double()
+    hidden = torch.ones(300, 300, dtype=torch.bool, device=device).triu(1)
+    expected = (scores.masked_fill(hidden, -torch.inf).softmax(-1) * condition[:, None, None]).sum(-1)
+    torch.testing.assert_close(mass, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@both_models
+def test_a_model_in_half_precision_draws_by_float32_and_codes_pictures_in_it(name, monkeypatch, device):
+    """Guidance and chance add no rounding to that of the logits; the picture tokenizer has none: it changes codes."""
+    m, met, sample = tiny(name, device), [], model.sample
+    side, g = m.config.image_size, torch.Generator().manual_seed(0)
+    pixels = (torch.rand(16, 3, side, side, generator=g) * 2 - 1).to(device)
+    codes = m.encode_images(pixels)
+    again = m.decode_images(codes)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(m.encode_images(pixels), codes) and torch.equal(m.decode_images(codes), again)
+    for part in {*m.children()} - {m.vq}:
+        part.bfloat16()
+    monkeypatch.setattr(model, "sample", lambda logits, *rest: met.append(logits.dtype) or sample(logits, *rest))
+    ids = torch.tensor([[5, 6, 7, 8]], device=device)
+    m.generate_images(ids, negative=ids if name == "tiny-emu3" else None, guidance=3.0)
+    m.generate_text(ids, max_new_tokens=2)
+    assert len(met) > 16 and {*met} == {torch.float32}
+
+
 @both_models
 def test_the_kernel_of_attention_is_told(name, monkeypatch):
     """Both kinds of pass by the step that differentiates them: heads of one width on the fast kernel, shared ones too;

@@ -49,6 +49,17 @@ def test_the_first_signal_is_noted_and_the_second_stops():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_queue_may_ask_for_an_end():
+    """SIGTERM, and the signal that SLURM sends some minutes before, are noted; afterwards handlers are as before."""
+    numbers, met = [signal.SIGTERM, signal.SIGUSR1], []
+    before = [signal.getsignal(number) for number in numbers]
+    with interruptible(met.append):
+        assert all(signal.getsignal(number) != old for number, old in zip(numbers, before, strict=True))
+        for number in numbers:
+            signal.raise_signal(number)
+    assert met == numbers and [signal.getsignal(number) for number in numbers] == before
+
+
 def test_a_closed_terminal_asks_for_an_end_unless_it_is_ignored():
     """HUP is noted like SIGTERM; under nohup, which ignores it, a run goes on."""
     met = []

@@ -1,5 +1,6 @@
 """Claims about training: one step, lambda, phases, resuming, failures, the command line (train.py)."""
 
+import contextlib
 import copy
 import faulthandler
 import json
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +44,7 @@ from formats.checkpoints import (
     tensor_names,
     tensors_of,
 )
+from formats.datasets import FileSource
 from parts.lock import held
 from parts.pictures import to_tensor
 from parts.processes import processes, rank
@@ -72,6 +74,14 @@ def texts(tmp_path_factory):
         for name, config in SMALL.items():
             patch.setitem(model.PRESETS, name, config)
         yield made
+
+
+def progress(m, text, phase, **changes):
+    """A phase at its first step."""
+    run = SimpleNamespace(m=m, phases=[phase], source=data.WorldSource(World(0), 16, 0), targets=TARGETS, device="cpu",
+                          preparer=data.Preparer(m, text), config=settings("none", **changes), sharded=lambda: False,
+                          autocast=contextlib.nullcontext)
+    return train.Progress(run, 0, None)
 
 
 @pytest.fixture
@@ -104,6 +114,18 @@ def aia_gradients(m, batch):
     return loss, {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
 
 
+def exact(m, batches):
+    """A copy of a model in float64, and the same batches for it."""
+    return copy.deepcopy(m).double(), [b.each(lambda x: x.double() if x.is_floating_point() else x) for b in batches]
+
+
+def same_gradients(found, expected, share=1e-9):
+    """Each differs by at most a small share of the largest gradient."""
+    assert found.keys() == expected.keys()
+    largest = max(g.abs().max().item() for g in expected.values())
+    torch.testing.assert_close(found, expected, rtol=0, atol=share * largest)
+
+
 def equal(one, other):
     """Are two dicts of tensors equal, bit for bit?"""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -114,19 +136,40 @@ def equal(one, other):
 # ---------------------------------------------------------------------------------------------------------------------
 @both_models
 def test_micro_batches_change_memory_not_the_gradient(name, texts):
-    """Sums are divided by the counts of the whole step, so 1 x 8 = 2 x 4 = 4 x 2, also with dropped prompts."""
-    m, results = fresh(name, embed_std=0.1), []             # gradients of order 1, where 1e-6 is above rounding
+    """Sums are divided by the counts of the whole step, so 1 x 8 = 2 x 4 = 4 x 2, also with dropped prompts. In
+    float64, where another order of the sums is far below any other difference."""
+    start, results = fresh(name, embed_std=0.1), []         # scores that differ, as those of a trained model do
     for micro_batch in (8, 4, 2):
-        batches = schedule(m, texts[name], 16, micro_batch, drop=0.3).step(0)
+        batches = schedule(start, texts[name], 16, micro_batch, drop=0.3).step(0)
         assert len(batches) == 2 * 8 // micro_batch
-        results.append(gradients(m, batches, {"gen": 20.0, "und": 30.0}))
+        results.append(gradients(*exact(start, batches), {"gen": 20.0, "und": 30.0}))
     assert 0 < sum(int((~batch.aia_valid).sum()) for batch in batches) < 8
     (expected, metrics), *others = results
-    assert max(g.abs().max() for g in expected.values()) > 1e-3
     for gradient, again in others:
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+        same_gradients(gradient, expected)
         for task in aia.TASKS:
-            torch.testing.assert_close(again[task], metrics[task], rtol=0, atol=1e-6)
+            torch.testing.assert_close(again[task], metrics[task], rtol=1e-5, atol=0)       # float32 sums
+
+
+@both_models
+def test_the_aia_gradient_is_lambda_times_the_mean_over_valid_samples(name, texts):
+    """Those of the task in the whole step, not its batch size, nor those of a micro-batch, nor its label tokens; with
+    the task's own target and lambda. It is what is left when the next-token gradient is taken away."""
+    start = fresh(name, embed_std=0.1)
+    m, batches = exact(start, schedule(start, texts[name], 12, 2, drop=0.5).step(0))
+    lambdas = {"gen": 20.0, "und": 30.0}
+    valid = {task: sum(int(b.aia_valid.sum()) for b in batches if b.task == task) for task in aia.TASKS}
+    assert 0 < valid["gen"] < valid["und"] == 6
+    (both, metrics), (plain, _) = (gradients(m, batches, given) for given in (lambdas, None))
+    m.zero_grad()
+    for task in aia.TASKS:
+        mean = sum(aia.loss(m(b).intensity, *TARGETS[task], b.aia_valid, reduction="sum")
+                   for b in batches if b.task == task) / valid[task]
+        (lambdas[task] * mean).backward()
+        assert metrics[task]["aia"] == pytest.approx(mean.item(), rel=1e-5)
+    pull = {key: p.grad for key, p in m.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert all(f"lm.layers.{i}.self_attn.q_proj.weight" in pull for i in range(2))
+    same_gradients({key: both[key] - plain[key] for key in pull}, pull, 1e-6)
 
 
 @both_models
@@ -173,6 +216,7 @@ def test_one_batch_is_overfit_on_both_tasks(name, texts):
         optimizer.zero_grad()
     for task in aia.TASKS:
         assert losses[0][task] > 3 and losses[-1][task] <= 0.02 * losses[0][task], (losses[0], losses[-1])
+    right = []                                      # of 16 codes of a drawing; a loss of 2 % leaves a tenth at most
     for i in range(2):
         drawn, asked = (plan.record(task, i)[0] for task in aia.TASKS)
         (question, expected), *_ = asked.turns
@@ -181,7 +225,8 @@ def test_one_batch_is_overfit_on_both_tasks(name, texts):
         assert len(codes.unique()) > 5                              # of 16: not one code everywhere
         prompt = [i for ids, _ in plan.preparer.template.prompt(drawn.turns[0][0], m.config.grid) for i in ids]
         logits = m.image_logits(torch.tensor([prompt]), codes[None])
-        assert (logits.argmax(-1) == codes.flatten()).float().mean() > 0.9
+        right.append((logits.argmax(-1) == codes.flatten()).float().mean())
+    assert sum(right) / 2 > 0.8
 
 
 def distance(m, batch):
@@ -226,6 +271,60 @@ def test_calibration_gives_the_ratio_on_its_batches(name, texts):
     assert train.calibrate(m, plan, TARGETS, replace(config, aia_weight="5,10"), None) == {"gen": 5.0, "und": 10.0}
 
 
+@pytest.mark.parametrize("ratio", [(2, 1), (1, 3)])
+def test_drawn_steps_have_one_task_by_the_odds_of_the_ratio_and_the_seed(ratio, texts):
+    """As the released code trains: at 2:1 two of three steps draw; which ones they are is another matter for each seed.
+    lambda is measured on batches of both tasks all the same."""
+    m, phase = fresh("tiny-emu3"), train.Phase("tune", 400, 4, 1e-3, 1, ("vq",), aia=True)
+    found = []
+    for seed in (1, 2):
+        now = progress(m, texts["tiny-emu3"], phase, mix="drawn", ratio="{}:{}".format(*ratio), seed=seed)
+        assert all(weight > 0 for weight in now.lambdas.values())
+        steps = [now.schedule.groups(step) for step in range(400)]
+        assert all(len(groups) == 1 and len(groups[0][1]) == 4 for groups in steps)
+        found.append([task for (task, _), in steps])
+        assert found[-1].count("gen") / 400 == pytest.approx(ratio[0] / sum(ratio), abs=0.075)      # three deviations
+        assert {len({*found[-1][i:i + 20]}) for i in range(0, 400, 20)} == {2}
+    assert found[0] != found[1]
+
+
+def test_no_two_orders_of_samples_are_alike(texts):
+    """Neither those of two seeds nor those of two phases of one seed, but for the arms. A phase's own ratio counts more
+    than that of the run."""
+    m, text = fresh("tiny-emu3"), texts["tiny-emu3"]
+    plan = [phase for phase in train.plan(settings("none", arms="both")) if not phase.pictures]
+    seeds = {(seed, phase.name): progress(m, text, replace(phase, aia=False), seed=seed).schedule.seed
+             for seed in range(4) for phase in plan}
+    assert len({*seeds.values()}) == 4 * 3 and all(seeds[seed, "control"] == seeds[seed, "tune"] for seed in range(4))
+    ratios = [progress(m, text, replace(phase, aia=False), ratio="2:3").schedule.ratio for phase in plan]
+    assert ratios == [(0, 1), (2, 3), (2, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("preset, given, batches", [("tiny-janus", 0, 10), ("emu3-8b", 0, 100), ("emu3-8b", 7, 7)])
+def test_lambda_is_measured_on_as_many_batches_as_the_preset_needs(preset, given, batches):
+    """Ten for a tiny model, a hundred for a large one; or as many as are asked for."""
+    config, plan = train.TrainConfig(preset=preset, calibration=given), SimpleNamespace(step=lambda _: [], ratio=(1, 1))
+    with pytest.raises(InputError, match=f" {batches} batches hold no sample"):
+        train.calibrate(fresh("tiny-emu3"), plan, TARGETS, config, contextlib.nullcontext)
+
+
+def test_rates_are_those_since_the_last_report(texts, monkeypatch):
+    """A slow start, or a pause, must not hide how fast it is now. Padding is what is no token."""
+    clock, log = [100.0], []
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[0]))
+    now = progress(fresh("tiny-emu3"), texts["tiny-emu3"], train.Phase("joint", 20, 4, 1e-3, 1, ("vq",)))
+    now.run.log, now.run.elapsed = log.append, lambda: clock[0]
+    for step, later in ((4, 10.0), (9, 5.0)):
+        batches = now.batches()
+        clock[0] += later
+        train.report_step(now, step, {}, 1.0)
+        real, padded = sum(sum(batch.lengths) for batch in batches), sum(batch.tokens.numel() for batch in batches)
+        assert log[-1]["samples_per_second"] == pytest.approx(5 * 4 / later)
+        assert log[-1]["tokens_per_second"] == pytest.approx(real / later)
+        assert 0 < log[-1]["padding"] == pytest.approx(1 - real / padded) and log[-1]["waiting"] == 0
+        assert log[-1]["lr"] == train.learning_rate(step, now.phase)
+
+
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     """Linear to the peak, then half a cosine to a hundredth of it, reached one step after the last."""
     phase = train.Phase("tune", 110, 8, 2.0, 10)
@@ -234,6 +333,36 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     assert rates[60] == pytest.approx(2.0 * (0.01 + 0.99 / 2)) and rates[110] == pytest.approx(0.02)
     assert rates[35] == pytest.approx(2.0 * (0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2))
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_the_optimizer_takes_what_the_phase_says():
+    """Weight decay pulls matrices only; a frozen parameter is in no group, every other one in one."""
+    m = fresh("tiny-janus")
+    optimizer = train.make_optimizer(m, train.Phase("tune", 9, 8, 0.3, 1, ("vq", "vision"), betas=(0.5, 0.6), eps=1e-3,
+                                                    weight_decay=0.7))
+    trained = {name: p for name, p in m.named_parameters() if name.split(".")[0] not in ("vq", "vision")}
+    for group, decay, vectors in zip(optimizer.param_groups, (0.7, 0.0), (False, True), strict=True):
+        assert {*map(id, group["params"])} == {id(p) for p in trained.values() if (p.ndim == 1) == vectors}
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.6), 1e-3, decay)
+    assert {name for name, p in m.named_parameters() if p.requires_grad} == trained.keys()
+
+
+def test_a_step_is_taken_at_its_own_rate(texts):
+    """Up in the first steps and down in the later ones."""
+    phase = train.Phase("joint", 6, 4, 1e-3, 3, ("vq",))
+    now = progress(fresh("tiny-emu3"), texts["tiny-emu3"], phase)
+    for step in range(6):
+        train.take_step(now, step)
+        assert [group["lr"] for group in now.optimizer.param_groups] == [train.learning_rate(step, phase)] * 2
+
+
+def test_flags_of_the_language_model_leave_the_picture_tokenizer_alone():
+    """At another rate its codebook collapses. Steps are those of every phase, a tenth of them at most warms up."""
+    plain, given, short = (train.plan(train.TrainConfig(**changes)) for changes in (
+        {}, {"lr": 0.5, "batch_size": 7, "weight_decay": 0.0}, {"steps": 40}))
+    assert given[0] == plain[0] and plain[0].pictures
+    assert given[1:] == [replace(phase, lr=0.5, batch_size=7, weight_decay=0.0) for phase in plain[1:]]
+    assert short == [replace(phase, steps=40, warmup=4) for phase in plain]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -262,32 +391,108 @@ def settings(folder, name="tiny-emu3", **changes):
 
 @pytest.fixture(scope="module", params=[("tiny-emu3", "aia"), ("tiny-janus", "both")], ids=["emu3", "janus, both arms"])
 def whole(request, tmp_path_factory):
-    """An uninterrupted run: its settings, and which parts changed in each of its phases."""
-    moved, run_stage = {}, train.run_phase
+    """An uninterrupted run: its settings, and for each of its phases the weights that its first step found and those
+    that its last one left, and of every step the micro-batches, the settings of the optimizer's groups, and the norm of
+    the gradient before and after clipping."""
+    phases, run_phase, accumulate, updating = {}, train.run_phase, train.accumulate, train.updating
 
-    def watched(run, index, state):
-        before = copy.deepcopy(run.m.state_dict())
-        run_stage(run, index, state)
-        moved[run.phases[index]] = {key.split(".")[0] for key, x in run.m.state_dict().items()
-                                    if not torch.equal(x, before[key])}
+    def watched(run, index, manifest):
+        now = phases[run.phases[index]] = SimpleNamespace(start=None, batches=[], groups=[], norms=[])
+        run_phase(run, index, manifest)
+        now.end = copy.deepcopy(run.m.state_dict())
+
+    def accumulated(net, batches, targets, lambdas, backward=True, *rest, **named):
+        if backward:                                # calibration only measures
+            [*phases.values()][-1].batches.append(batches)
+        return accumulate(net, batches, targets, lambdas, backward, *rest, **named)
+
+    @contextlib.contextmanager
+    def moving(m, optimizer, clip):
+        now = [*phases.values()][-1]
+        now.start = now.start or copy.deepcopy(m.state_dict())
+        now.groups += [{key: value for key, value in group.items() if key != "params"}
+                       for group in optimizer.param_groups]
+        with updating(m, optimizer, clip) as norm:
+            clipped = torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]).norm()
+            now.norms.append((float(norm), float(clipped)))
+            yield norm
     config = settings(tmp_path_factory.mktemp("runs") / "whole", request.param[0], arms=request.param[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "finish", lambda run: run)
         patch.setattr(train, "run_phase", watched)
+        patch.setattr(train, "accumulate", accumulated)
+        patch.setattr(train, "updating", moving)
         train.train(config)
-    return config, moved
+    return config, phases
 
 
 def test_frozen_parts_do_not_move(whole):
     """The picture tokenizer learns alone and then stands still, SigLIP from phase 3 on; reading uses no
     part that only draws; everything else moves."""
-    config, moved = whole
+    config, phases = whole
     everything = {name for name, _ in model.build(config.preset).named_children()}
     drawing = {name for name in everything if name.startswith("gen_")}
-    for phase, names in moved.items():
+    for phase, now in phases.items():
         still = {*phase.frozen} | (drawing if phase.name == "answer" else set())
-        assert names == ({"vq"} if phase.name == "tokenizer" else everything - still), phase.name
+        moved = {key.split(".")[0] for key, x in now.end.items() if not torch.equal(x, now.start[key])}
+        assert moved == ({"vq"} if phase.name == "tokenizer" else everything - still), phase.name
     assert "vq" in phase.frozen and ("vision" in phase.frozen or config.preset == "tiny-emu3")
+
+
+def test_a_phase_without_aia_is_a_plain_next_token_run_bit_for_bit(whole):
+    """The same loop written out without a line of AIA: neither the phases before tuning nor the control have met it."""
+    config, phases = whole
+    plain = [phase for phase in phases if phase.name in ("answer", "joint", "control")]
+    assert len(plain) == (3 if config.arms == "both" else 2)
+    for phase in plain:
+        m, now = model.build(config.preset).train(), phases[phase]
+        m.load_state_dict(now.start)
+        for name, p in m.named_parameters():
+            p.requires_grad_(name.split(".")[0] not in phase.frozen)
+        weights = [p for p in m.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in weights if p.ndim > 1], [p for p in weights if p.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": phase.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        for step, batches in enumerate(now.batches):
+            for batch in batches:
+                tokens = sum((other.labels != -100).sum() for other in batches if other.task == batch.task)
+                (m(batch, intensity=False).ntp / tokens).backward()
+            torch.nn.utils.clip_grad_norm_([p for p in weights if p.grad is not None], 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(step, phase)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert step == 9 and equal(m.state_dict(), now.end), phase.name
+
+
+def test_both_arms_meet_the_same_samples_from_the_same_weights(whole):
+    """Only AIA may differ between them: token for token, with their words and dropped prompts. Other phases of the same
+    seed meet others."""
+    config, phases = whole
+    found = {phase.name: [(b.task, b.origins, b.tokens.tolist(), b.aia_valid.tolist()) for step in now.batches
+                          for b in step] for phase, now in phases.items() if not phase.pictures}
+    *others, last = found
+    assert {name for name in others if found[name] == found[last]} == ({"control"} if config.arms == "both" else set())
+    start = {phase.name: now.start for phase, now in phases.items()}
+    for name in ("tune", "control") if config.arms == "both" else ("tune",):
+        assert equal(start[name], stored(Path(config.out) / "before"))
+    for name in others:                             # nor do they repeat themselves
+        assert len({str(sample) for sample in found[name]}) == len(found[name])
+
+
+def test_every_step_moves_by_the_plan(whole):
+    """The rate of this step and not of the next, the plan's values for matrices, no decay of vectors, and a gradient
+    that is no longer than the plan allows; so for the picture tokenizer as for the language model."""
+    config, phases = whole
+    for phase, now in phases.items():
+        assert len(now.groups) == 2 * phase.steps == 20
+        for i, group in enumerate(now.groups):
+            expected = {"lr": train.learning_rate(i // 2, phase), "betas": phase.betas, "eps": phase.eps,
+                        "weight_decay": phase.weight_decay if i % 2 == 0 else 0.0}
+            assert {key: group[key] for key in expected} == expected
+        for norm, clipped in now.norms:
+            assert clipped == pytest.approx(min(norm, phase.clip), rel=1e-4)
+    assert any(norm > phase.clip for phase, now in phases.items() for norm, _ in now.norms)
 
 
 def test_unifork_trains_each_branch_alone_at_the_end(tmp_path, unscored, monkeypatch):
@@ -338,7 +543,7 @@ def stored(place):
     """{name: tensor} of the weights in a checkpoint folder."""
     names = [name for name in tensor_names(place) if name.startswith("model.")]
     reader = {name: read for file in place.glob("*.safetensors") for name, read in load_file(file).items()}
-    return {name: reader[name] for name in names}
+    return {name.removeprefix("model."): reader[name] for name in names}
 
 
 def same_run(one, other):
@@ -371,6 +576,8 @@ def test_five_steps_resume_five_steps_equal_ten(whole, tmp_path, unscored, monke
         assert (state["phase"], state["step"]) == (index, 5)
     train.train(replace(again, resume=True))
     same_run(config.out, again.out)
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)               # of training, those before a resume included
 
 
 def test_a_run_killed_between_stages_goes_on_the_same(whole, tmp_path, unscored, monkeypatch):
@@ -396,6 +603,22 @@ def test_a_killed_job_leaves_a_log_that_is_trimmed(tmp_path):
     (tmp_path / "log").write_text("\n".join(lines) + '\n{"phase": 1, "st')
     formats.checkpoints.trim_log(tmp_path / "log", 1, 2)
     assert (tmp_path / "log").read_text().splitlines() == lines[:5]
+
+
+def test_everything_random_follows_the_seed(tmp_path, unscored, monkeypatch):
+    """Fresh weights, pictures and the batches of the picture tokenizer: the same again with the same seed, others with
+    another."""
+    given, step, runs = [], train.tokenizer_step, []
+    monkeypatch.setattr(train, "tokenizer_step", lambda *now: given.append(now[2:]) or step(*now))
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        config = settings(tmp_path / name, seed=seed, steps=2)
+        runs.append(train.train(config, train.plan(config)[:1]))
+    assert [(step, seed) for step, _, seed in given] == [(0, 3), (1, 3), (0, 3), (1, 3), (0, 4), (1, 4)]
+    one, again, other = (run.m.state_dict() for run in runs)
+    assert equal(one, again)
+    assert not any(torch.equal(one[name], other[name]) for name, p in runs[0].m.lm.named_parameters("lm") if p.ndim > 1)
+    for run, seed in zip(runs, (3, 3, 4), strict=True):
+        assert (run.source.pictures == data.WorldSource(World(seed), 16, seed).pictures).all()
 
 
 @pytest.fixture(scope="module")
@@ -462,10 +685,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, unscored):
     assert {place.name for place in (tmp_path / "checkpoints").iterdir()} == {"3-0000006", "3-0000008", "4-0000000"}
 
 
-@pytest.mark.parametrize("phase, function, saved", [
-    ("tokenizer", "tokenizer_step", "no checkpoint yet"),
-    ("answer", "accumulate", "last good checkpoint {}/checkpoints/1-0000000")])
-def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_path, unscored, monkeypatch):
+@pytest.mark.parametrize("phase, function, call, saved", [
+    ("tokenizer", "tokenizer_step", 3, "no checkpoint yet"),
+    ("joint", "accumulate", 7, "last good checkpoint {}/checkpoints/2-0000000")])
+def test_a_broken_number_stops_before_it_is_stored(phase, function, call, saved, tmp_path, unscored, monkeypatch):
     """One infinite weight makes the loss NaN: the message names phase, step, records and the last good checkpoint, be
     it one that is still being written."""
     step, calls, finish = getattr(train, function), [], Writer.finish
@@ -473,17 +696,46 @@ def test_a_broken_number_stops_before_it_is_stored(phase, function, saved, tmp_p
 
     def breaks(m, *rest, **named):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == call:
             [p for p in m.parameters() if p.requires_grad][-1].data.fill_(math.inf)
         return step(m, *rest, **named)
     monkeypatch.setattr(train, function, breaks)
-    records = "world picture [0-9]+, world picture" if phase == "answer" else "tokenizer pictures"
+    records = "world picture [0-9]+, world picture" if phase == "joint" else "tokenizer pictures"
     with pytest.raises(InputError, match=f"phase {phase}, step 3: .*not finite.*{records}.*{saved.format(tmp_path)}"):
         train.train(settings(tmp_path, steps=4, save_every=100))
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-    assert len(calls) == 3
-    for place in (tmp_path / "checkpoints").glob("*"):
-        assert all(x.isfinite().all() for x in stored(place).values())
+    assert len(calls) == call
+    places = checkpoint_folders(tmp_path)
+    assert [place.name for place in places] == (["1-0000000", "2-0000000"] if phase == "joint" else [])
+    assert all(x.isfinite().all() for place in places for x in stored(place).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_no_weight(value, texts, monkeypatch):
+    """The losses of such a step may look well: an overflow in the backward pass shows in the norm alone."""
+    m, step = fresh("tiny-emu3"), train.accumulate
+    now = progress(m, texts["tiny-emu3"], train.Phase("tune", 3, 4, 1e-3, 1, ("vq",)))
+    now.run.folder, now.run.saver = ROOT / "none", SimpleNamespace(finish=lambda: None)
+
+    def overflows(*given, **named):
+        sums = step(*given, **named)
+        m.lm.norm.weight.grad[0] = value
+        return sums
+    monkeypatch.setattr(train, "accumulate", overflows)
+    before = copy.deepcopy(m.state_dict())
+    with pytest.raises(InputError, match=f"step 1: loss or gradient is not finite .norm {value}.; records: world"):
+        train.take_step(now, 0)
+    assert equal(m.state_dict(), before) and not now.optimizer.state
+
+
+@pytest.mark.parametrize("row", [{"ntp": math.nan, "aia": None}, {"ntp": 1.0, "aia": math.inf}, {"l1": math.nan}])
+def test_a_loss_that_is_not_finite_is_no_good_step(row, tmp_path):
+    """Any one of them, whatever the norm says, as lambda 0 hides a broken AIA loss from it."""
+    run = SimpleNamespace(folder=tmp_path, saver=SimpleNamespace(finish=lambda: None))
+    phase = train.Phase("tune", 3, 4, 1e-3, 1)
+    train.check_finite(1.0, {"gen": {"ntp": 1.0, "aia": None}, "und": {"l1": 0.5}}, phase, 0, [], run)
+    with pytest.raises(InputError, match="not finite"):
+        train.check_finite(1.0, {"gen": {"ntp": 1.0, "aia": 0.5}, "und": row}, phase, 0, [], run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,13 +847,18 @@ TWO_STEPS = (*OWN_STEPS, "--pool", 32, "--eval-n", 2)
 
 @both_models
 def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
-    """From nothing to scores in one command: the last line is one object, for scripts to read."""
+    """From nothing to scores in one command: the last line is one object, for scripts to read. Whoever opens the folder
+    measures the same."""
     command("--preset", name, *TWO_STEPS, "--out", tmp_path / "run")
     result = result_of(capsys.readouterr().out)
-    scores = [result[key] for key in ("und", "gen", "reader", "psnr", "seconds", "rss_gb")]
-    assert all(math.isfinite(score) for score in scores) and all(0 <= share <= 1 for share in scores[:3])
-    for file in ("checkpoints/4-0000000/manifest.json", "metrics.jsonl", "curves.png", "samples.png", "scores.json",
-                 "settings.json", "result.json"):
+    m = formats.weights.load(tmp_path / "run")
+    found = evaluation.score_both(m, Text(m.tokenizer_file, m.config.kind), World(0), 2)[0]
+    found |= evaluation.score_tokenizer(m, World(0), 8)
+    assert {key: result[key] for key in ("und", "gen", "reader", "psnr")} == pytest.approx(
+        {key: found[key] for key in ("und", "gen", "reader", "psnr")})
+    assert json.loads((tmp_path / "run/result.json").read_text()).items() >= result.items()
+    assert 0 < result["seconds"] < 100 and 0.1 < result["rss_gb"] < 100
+    for file in ("checkpoints/4-0000000/manifest.json", "curves.png", "samples.png", "settings.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("answer", 2), ("joint", 2),
@@ -660,17 +917,29 @@ def own(tmp_path):
 
 @both_models
 def test_own_pictures_end_in_losses_instead_of_scores(name, own, tmp_path, capsys):
-    """Nobody knows what is on them, so und, gen and reader are null and the losses on --val take their place."""
-    command("--preset", name, *OWN_STEPS, "--data", own, "--val", own, "--out", tmp_path / "run")
+    """Nobody knows what is on them, so und, gen and reader are null and the losses on --val, of the final weights and
+    over all of its records, take their place."""
+    val = own.with_name("val.jsonl")
+    val.write_text("".join(line + "\n" for line in own.read_text().splitlines()[4:]))
+    command("--preset", name, *OWN_STEPS, "--data", own, "--val", val, "--out", tmp_path / "run")
     result = result_of(capsys.readouterr().out)
     assert result["und"] is result["gen"] is result["reader"] is None
-    assert all(result[f"{key}_{task}"] > 0 for key in ("val_ntp", "aia") for task in aia.TASKS)
+    m, source = formats.weights.load(tmp_path / "run"), FileSource(val, SMALL[name].kind)
+    preparer = data.Preparer(m, Text(m.tokenizer_file, SMALL[name].kind))
+    batches = [preparer.batch([source.record(task, i) for i in range(source.count(task))]) for task in aia.TASKS]
+    assert [len(batch.tokens) for batch in batches] == [2, 2]
+    for task, row in train.metrics_of(train.accumulate(m, batches, TARGETS, OFF, backward=False)).items():
+        assert row["ntp"] == pytest.approx(result[f"val_ntp_{task}"], rel=1e-4)
+        assert row["aia"] == pytest.approx(result[f"aia_{task}"], rel=1e-3)
     assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples.png").exists()
 
 
 @pytest.mark.parametrize("line, what", [(1, "long caption"), (2, "broken picture")])
 def test_a_bad_record_is_named_or_skipped_in_every_stage(line, what, own, tmp_path, capsys):
-    """Wherever it shows, in the tokenizer, in training or in the final losses, it is left out and listed once."""
+    """Wherever it shows, in the tokenizer or the final losses, or in training alone, it is left out and listed once."""
+    val = own.with_name("val.jsonl")
+    val.write_text("".join(line + "\n" for line in own.read_text().splitlines()[4:]))
+    held = ("--val", val) if what == "long caption" else ()
     if what == "broken picture":                                # its header is good, its pixels end too soon
         picture = own.parent / "pictures/00001.png"
         picture.write_bytes(picture.read_bytes()[:-60])
@@ -680,20 +949,28 @@ def test_a_bad_record_is_named_or_skipped_in_every_stage(line, what, own, tmp_pa
         record["conversations"][0]["value"] *= 200
         own.write_text("\n".join([json.dumps(record), *others]))
     assert f"{own}:{line}: " in refused(capsys, *OWN_STEPS, "--data", own, "--out", tmp_path / "stops")
-    command(*OWN_STEPS, "--data", own, "--out", tmp_path / "run", "--on-bad-record", "skip")
+    command(*OWN_STEPS, "--data", own, *held, "--out", tmp_path / "run", "--on-bad-record", "skip")
     out = capsys.readouterr().out
     assert f"1 bad record was left out:\n  {own}: 1\n  {own}:{line}: " in out and result_of(out)["val_ntp_und"] > 0
     assert out.count(f"{own}:{line}: ") == 1
 
 
 def test_fine_tuning_starts_from_another_run(whole, tmp_path, unscored):
-    """--init skips to phase 3, with both arms if asked: the same start, and the vocabulary of the other run."""
+    """--init skips to phase 3, with both arms if asked: the same start and samples, so the same first losses; from then
+    on AIA makes the difference. The vocabulary is that of the other run."""
     config, _ = whole
     run = train.train(settings(tmp_path, config.preset, init=config.out, arms="both", steps=2))
-    assert [phase.name for phase in run.phases] == ["control", "tune"]
     start, before, control = (stored(path) for path in (newest_checkpoint(Path(config.out))[0],
                                                         tmp_path / "before", tmp_path / "control"))
     assert equal(before, start) and not equal(control, start) and not equal(control, run.m.state_dict())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["step"]) for row in rows] == [("control", 1), ("control", 2), ("tune", 1), ("tune", 2)]
+    for task in aia.TASKS:
+        first, second, first_with, second_with = ((row[task]["ntp"], row[task]["aia"]) for row in rows)
+        assert first == first_with and second != second_with
+        assert [row[task]["lambda"] > 0 for row in rows] == [False, False, True, True]
+    lambdas = {task: rows[-1][task]["lambda"] for task in aia.TASKS}
+    assert newest_checkpoint(tmp_path)[1]["lambdas"] == lambdas                 # by which curves are labelled
     assert run.text.file.read_bytes() == (Path(config.out) / "tokenizer.json").read_bytes()
 
 
@@ -829,6 +1106,27 @@ def test_a_run_of_before_a_setting_was_there_keeps_its_default(tmp_path):
     for other, message in (({"shapes": 5}, "--shapes 4, not 5"), ({"cell": 16}, "--cell 8, not 16")):
         with pytest.raises(InputError, match=message):
             train.check_settings(stored, settings(tmp_path, **other), tmp_path)
+
+
+# Where a run computes, what it costs and how often it reports: all else makes its numbers.
+MAY_CHANGE = {"resume", "out", "device", "parallel", "offload", "attention", "compile", "checkpoint_activations",
+              "micro_batch", "encoded", "on_bad_record", "log_every", "save_every", "val_every", "keep", "eval_n"}
+FILES = {"data", "val", "init", "vision_tokenizer"}             # may move, see check_settings
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(train.TrainConfig)])
+def test_a_resumed_run_keeps_every_setting_that_makes_its_numbers(name, tmp_path):
+    """With another lambda, seed or rate half way, its numbers are those of neither setting."""
+    config = settings(tmp_path)
+    given, stored = getattr(config, name), json.loads(json.dumps(asdict(config)))
+    other = {bool: not given, tuple: ("other",), str: "other"}.get(type(given), given != 3 and 3)
+    changed = replace(config, **{name: other})
+    if name in MAY_CHANGE:
+        return train.check_settings(stored, changed, tmp_path)
+    with pytest.raises(InputError, match=f"was started with --{name.replace('_', '-')} "):
+        train.check_settings(stored, changed, tmp_path)
+    if name in FILES:
+        train.check_settings(stored | {name: "elsewhere"}, changed, tmp_path)
 
 
 def test_a_harder_world_reaches_training_and_what_reads_the_run(tmp_path, monkeypatch):
@@ -1019,7 +1317,12 @@ def one_of_several(rank, world, files, folder):
     if world == 2:
         half = train.TrainConfig(parallel="fsdp", dtype="bfloat16")
         m, net, optimizer = shared_out("tiny-janus", half)
-        found = twenty_steps(m, net, optimizer, Text(Path(files["tiny-janus"]), "janus"))
+        text = Text(Path(files["tiny-janus"]), "janus")
+        found = twenty_steps(m, net, optimizer, text)
+        batch, _ = data.Schedule(data.WorldSource(World(0), 16, 0), data.Preparer(m, text), 0, 8, (1, 1), 4,
+                                 rank=rank, processes=2).step(0)
+        train.accumulate(net, [batch], TARGETS, OFF)
+        once = {name: gathered(p.grad) for name, p in m.lm.layers.named_parameters()}
 
         def shard(m):
             train.shard_model(m, train.TrainConfig(parallel="fsdp"), {"vq", "vision"}, "cpu")
@@ -1028,7 +1331,7 @@ def one_of_several(rank, world, files, folder):
                 if isinstance(p, DTensor)}
         opened = {name: gathered(x) for name, x in opened.state_dict().items()}
         if rank == 0:
-            torch.save((found, opened, mine), f"{folder}/more.pth")
+            torch.save((found, opened, mine, once), f"{folder}/more.pth")
         place, (m, _, optimizer) = Path(folder) / "four", shared_out("tiny-janus", train.TrainConfig(parallel="fsdp"))
         tensors = tensors_of(m, optimizer, tensor_names(place))
         read_tensors(tensors, place)
@@ -1077,14 +1380,13 @@ def test_results_do_not_depend_on_the_layout(world, name, parallel, node, lora, 
     moving, start = "lm.layers.0.self_attn.o_proj.lora_b" if lora else "lm.norm.weight", copy.deepcopy(m.state_dict())
     losses, first, last = twenty_steps(m, *rest, texts[name])
     losses_here, first_here, last_here = torch.load(layouts / f"{world}-{name}-{parallel}-{lora}.pt")
-    assert first.keys() == first_here.keys() and max(g.abs().max() for g in first.values()) > 1e-3
-    torch.testing.assert_close(first_here, first, rtol=0, atol=1e-6)
-    torch.testing.assert_close(losses_here, losses, rtol=0, atol=1e-5)
+    same_gradients(first_here, first, 1e-5)
+    torch.testing.assert_close(losses_here, losses, rtol=1e-4, atol=0)
     assert (start[moving] - last[moving]).abs().max() > 1e-3 and (losses[10:, [0, 2]] == 0).any(0).all()
     for key, weight in last.items():
         if key.endswith("qkv.bias"):                # the true gradient of key biases is zero: AdamW steps on rounding
             last_here[key][32:64] = weight[32:64]
-        torch.testing.assert_close(last_here[key], weight, rtol=0, atol=1e-5, msg=key)
+        assert (last_here[key] - weight).norm() <= 0.01 * (weight - start[key]).norm(), key
 
 
 def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(layouts):
@@ -1104,28 +1406,32 @@ def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(layouts):
 
 def test_public_weights_are_read_by_several_processes_each_its_part(layouts, texts):
     """The model is built without memory, then each tensor read, cut and let go: nobody ever holds a whole model."""
-    _, opened, mine = torch.load(layouts / "more.pth")
+    _, opened, mine, _ = torch.load(layouts / "more.pth")
     assert equal(opened, public(texts).state_dict())
     assert {name.split(".")[0] for name in mine} == {"lm", "lm_head", "aligner", "gen_embed", "gen_aligner", "gen_head"}
     assert all(share == 0.5 for share in mine.values())
 
 
 def test_sharded_bfloat16_keeps_float32_weights(layouts):
-    """Layers compute in half precision; weights, the sums of gradients over processes and AdamW stay exact."""
-    (losses, first, last), *_ = torch.load(layouts / "more.pth")
-    exact, _, last_exact = torch.load(layouts / "2-tiny-janus-fsdp-0.pt")
+    """Layers compute in half precision; weights, the sums of gradients over processes and AdamW stay exact: the mean of
+    two gradients that are bfloat16 has a digit more, and a sum of passes too."""
+    (losses, first, last), _, _, once = torch.load(layouts / "more.pth")
+    exact, first_exact, _ = torch.load(layouts / "2-tiny-janus-fsdp-0.pt")
     assert all(x.dtype == torch.float32 for x in [*first.values(), *last.values()])
     assert not torch.equal(losses, exact)
     torch.testing.assert_close(losses, exact, rtol=0.02, atol=2e-3)
-    name = "lm.layers.0.mlp.up_proj.weight"
-    assert (last[name] - last[name].bfloat16().float()).abs().max() > 0         # not rounded
+    for name in once:
+        key = f"lm.layers.{name}"
+        for x in (once[name], first[key], last[key]):
+            assert (x - x.bfloat16().float()).abs().max() > 0, name             # not rounded
+        assert (first[key] - first_exact[key]).norm() < 0.1 * first_exact[key].norm(), name
 
 
 def test_pure_bfloat16_holds_everything_in_half(tmp_path, unscored):
     """As the released code trains: weights, moments and checkpoint in bfloat16, but for the picture tokenizer."""
     run = train.train(settings(tmp_path, "tiny-janus", pure_bf16=True, steps=2))
     tensors = {name: x for name, x in stored(newest_checkpoint(tmp_path)[0]).items() if x.is_floating_point()}
-    assert {name.split(".")[1] == "vq": x.dtype for name, x in tensors.items()} == {True: torch.float32,
+    assert {name.split(".")[0] == "vq": x.dtype for name, x in tensors.items()} == {True: torch.float32,
                                                                                     False: torch.bfloat16}
     assert formats.weights.load(tmp_path).lm.norm.weight.dtype == run.m.lm.norm.weight.dtype == torch.bfloat16
 
