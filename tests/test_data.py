@@ -31,7 +31,6 @@ from PIL import Image
 import data
 import formats.datasets
 import model
-import train
 from formats.datasets import Encoded, FileSource, Mixture, picture_key
 from formats.records import Record, question_parts
 from parts.pictures import load_picture
@@ -207,14 +206,6 @@ def test_aia_needs_keys_and_queries(kind, preparers):
     batch = data.collate("und", samples, torch.ones(3).bool(), 0)
     assert batch.aia_valid.tolist() == [True, False, False] and (batch.labels != -100).any(1).all()
     assert not data.collate("und", samples, torch.zeros(3).bool(), 0).aia_valid.any()
-
-
-def test_a_batch_asked_about_other_keys_has_another_rectangle(preparers):
-    """Kernels look at its rectangle alone, so one that were kept would hide the keys that are asked for."""
-    batch = preparers["emu3"].batch(world_records("und", 2))
-    first = torch.zeros_like(batch.condition)
-    first[:, 0] = True
-    assert not batch.condition[:, 0].any() and batch.measuring(first).rectangle == (*batch.rectangle[:2], 0, 1)
 
 
 @both_kinds
@@ -461,19 +452,6 @@ def test_the_ratio_is_honoured_over_any_window(ratio, preparers):
     assert sum(len(b.tokens) for b in made if b.task == "gen") == before[4] - before[3]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_steps_of_one_task_are_drawn_with_the_odds_of_the_ratio(seed, preparers):
-    """As the released code mixes; which steps draw follows from the seed."""
-    before = np.array([data.samples_before(step, 5, (2, 1), drawn=seed)["gen"] for step in range(301)])
-    steps = np.diff(before)
-    assert {*steps} == {0, 5} and (steps == 5).mean() == pytest.approx(2 / 3, abs=0.1)
-    other = [data.samples_before(step, 5, (2, 1), drawn=1 - seed)["gen"] for step in range(301)]
-    assert before.tolist() != other
-    plan = data.Schedule(data.WorldSource(World(0), 10, 0), preparers["emu3"], seed, 5, (2, 1), 8, mix="drawn")
-    made = [[(batch.task, len(batch.tokens)) for batch in plan.step(step)] for step in range(12)]
-    assert made == [[("gen" if n else "und", 5)] for n in steps[:12]]
-
-
 @pytest.mark.parametrize("kind, share", [("emu3", 0.05), ("janus", 0.10)])
 def test_a_model_drops_the_share_of_prompts_that_its_authors_dropped(kind, share, preparers):
     """Guidance needs some, AIA cannot use them. No setting says how many, so a schedule must know by itself."""
@@ -556,17 +534,6 @@ def test_epochs_and_seeds_differ_in_order_and_words(preparers):
     for (one, task), (other, like) in itertools.combinations(words, 2):
         assert task != like or sum(one[place] == other[place] for place in one) < n / 2
     assert data.WorldSource(World(0), n, 1).scenes != source.scenes
-
-
-def test_no_two_seeds_of_training_share_an_order(preparers):
-    """Nor do the phases of one seed, unless they say so. The schedule of training also drops prompts by itself."""
-    def plan(seed, order):
-        run = SimpleNamespace(source=data.WorldSource(World(0), 2, 0), preparer=preparers["janus"],
-                              config=train.TrainConfig(seed=seed))
-        now = SimpleNamespace(run=run, phase=train.Phase("joint", 10, 4, 1e-3, 1, order=order))
-        return train.Progress.order_of(now, "both")
-    assert len({plan(seed, order).seed for seed in range(3) for order in range(3)}) == 9
-    assert plan(0, 0).drop == 0.10
 
 
 def test_the_picture_tokenizer_learns_from_fuller_scenes():

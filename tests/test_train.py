@@ -290,14 +290,15 @@ def test_drawn_steps_have_one_task_by_the_odds_of_the_ratio_and_the_seed(ratio, 
 
 def test_no_two_orders_of_samples_are_alike(texts):
     """Neither those of two seeds nor those of two phases of one seed, but for the arms. A phase's own ratio counts more
-    than that of the run."""
+    than that of the run, and the share of dropped prompts is the model's."""
     m, text = fresh("tiny-emu3"), texts["tiny-emu3"]
     plan = [phase for phase in train.plan(settings("none", arms="both")) if not phase.pictures]
     seeds = {(seed, phase.name): progress(m, text, replace(phase, aia=False), seed=seed).schedule.seed
              for seed in range(4) for phase in plan}
     assert len({*seeds.values()}) == 4 * 3 and all(seeds[seed, "control"] == seeds[seed, "tune"] for seed in range(4))
-    ratios = [progress(m, text, replace(phase, aia=False), ratio="2:3").schedule.ratio for phase in plan]
-    assert ratios == [(0, 1), (2, 3), (2, 3), (2, 3)]
+    schedules = [progress(m, text, replace(phase, aia=False), ratio="2:3").schedule for phase in plan]
+    assert [schedule.ratio for schedule in schedules] == [(0, 1), (2, 3), (2, 3), (2, 3)]
+    assert {schedule.drop for schedule in schedules} == {data.DROP["emu3"]}
 
 
 @pytest.mark.parametrize("preset, given, batches", [("tiny-janus", 0, 10), ("emu3-8b", 0, 100), ("emu3-8b", 7, 7)])
