@@ -629,7 +629,7 @@ class Unified(nn.Module):
         x = self.embed_text(ids, pixels)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new = []
-        ask = 1 if ids.device.type == "cpu" else ASK_EVERY
+        ask = ASK_EVERY if ids.device.type in REPLAYED else 1
         while len(new) < max_new_tokens and (len(new) % ask or not done.all()):
             logits = self.lm_head(step(x)).float()                              # (B, V)
             if not new:
