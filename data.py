@@ -554,6 +554,8 @@ def index(settings):
     if not settings.paths or (settings.out and settings.paths[1:]):
         raise InputError("index needs a data set, just one with --out: python data.py index train.jsonl")
     for path in settings.paths:
+        if path.endswith(datasets.INDEX):
+            raise InputError(f"{path} is an index already: train.py --data takes it")
         started = time.time()
         stored, count = datasets.store_index(path, settings.out)
         print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")

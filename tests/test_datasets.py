@@ -162,6 +162,12 @@ def test_a_place_that_cannot_be_written_shows_before_the_pass(album, tmp_path, m
             index(file, *flags)
 
 
+def test_an_index_is_not_indexed(tmp_path):
+    """It is no text either, whatever its bytes look like."""
+    with pytest.raises(InputError, match="a.index.npy is an index already"):
+        data.index(data.Index((str(tmp_path / "a.index.npy"),)))
+
+
 def test_the_index_names_and_counts_bad_records_and_leaves_them_out(album, tmp_path, capsys):
     """20 are shown, all are listed; a shard that ends too soon gives what it has."""
     good = [(f"{i}.{ending}", content) for i in range(3)
