@@ -928,7 +928,9 @@ def attention_kernel(m, device, dtype):
     asked = torch.ones(1, 64, dtype=torch.bool, device=device)
     plain, measured = (kernels.kernel_of(attend(q.requires_grad_(), k, k, condition=condition)[0].grad_fn)
                        for condition in (None, asked))
-    return plain if plain == measured else f"{plain}; with AIA {measured}"
+    told = plain if plain == measured else f"{plain}; with AIA {measured}"
+    least = LSE_FROM.get(torch.device(device).type) if attend is attend_auto else None
+    return told if least is None else f"{told}; from {least:,} tokens on, or compiled, AIA takes log-sum-exp"
 
 
 def settle_attention(m, device, dtype):

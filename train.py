@@ -259,7 +259,8 @@ def check_effects(config, phases):
             (config.data, "--data takes the place of the built-in world", (*WORLD[1:], "pool", "eval_n")),
             (not (config.data or config.val), "the built-in world has no files", ("on_bad_record", "encoded")),
             (not public, "it belongs to --init with public weights", ("vision_tokenizer",)),
-            (not dist.is_torchelastic_launched(), "it takes torchrun to start several processes", ("parallel",)),
+            (not (dist.is_torchelastic_launched() or config.resume), "it takes torchrun to start several processes",
+             ("parallel",)),
             (not (config.init and config.data), "it belongs to --init and --data", ("image_size",)),
             (not config.val, "there is no --val", ("val_every",))]
     settings.check_idle(config, usual, {reason: names for holds, reason, names in idle if holds})

@@ -457,10 +457,11 @@ def public_files(m):
 
 
 def digest(m):
-    """Checksum of a model's weights as they are in memory: it says which weights a number belongs to."""
+    """Checksum of a model's weights, rounded to bfloat16, so that it is the same however they are held: it says which
+    weights a number belongs to."""
     total = new_checksum()
     for _, x in sorted(m.state_dict().items()):
-        total.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(x.detach().to("cpu", torch.bfloat16).contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
 

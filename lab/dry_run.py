@@ -218,12 +218,15 @@ def checked(config):
             raise InputError(f"--{name} {getattr(config, name)}: give a number above 0")
     check_out(config.out)
     c = model.PRESETS[config.preset]
-    wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile") if
-             getattr(config, name)]
+    wrong = [name for name in ("data", "val", "encoded", "init", "resume", "offload", "compile", "vision_tokenizer",
+                                  "image_size") if getattr(config, name)]
+    if config.attention != "auto":
+        wrong.append("attention, as it tries explicit and fused")
     if config.parallel == "ddp":
         wrong.append("parallel ddp")
     if wrong:
-        raise InputError(f"the dry run reads no data and needs weights divided among GPUs: leave out --{wrong[0]}")
+        raise InputError("the dry run reads no data and needs weights divided among GPUs: leave out --"
+                         + wrong[0].replace("_", "-"))
     config = replace(config, tokens=config.tokens or min({"emu3": 8282, "janus": 3000}[c.kind], c.context),
                      node=min(config.node, config.world))
     if config.parallel == "hsdp" and config.world % config.node:

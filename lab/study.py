@@ -212,8 +212,8 @@ def check_weights(scores, curves, folder):
         scored = scores if name == "after" else scores.get(name, {})
         measured = [curves[task][name] for task in aia.TASKS if curves[task].get(name)]
         if len({row.get("weights") for row in [scored, *measured]} - {None}) > 1:
-            raise InputError(f"{folder}: scores.json and curves.json belong to different weights ({name}): remove the "
-                             "folder, and the study runs it again")
+            raise InputError(f"{folder}: scores.json and curves.json belong to different weights ({name}): measure "
+                             "them again (eval.py curves), or remove the folder for another run")
 
 
 def read_row(name, seed, folder):

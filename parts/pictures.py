@@ -141,6 +141,8 @@ def drawn_at(side, config):
     """A Config of Emu3 whose pictures, drawn and seen, have the area of side x side pixels, as near as codes allow."""
     if config.kind != "emu3":
         raise InputError(f"--image-size {side}: Janus-Pro draws and sees pictures of one size: leave it out")
+    if side == config.image_size:
+        return config
     codes = side // config.factor                   # of a row; each row has an end
     if side % config.factor or codes < 2 or codes * (codes + 1) >= config.context:
         raise InputError(f"--image-size {side}: give a multiple of {config.factor} whose square has at least 4 codes, "

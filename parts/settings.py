@@ -267,6 +267,7 @@ def stream(seed, name, *more):
 # ---------------------------------------------------------------------------------------------------------------------
 def device_of(name):
     """The device of --device: "auto" is CUDA if available. Under torchrun, each process takes its own GPU."""
+    given = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":                              # set_device wants an index
@@ -276,7 +277,7 @@ def device_of(name):
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} is not available here: use cpu or auto, one process per GPU") from error
+        raise InputError(f"--device {given} is not available here: use cpu or auto, one process per GPU") from error
     return name
 
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 
 
 def test_the_checksum_of_weights_tells_all_of_them_apart():
-    """One bit of one parameter counts, and the place and type of a tensor; a copy is the same."""
+    """One number of one parameter counts, and the place of a tensor; a copy is the same, and so is one that is held in
+    half precision, as final weights are that were trained in parts."""
     m, twin = fresh("tiny-emu3", **SMALL), fresh("tiny-emu3", **SMALL)
     twin.load_state_dict(m.state_dict())
     found = [digest(m)]
@@ -30,13 +31,14 @@ def test_the_checksum_of_weights_tells_all_of_them_apart():
     with torch.no_grad():
         for x in (twin.lm.norm.weight, twin.vq.quantize.weight, twin.lm.layers[-1].mlp.up_proj.weight):
             last = x.flatten()[-1].clone()
-            x.view(-1)[-1] = last.nextafter(last + 1)
+            x.view(-1)[-1] = 1.01 * last
             found.append(digest(twin))
             x.view(-1)[-1] = last
         assert digest(twin) == found[0]
         q, k = (getattr(twin.lm.layers[0].self_attn, name) for name in ("q_proj", "k_proj"))
         q.weight, k.weight = k.weight, q.weight
-        found += [digest(twin), digest(m.bfloat16())]
+        found.append(digest(twin))
+    assert digest(m.bfloat16()) == found[0]
     assert len(set(found)) == len(found)
 
 
@@ -62,17 +64,18 @@ def test_scores_and_curves_name_the_weights_they_were_measured_on(compared):
     assert len(set(named.values())) == 3
 
 
-def test_a_study_refuses_scores_and_curves_of_different_weights(compared):
+@pytest.mark.parametrize("task, other", [("und", "gen"), ("gen", "und")])
+def test_a_study_refuses_scores_and_curves_of_different_weights(task, other, compared):
     """Of any arm; runs that are older than the checksums still count."""
     def parts():
         return read_json(compared / "scores.json"), read_json(compared / "curves.json")
     check_weights(*parts(), compared)
     for name in ("before", "control", "after"):
         scores, curves = parts()
-        curves["und"][name]["weights"] = "0"
+        curves[task][name]["weights"] = "0"
         with pytest.raises(InputError, match=f"run: .*different weights \\({name}\\)"):
             check_weights(scores, curves, compared)
-        del curves["und"][name]["weights"], curves["gen"][name]["weights"]
+        del curves[task][name]["weights"], curves[other][name]["weights"]
         check_weights(scores, curves, compared)
 
 
@@ -85,15 +88,31 @@ def test_scores_of_the_final_weights_are_those_of_the_command(compared, tmp_path
     assert {key: own[key] for key in again} == again and again["weights"] == digest(m)
 
 
-def test_a_logged_step_names_its_samples(compared):
-    """Beside the losses stand the origins of that step, all micro-batches of both tasks, the same for both arms."""
-    rows = [json.loads(line) for line in (compared / "metrics.jsonl").read_text().splitlines()]
-    m, phases = load(compared), {}
-    world = world_of(read_json(compared / "settings.json"))
+def samples_of(folder, step):
+    """Origins of a step of tuning, from the folder of a run and its schedule."""
+    m, world = load(folder), world_of(read_json(folder / "settings.json"))
     plan = data.Schedule(data.WorldSource(world, 8, 0), data.Preparer(m, Text(m.tokenizer_file, "emu3")),
                          train.TUNE.order, 4, (1, 1), 3)
-    for row in rows:
-        expected = sorted(origin for batch in plan.step(row["step"] - 1) for origin in batch.origins)
-        assert row["origins"] == expected and len(expected) == 4
-        phases.setdefault(row["name"], []).append(row["origins"])
-    assert phases["control"] == phases["tune"] and phases["tune"][0] != phases["tune"][1]
+    return sorted(origin for batch in plan.step(step) for origin in batch.origins)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_logged_step_names_its_samples(compared):
+    """Beside the losses stand the origins of that step, all micro-batches of both tasks, the same for both arms."""
+    for arm in ("control", "tune"):
+        named = [row["origins"] for row in log_of(compared) if row["name"] == arm]
+        assert named == [samples_of(compared, step) for step in range(2)]
+    assert named[0] != named[1] and len(named[0]) == 4
+
+
+def test_samples_are_named_for_all_processes_and_the_last_step(runs, tmp_path, monkeypatch):
+    """Losses of a report are sums over processes, of one step, whatever came since the last report."""
+    monkeypatch.setattr(train, "gathered", lambda values: [*values, "z of another process"])
+    monkeypatch.setattr(train, "finish", lambda run: None)
+    command("--init", runs["tiny-emu3"], "--steps", 3, "--batch-size", 4, "--pool", 8, "--calibration", 1,
+            "--micro-batch", 3, "--out", tmp_path / "run")
+    row, = log_of(tmp_path / "run")
+    assert row["step"] == 3 and row["origins"] == [*samples_of(tmp_path / "run", 2), "z of another process"]

@@ -156,6 +156,7 @@ def test_one_process_keeps_its_weights_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["--data", "x.jsonl"], "leave out --data"), (["--init", "x"], "leave out --init"),
+    (["--image-size", 512], "leave out --image-size"), (["--attention", "lse"], "leave out --attention, as it tries"),
     (["--parallel", "ddp"], "leave out --parallel ddp"), (["--tokens", 9000], "tiny-emu3 takes 3 to 256"),
     (["--parallel", "hsdp", "--node", 3], "--node 3 does not divide 4"), (["--tflops", 0], "--tflops 0")])
 def test_a_dry_run_refuses_what_it_cannot_predict(words, message, capsys):

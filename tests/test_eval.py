@@ -28,7 +28,7 @@ import parts.terminal
 import train
 from formats.checkpoints import save_checkpoint, tensors_of
 from parts.pictures import to_picture, to_tensor
-from parts.settings import write_json
+from parts.settings import InputError, write_json
 from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, combinations, draw_scenes, read_scenes
 
 
@@ -703,3 +703,11 @@ def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
     with torch.inference_mode():
         m(batch)
     assert found == pytest.approx([aia.intensity(mass, batch.queries).mean().item() for mass in masses], rel=1e-4)
+
+
+def test_pictures_of_another_size_are_not_scored_on_the_world(runs, monkeypatch):
+    """They could not be read, which would show after all of them are drawn."""
+    monkeypatch.setattr(evaluation, "world_of", lambda run: World(0, cell=16))
+    monkeypatch.setattr(evaluation, "score_both", None)
+    with pytest.raises(InputError, match="draws pictures of another size than those of the built-in world"):
+        evaluation.score_world(evaluation.ScoreWorld(checkpoint=str(runs["tiny-emu3"])))

@@ -35,7 +35,7 @@ class Flag:
 
 FLAGS = {
     "preset": Flag("tiny-janus", "weights", "fresh"), "recipe": Flag("janus-post", "optimizer", "janus"),
-    "data": Flag("{other}", "batches", "own"), "init": Flag("{run}", "weights", "fresh"),
+    "data": Flag("{other}", "batches", "own"), "init": Flag("{run}", "weights values", "fresh"),
     "out": Flag("{new}", "place"), "resume": Flag("", "batches"), "seed": Flag("1", "batches", "fresh"),
     "steps": Flag("1", "log"), "batch_size": Flag("3", "batches"),
     "aia_weight": Flag("off", "lambda", "uncalibrated"), "rho": Flag("5", "lambda"),
@@ -62,6 +62,7 @@ FLAGS = {
 def test_the_table_has_every_flag():
     """A new flag needs a line here."""
     assert {f.name for f in fields(train.TrainConfig)} == set(FLAGS)
+    assert all(flag.seen or flag.refused for flag in FLAGS.values())
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ def traces(argv, out):
         optimizer = make(m, phase)
         seen["optimizer"].append(optimizer)
         seen["weights"] = sorted((name, p.dtype, tuple(p.shape), p.requires_grad) for name, p in m.named_parameters())
+        seen["values"] = [p.double().abs().sum().item() for p in m.parameters()]
         return optimizer
 
     def passed(layer, *inputs):
@@ -110,7 +112,7 @@ def traces(argv, out):
     def finish(run):
         if run.world:
             train.score_arm(run, "before", run.m)
-        seen.update(bad=len(run.bad), encoded=run.preparer.encoded is not None, val=run.val.paths)
+        seen.update(bad=len(run.bad) + len(run.val.bad), encoded=run.preparer.encoded is not None, val=run.val.paths)
 
     def scored(m, text, world, n, seed):
         seen["asked"] = n, seed
@@ -171,6 +173,7 @@ def test_a_flag_is_seen_in_a_run_or_refused(name, places, usual, tmp_path, capsy
     after = traces(common if name == "out" else changed, out)
     before = usual(common) or {"bad": "refused"}
     assert [trace for trace in flag.seen.split() if before[trace] == after[trace]] == []
+    assert name != "on_bad_record" or after["bad"] == 2
 
 
 def test_pictures_encoded_at_another_size_are_refused(places, tmp_path, capsys):

@@ -192,13 +192,15 @@ def test_the_kernel_of_attention_is_told(name, monkeypatch):
 
 @pytest.mark.parametrize("least, taken", [(None, False), (65, False), (64, True)])
 def test_log_sum_exp_is_taken_from_the_length_on_where_it_is_faster(least, taken, monkeypatch):
-    """`auto` asks the table, for the 64 tokens of the kernel that is told; compiled layers ask for the device alone."""
+    """`auto` asks the table, for the 64 tokens of the kernel that is told; compiled layers ask for the device alone. That
+    longer samples go another way is told too."""
     monkeypatch.setattr(model, "LSE_FROM", {} if least is None else {"cpu": least})
     m = fresh("tiny-emu3")
     model.settle_attention(m, "cpu", torch.float32)
-    assert ("log-sum-exp" in model.attention_kernel(m, "cpu", torch.float32)) == taken
+    told = model.attention_kernel(m, "cpu", torch.float32)
+    assert ("and its log-sum-exp" in told) == taken and (f"from {least} tokens on" in told) == (least is not None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert ("log-sum-exp" in model.attention_kernel(m, "cpu", torch.float32)) == (least is not None)
+    assert ("and its log-sum-exp" in model.attention_kernel(m, "cpu", torch.float32)) == (least is not None)
 
 
 def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, capsys):
