@@ -192,8 +192,8 @@ def test_the_kernel_of_attention_is_told(name, monkeypatch):
 
 @pytest.mark.parametrize("least, taken", [(None, False), (65, False), (64, True)])
 def test_log_sum_exp_is_taken_from_the_length_on_where_it_is_faster(least, taken, monkeypatch):
-    """`auto` asks the table, for the 64 tokens of the kernel that is told; compiled layers ask for the device alone. That
-    longer samples go another way is told too."""
+    """`auto` asks the table, for the 64 tokens of the kernel that is told; compiled layers ask for the device alone.
+    That longer samples go another way is told too."""
     monkeypatch.setattr(model, "LSE_FROM", {} if least is None else {"cpu": least})
     m = fresh("tiny-emu3")
     model.settle_attention(m, "cpu", torch.float32)
