@@ -575,8 +575,8 @@ def score_world(config):
         raise InputError(f"{config.checkpoint} never saw the built-in world: score takes the folder of a run")
     world = world_of(run)
     if m.config.image_size != world.side:
-        raise InputError(f"{config.checkpoint} draws pictures of another size than those of the built-in world, which "
-                         "alone can be scored here: see eval.py score --help")
+        raise InputError(f"{config.checkpoint} draws pictures of another size than those of the built-in world, so "
+                         "they cannot be read: score it on a benchmark (eval.py score --help)")
     scores, _ = score_both(m, text, world, config.n, config.seed)
     scores |= score_tokenizer(m, world, 2 * config.n, config.seed)
     if config.out:
