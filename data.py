@@ -1,7 +1,8 @@
 """What the model eats: a world drawn by code, your own pictures, prompt templates, and the masks that AIA needs.
 
-A record (a picture with a conversation) becomes tokens with a role each; from the roles follow the labels of next-token
-prediction and the two masks of Eq. 1, by one rule for both models (see `spans`).
+A record (pictures with a conversation) becomes tokens with a role each; from the roles follow the labels of next-token
+prediction and the two masks of Eq. 1, by one rule for both models (see `spans`). A record is for one task, or mixed: in
+its answers text and pictures come in turn, and it is a sample of both tasks.
 
     python data.py export FOLDER --n 200      # draw world data as pictures + JSON lines, the layout of --data
     python data.py index shards/ train.jsonl  # where each record lies: data sets of any size, read at random
@@ -11,6 +12,7 @@ prediction and the two masks of Eq. 1, by one rule for both models (see `spans`)
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +26,11 @@ import aia
 import formats.weights
 import model
 from formats import datasets
-from formats.records import SKIP_HINT, Record, question_parts
+from formats.records import RECORD_TASKS, SKIP_HINT, Record, conversation_parts
 from parts.kernels import span
-from parts.pictures import drawn_at, load_picture, siglip_picture, tokenizer_picture
+from parts.pictures import drawn_at, janus_picture, load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
+from parts.stories import story_about, story_sentences, story_words
 from parts.text import Text, special_tokens, train_bpe
 from parts.world import DESCRIBE, World, caption, describe, draw_scenes, questions_about, sentences, words_of, world_of
 
@@ -37,21 +40,37 @@ from parts.world import DESCRIBE, World, caption, describe, draw_scenes, questio
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates: a conversation as tokens with roles
 # ---------------------------------------------------------------------------------------------------------------------
-TEXT, CONTROL, IMAGE, ANSWER, PADDING = range(5)
+# Pictures of questions are IMAGE; those that answers draw are DRAWN, or GIVEN if they are not to be learned. OPEN is
+# the begin-of-image with which an answer goes on to draw.
+TEXT, CONTROL, IMAGE, ANSWER, PADDING, DRAWN, GIVEN, OPEN = range(8)
+# What each task has to predict; in a sample of one task nothing else is learned.
+LABELLED = {"gen": (DRAWN,), "und": (ANSWER, OPEN)}
 EMU3_SYSTEM = "You are a helpful assistant."
 EMU3_USER, EMU3_ASSISTANT = " USER: ", ". ASSISTANT:"        # the template itself adds the full stop
 JANUS_USER, JANUS_ASSISTANT, JANUS_TURN = ": ", ":", "\n\n"
 
 
-def spans(roles, task):
-    """The rule of Eq. 1: roles (B, T) -> condition (B, T), queries (B, T), both bool.
+def marked(roles, *which):
+    """Where roles (B, T) are one of `which`: (B, T) bool."""
+    return torch.isin(roles, torch.tensor(which, device=roles.device))
 
-    Queries are tokens of the answer that predict another token of the same answer: image tokens in generation (a row
-    end between two of them is neither), text up to the one before EOS in understanding.
+
+def spans(roles, task):
+    """The rule of Eq. 1: roles (B, T) -> condition (B, T), queries (B, T), both bool; of a mixed sample (2, B, T), in
+    the order of TASKS.
+
+    Queries are tokens that predict another one of the same picture (a row end between two of them is neither) in
+    generation, of the same stretch of an answer, up to the one before EOS, in understanding. The condition of the one
+    is all text before them, of the other all pictures. In a mixed sample, text may come before any picture: a token
+    without a key would pull the mean to zero, and does not count.
     """
-    answer, condition = (IMAGE, TEXT) if task == "gen" else (ANSWER, IMAGE)
+    if task == "mixed":
+        both = [spans(roles, one) for one in aia.TASKS]
+        condition, queries = (torch.stack(masks) for masks in zip(*both, strict=True))
+        return condition, queries & (condition.cumsum(-1) > 0)
+    answer, keys = (DRAWN, (TEXT, ANSWER)) if task == "gen" else (ANSWER, (IMAGE, DRAWN, GIVEN))
     following = torch.nn.functional.pad(roles[:, 1:], (0, 1), value=PADDING)
-    return roles == condition, (roles == answer) & (following == answer)
+    return marked(roles, *keys), (roles == answer) & (following == answer)
 
 
 class Emu3Template:
@@ -60,40 +79,47 @@ class Emu3Template:
     def __init__(self, config, text, training=True):        # training: as in JanusTemplate; unused here
         self.config, self.text, self.ids = config, text, text.ids
 
-    def block(self, codes):
+    def block(self, codes, role=IMAGE):
         """A picture, codes (h, w): begin, size as text, rows each with a row end, frame end, end."""
         h, w = codes.shape
-        pieces = [self.opening(h, w)]
+        pieces = [([self.ids["boi"]], OPEN if role == DRAWN else CONTROL), (self.opening(h, w), CONTROL)]
         for row in codes.tolist():
-            pieces += [([self.ids["visual"] + code for code in row], IMAGE), ([self.ids["eol"]], CONTROL)]
-        return [*pieces, ([self.ids["eof"], self.ids["eoi"]], CONTROL)]
+            pieces += [([self.ids["visual"] + code for code in row], role), ([self.ids["eol"]], CONTROL)]
+        return [*pieces, ([self.ids[role] for role in model.CLOSING["emu3"]], CONTROL)]
 
     def opening(self, h, w):
-        """What stands before the first code: begin of image, height*width of the code grid, image token."""
-        return [self.ids["boi"], *self.text.encode(f"{h}*{w}"), self.ids["img"]], CONTROL
+        """What stands between begin-of-image and the first code: height*width of the code grid, image token."""
+        return [*self.text.encode(f"{h}*{w}"), self.ids["img"]]
 
     def prompt(self, prompt, size, dropped=False):
         """Generation, up to the first code."""
-        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), self.opening(*size)]
+        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT),
+                ([self.ids["boi"], *self.opening(*size)], CONTROL)]
 
     def generation(self, prompt, codes, dropped=False):
-        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), *self.block(codes)]
+        return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT), *self.block(codes, DRAWN)]
 
-    def understanding(self, turns, pictures):
-        """turns [(question, answer or None)], question a list of text and picture numbers; None: up to the answer."""
+    def conversation(self, turns, pictures, given=(), dropped=False):
+        """turns [(question, answer or None)], each a list of text and picture numbers; None: up to the answer. given:
+        pictures of answers that are not to be learned. dropped: without all that is said; tags and pictures stay."""
         pieces = [([self.ids["bos"]], TEXT)]
         before = EMU3_SYSTEM + EMU3_USER
         for asked, answer in turns:
             for part in asked:                       # text between two pictures is one piece: tokenizers may join
                 if isinstance(part, str):            # the end of a question with the template's full stop
-                    before += part
+                    before += "" if dropped else part
                 else:
                     pieces += [(self.text.encode(before), TEXT), *self.block(pictures[part])]
                     before = ""
             pieces.append((self.text.encode(before + EMU3_ASSISTANT), TEXT))
             before = EMU3_USER
+            for part in answer or ():
+                if not isinstance(part, str):
+                    pieces += self.block(pictures[part], GIVEN if part in given else DRAWN)
+                elif not dropped:
+                    pieces.append((self.text.encode(part), ANSWER))
             if answer is not None:
-                pieces.append(([*self.text.encode(answer), self.ids["eos"]], ANSWER))
+                pieces.append(([self.ids["eos"]], CONTROL if dropped else ANSWER))
         return pieces
 
 
@@ -118,12 +144,32 @@ class JanusTemplate:
         return [(ids, TEXT), ([self.ids["boi"]], CONTROL)]
 
     def generation(self, prompt, codes, dropped=False):
-        return [*self.prompt(prompt, dropped=dropped), ([self.ids["placeholder"]] * codes.numel(), IMAGE)]
+        return [*self.prompt(prompt, dropped=dropped), ([self.ids["placeholder"]] * codes.numel(), DRAWN)]
 
-    def understanding(self, turns, pictures):
-        """As Emu3Template.understanding; a picture is followed by a line break."""
+    def seen(self):
+        """A picture as SigLIP sees it."""
         placeholders = [self.ids["placeholder"]] * self.config.picture_tokens
-        picture = [([self.ids["boi"]], CONTROL), (placeholders, IMAGE), ([self.ids["eoi"]], CONTROL)]
+        return [([self.ids["boi"]], CONTROL), (placeholders, IMAGE), ([self.ids["eoi"]], CONTROL)]
+
+    def block(self, codes, role=DRAWN):
+        """A picture in an answer, codes (N,), and behind it, unless Config.see is "codes", the second look: what is
+        drawn means nothing to this model's understanding before it has seen it."""
+        return [([self.ids["boi"]], OPEN if role == DRAWN else CONTROL),
+                ([self.ids["placeholder"]] * codes.numel(), role),
+                ([self.ids[role] for role in model.CLOSING["janus"]], CONTROL),
+                *(self.seen() if self.config.see == "both" else ())]
+
+    def opening(self, h, w):
+        """Nothing stands between begin-of-image and the first code."""
+        return []
+
+    def words(self, text, dropped, role=TEXT):
+        """A piece of text; dropped: as many pads, which are attended."""
+        ids = self.text.encode(text)
+        return ([self.ids["pad"]] * len(ids), TEXT) if dropped else (ids, role)
+
+    def conversation(self, turns, pictures, given=(), dropped=False):
+        """As Emu3Template.conversation; a picture in a question is followed by a line break."""
         system = self.text.encode(self.system + JANUS_TURN) if self.system else []
         pieces = [([self.ids["bos"], *system], TEXT)]
         for asked, answer in turns:
@@ -133,12 +179,17 @@ class JanusTemplate:
                 if isinstance(part, str):
                     before += part
                 else:
-                    pieces += [(self.text.encode(before), TEXT), *picture]
+                    pieces += [self.words(before, dropped), *self.seen()]
                     before = "\n" if i + 1 < len(asked) else ""
-            pieces += [(self.text.encode(before + JANUS_TURN), TEXT), (self.assistant, TEXT),
+            pieces += [self.words(before + JANUS_TURN, dropped), (self.assistant, TEXT),
                        (self.text.encode(JANUS_ASSISTANT), TEXT)]
-            if answer is not None:                   # a non-empty message follows ": " in this template
-                pieces.append(([*self.text.encode(" " + answer), self.ids["eos"]], ANSWER))
+            for part in answer or ():                # a non-empty message follows ": " in this template
+                if isinstance(part, str):
+                    pieces.append(self.words(" " + part, dropped, ANSWER))
+                else:
+                    pieces += self.block(pictures[part], GIVEN if part in given else DRAWN)
+            if answer is not None:
+                pieces.append(([self.ids["eos"]], CONTROL if dropped else ANSWER))
         return pieces
 
 
@@ -152,7 +203,8 @@ DROP = {"emu3": 0.05, "janus": 0.10}             # share of generation prompts t
 @dataclass
 class Batch:
     """B samples of one task, T tokens, padded on the right. Image positions hold a placeholder for Janus-Pro, which has
-    no ids for them."""
+    no ids for them. Mixed samples are of K = 2 tasks: then labels, condition and queries are (K, B, T), aia_valid is
+    (K, B) and rectangle holds K, in the order of TASKS."""
 
     task: str
     tokens: torch.Tensor                     # (B, T) ids
@@ -160,24 +212,39 @@ class Batch:
     condition: torch.Tensor                  # (B, T) bool: keys of the other modality
     queries: torch.Tensor                    # (B, T) bool: rows that are averaged
     aia_valid: torch.Tensor                  # (B,) bool: false for a dropped prompt, or without keys or queries
-    pixels: torch.Tensor | None = None       # Janus-Pro understanding: (n, 3, S, S)
+    pixels: torch.Tensor | None = None       # what Janus-Pro sees: (n, 3, S, S)
     features: torch.Tensor | None = None     # the same, as SigLIP has seen it: (n, N, vit_width)
-    codes: torch.Tensor | None = None        # Janus-Pro generation: (B, N)
+    codes: torch.Tensor | None = None        # what Janus-Pro draws: (n, N)
+    drawn: torch.Tensor | None = None        # (B, T) bool, mixed: the placeholders that stand for codes
     origins: tuple = ()                      # where each sample comes from, for messages
     lengths: tuple = ()                      # tokens of each sample, without padding
     # What follows from the above, made while the batch is still on the CPU, so that a GPU is never asked how many there
     # are. Whoever replaces a mask must make its span anew: see `measuring`.
     rectangle: tuple = ()                    # first query and end, first key of the condition and end, of all samples
     predicting: torch.Tensor | None = None   # (n,) which of the B T tokens have a successor with a label ...
-    targets: torch.Tensor | None = None      # ... and that label
+    targets: torch.Tensor | None = None      # ... and that label; mixed: first all of generation
+    labelled: tuple = ()                     # how many of these each task has
 
     def __post_init__(self):
         if not self.rectangle:
-            self.rectangle = (*span(self.queries), *span(self.condition))
+            each = [(*span(queries), *span(condition)) for queries, condition in zip(
+                self.per_task(self.queries), self.per_task(self.condition), strict=True)]
+            self.rectangle = tuple(each) if self.task == "mixed" else each[0]
         if self.targets is None:
-            following = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()       # (B T,)
-            self.predicting = (following != -100).nonzero()[:, 0]
-            self.targets = following[self.predicting]
+            following = torch.nn.functional.pad(self.labels[..., 1:], (0, 1), value=-100).flatten(-2)   # (B T,)
+            found = [(row != -100).nonzero()[:, 0] for row in self.per_task(following)]
+            self.predicting = torch.cat(found)
+            self.targets = torch.cat([row[at] for row, at in zip(self.per_task(following), found, strict=True)])
+            self.labelled = tuple(map(len, found))
+
+    @property
+    def tasks(self):
+        """The tasks that these are samples of."""
+        return aia.TASKS if self.task == "mixed" else (self.task,)
+
+    def per_task(self, x):
+        """Something that a mixed batch has for each task, as one item for each of `tasks`."""
+        return x if self.task == "mixed" else (x,)
 
     def measuring(self, condition):
         """The same samples, asked for the attention on other keys: condition (B, T) bool."""
@@ -238,17 +305,19 @@ class Preparer:
                     self.known[pictures[i].tobytes()] = found[i]
         return found
 
-    def seen(self, pictures):
-        """Pictures of questions as Janus-Pro sees them, as fields of a Batch: pixels, or if all of them have stored
-        features, those."""
-        features = [self.recall("features", p) for p in pictures]
+    def seen(self, pictures, drawn=()):
+        """Pictures as Janus-Pro sees them, as fields of a Batch: pixels, or if all of them have stored features, those.
+        drawn: which of them it has drawn, and sees as it drew them: cropped to a square."""
+        drawn = drawn or [False] * len(pictures)
+        features = [None if own else self.recall("features", p) for p, own in zip(pictures, drawn, strict=True)]
         if pictures and all(one is not None for one in features):
             return {"features": torch.stack(features)}
-        pixels = [siglip_picture(load_picture(p, "janus"), self.config) for p in pictures]
+        pixels = [(janus_picture if own else siglip_picture)(load_picture(p, "janus"), self.config)
+                  for p, own in zip(pictures, drawn, strict=True)]
         return {"pixels": torch.stack(pixels) if pixels else None}
 
     def batch(self, records, rngs=None, drop=0.0):
-        """Records of one task -> Batch. With drop, rngs (one a record) decide which generation prompts are dropped."""
+        """Records of one task, or mixed ones -> Batch. With drop, rngs (one a record) decide which prompts are dropped."""
         samples, valid, pictures = self.pieces(records, rngs, drop)
         return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"],
                        origins=tuple(record.origin for record in records),
@@ -257,43 +326,56 @@ class Preparer:
     def nothing(self, task):
         """A dummy batch without labels, so that every process runs the same modules."""
         side = self.config.image_size
-        said = (("nothing", "<image>" if task == "gen" else "nothing"),)
+        said = (("nothing", {"gen": "<image>", "und": "nothing", "mixed": "<image> nothing"}[task]),)
         batch = self.batch([Record("nothing", task, said, (np.zeros((side, side, 3), np.uint8),))])
         return replace(batch, labels=torch.full_like(batch.labels, -100), targets=None, origins=(), lengths=(0,),
                        aia_valid=torch.zeros_like(batch.aia_valid))
 
     def pieces(self, records, rngs=None, drop=0.0):
-        """Records of one task -> pieces of each, whether its prompt was kept, and fields of a Batch that Janus-Pro has
-        besides tokens: what it sees of questions, codes (B, N) of drawings. A None answer ends the prompt."""
+        """Records of one task, or mixed ones -> pieces of each, whether its prompt was kept, and fields of a Batch that
+        Janus-Pro has besides tokens: pictures that it sees, and codes that it draws. A None answer ends the prompt."""
         task = records[0].task
-        sources = [p for r in records for p in r.pictures]
-        codes, pictures = None, {}
-        if task == "gen" or self.config.kind == "emu3":
-            codes = self.codes(sources)
-        if self.config.kind == "janus":
-            pictures = self.seen(sources) if task == "und" else {"codes": torch.stack(codes)}
+        talks = [conversation_parts(record.turns, len(record.pictures)) for record in records]
+        drawn = [drawn_pictures(talk) for talk in talks]
+        coded = drawn if self.config.kind == "janus" else [range(len(record.pictures)) for record in records]
+        wanted = [(i, number) for i, numbers in enumerate(coded) for number in numbers]
+        codes = dict(zip(wanted, self.codes([records[i].pictures[number] for i, number in wanted]), strict=True))
         samples = []
         kept = []
-        first = 0
-        for i, record in enumerate(records):
-            dropped = task == "gen" and drop > 0 and bool(rngs[i].random() < drop)
-            mine = None if codes is None else codes[first:first + len(record.pictures)]
-            first += len(record.pictures)
+        for i, (record, talk) in enumerate(zip(records, talks, strict=True)):
+            dropped = task != "und" and drop > 0 and bool(rngs[i].random() < drop)
+            mine = {number: codes[i, number] for number in coded[i]}
             if task == "gen":
                 pieces = self.template.generation(record.turns[0][0], mine[0], dropped)
             else:
-                pieces = self.template.understanding(question_parts(record.turns, len(record.pictures)), mine)
+                pieces = self.template.conversation(talk, mine, record.given, dropped)
             length = sum(len(ids) for ids, _ in pieces)
             if self.training and length > self.config.context:
                 raise InputError(f"{record.origin}: {length} tokens, but the model takes {self.config.context}: "
                                  "shorten the text or split the conversation")
             samples.append(pieces)
             kept.append(not dropped)
-        return samples, kept, pictures
+        return samples, kept, self.pictures(records, drawn, codes) if self.config.kind == "janus" else {}
+
+    def pictures(self, records, drawn, codes):
+        """Fields of a Batch of Janus-Pro: what it sees, in the order of the tokens, and the codes of what it draws."""
+        again = self.config.see == "both"
+        looks = [(picture, number in own) for record, own in zip(records, drawn, strict=True)
+                 for number, picture in enumerate(record.pictures) if again or number not in own]
+        found = {}
+        if records[0].task != "gen":
+            found = self.seen(*map(list, zip(*looks, strict=True))) if looks else self.seen([])
+        return found | ({"codes": torch.stack(list(codes.values()))} if codes else {})
+
+
+def drawn_pictures(talk):
+    """The numbers of the pictures in the answers of a conversation, as conversation_parts gives it, in order."""
+    return [part for _, answer in talk for part in answer or () if not isinstance(part, str)]
 
 
 def collate(task, samples, valid, pad, pixels=None, codes=None, origins=(), features=None, multiple=1):
-    """Pieces [(ids, role), ...] of each sample -> Batch, T a multiple; labels and masks follow from the roles."""
+    """Pieces [(ids, role), ...] of each sample -> Batch, T a multiple; labels and masks follow from the roles. valid
+    (B,) bool: false for a dropped prompt, of which a mixed sample learns the pictures only."""
     lengths = tuple(sum(len(ids) for ids, _ in pieces) for pieces in samples)
     tokens = torch.full((len(samples), -(-max(lengths) // multiple) * multiple), pad)           # (B, T)
     roles = torch.full_like(tokens, PADDING)                                    # (B, T)
@@ -301,26 +383,34 @@ def collate(task, samples, valid, pad, pixels=None, codes=None, origins=(), feat
         ids = [i for part, _ in pieces for i in part]
         tokens[b, :len(ids)] = torch.tensor(ids)
         roles[b, :len(ids)] = torch.tensor([role for part, role in pieces for _ in part])
-    condition, queries = spans(roles, task)
-    answer = roles == (IMAGE if task == "gen" else ANSWER)
-    labels = torch.where(answer, tokens, -100)
+    condition, queries = spans(roles, task)                                     # (B, T) or (2, B, T), as all below
+    labels = {one: torch.where(marked(roles, *LABELLED[one]), tokens, -100) for one in aia.TASKS}
+    drawn = None
     if codes is not None:                                                       # Janus-Pro: gen_head predicts codes
-        labels = labels.masked_scatter(answer, codes)
-    valid = valid & condition.any(1) & queries.any(1)
-    return Batch(task, tokens, labels, condition, queries, valid, pixels, features, codes, origins, lengths)
+        drawn = marked(roles, DRAWN, GIVEN)
+        labels["gen"] = torch.where(roles == DRAWN, tokens.masked_scatter(drawn, codes), -100)
+    if task == "mixed":
+        labels["und"] = labels["und"].masked_fill(~valid[:, None], -100)
+    labels = torch.stack(list(labels.values())) if task == "mixed" else labels[task]
+    valid = valid & condition.any(-1) & queries.any(-1)                         # (B,) or (2, B)
+    return Batch(task, tokens, labels, condition, queries, valid, pixels, features, codes,
+                 drawn if task == "mixed" else None, origins, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which samples make a step
 # ---------------------------------------------------------------------------------------------------------------------
 def samples_before(step, batch_size, ratio, drawn=None):
-    """How many samples of each task all steps before `step` have used: the mix honours the ratio over any window.
-    drawn: a seed; each step then has one task, drawn with the odds of the ratio, as the released code does it."""
+    """How many samples of each task, and mixed ones, all steps before `step` have used: the mix honours the ratio over
+    any window. drawn: a seed; each step then has one of them, drawn with the odds of the ratio, as the released code
+    does it."""
+    bounds = [0, *itertools.accumulate(ratio)]
     total = step * batch_size
-    gen = total * ratio[0] // sum(ratio)
+    used = [total * bound // bounds[-1] for bound in bounds]
     if drawn is not None:
-        gen = batch_size * int((stream(drawn, "mix").random(step) * sum(ratio) < ratio[0]).sum())
-    return {"gen": gen, "und": total - gen}
+        lots = stream(drawn, "mix").random(step) * bounds[-1]
+        used = [batch_size * int((lots < bound).sum()) for bound in bounds]
+    return {task: end - start for task, start, end in zip(RECORD_TASKS, used, used[1:], strict=False)}
 
 
 def usable_batch(preparer, get, positions, drop=0.0, bad=None):
@@ -347,10 +437,11 @@ def usable_batch(preparer, get, positions, drop=0.0, bad=None):
 
 def check_tasks(source, ratio):
     """Refuse a source without records of a task that has a share."""
-    for task, share in zip(aia.TASKS, ratio, strict=True):
+    for task, share in zip(RECORD_TASKS, ratio, strict=False):
         if share and not source.count(task):
-            other = "1:0" if task == "und" else "0:1"
-            raise InputError(f"the data hold no record for task {task!r}: add some, or train with --ratio {other}")
+            there = ":".join("1" if source.count(one) else "0" for one in RECORD_TASKS)
+            what = "mixed record" if task == "mixed" else f"record for task {task!r}"
+            raise InputError(f"the data hold no {what}: add some, or train with --ratio {there.removesuffix(':0')}")
 
 
 def beside(device):
@@ -366,7 +457,7 @@ def beside(device):
 class Schedule:
     """The samples of every step, from the seed alone: nothing to store for resuming, the same for any processes.
 
-    ratio (gen, und); drop: portion of prompts that are dropped, None: that of the model; on_bad_record "stop" or
+    ratio (gen, und, mixed); drop: portion of prompts that are dropped, None: that of the model; on_bad_record "stop" or
     "skip"; mix "both": each step has both tasks, "drawn": one, drawn with the odds of the ratio.
     """
 
@@ -382,7 +473,7 @@ class Schedule:
         parts = [(source, 1)]
         if isinstance(source, datasets.Mixture) and source.shares:
             parts = list(zip(source.sources, source.shares, strict=True))
-        self.parts = {task: [part for part in parts if part[0].count(task)] for task in aia.TASKS}
+        self.parts = {task: [part for part in parts if part[0].count(task)] for task in RECORD_TASKS}
         check_tasks(source, ratio)
 
     def record(self, task, position):
@@ -391,8 +482,8 @@ class Schedule:
         number, own = datasets.deal(position, shares)
         n = sources[number].count(task)
         epoch, own = divmod(own, n)
-        index = datasets.shuffled(own, n, (self.seed, aia.TASKS.index(task), epoch, number))
-        rng = stream(self.seed, "record", aia.TASKS.index(task), position)
+        index = datasets.shuffled(own, n, (self.seed, RECORD_TASKS.index(task), epoch, number))
+        rng = stream(self.seed, "record", RECORD_TASKS.index(task), position)
         return sources[number].record(task, index, rng), rng
 
     def length(self, task, position):
@@ -406,7 +497,7 @@ class Schedule:
         return words + 4 * config.picture_tokens * len(record.pictures)
 
     def groups(self, step):
-        """[(task, this process's positions)] of the micro-batches of a step: generation first, then understanding.
+        """[(task, this process's positions)] of the micro-batches of a step: generation, understanding, mixed.
 
         Samples of like length go together: less padding, and the same gradient, since a step is one sum. The longest
         come first, so that what does not fit into memory fails at once. Every process has the same tasks in turn.
@@ -414,7 +505,7 @@ class Schedule:
         start, end = (samples_before(s, self.batch_size, self.ratio, self.drawn) for s in (step, step + 1))
         groups = []
         n = self.micro_batch
-        for task in aia.TASKS:
+        for task in start:
             positions = range(start[task], end[task])
             mine = list(positions[self.rank::self.processes])
             if len(mine) > n:
@@ -424,7 +515,7 @@ class Schedule:
         return groups
 
     def step(self, step):
-        """The micro-batches of a step, each of one task. One without a usable record is left out; with
+        """The micro-batches of a step, each of one task or mixed. One without a usable record is left out; with
         several processes, which wait for one another, a dummy takes its turn (Preparer.nothing)."""
         bad = self.bad if self.on_bad_record == "skip" else None
         batches = []
@@ -478,6 +569,10 @@ class WorldSource:
 
     def record(self, task, index, rng):
         scene = self.scenes[index]
+        if task == "mixed":
+            story = story_about(self.world, scene, rng)
+            pictures = draw_scenes(story.scenes, self.world.cell_side)
+            return Record(f"world conversation {index}", task, story.turns, tuple(pictures), given=story.given)
         if task == "gen":
             turns = ((caption(scene, rng), "<image>"),)
         else:
@@ -487,15 +582,20 @@ class WorldSource:
         return Record(f"world picture {index}", task, turns, (self.pictures[index],))
 
 
-def train_tokenizer(file, config, world=None):
+def train_tokenizer(file, config, world=None, mixed=False):
     """The text tokenizer of a tiny model: a BPE on the words of a world (None: the easiest) and of both templates, with
-    the special tokens of `config`; saved as tokenizer.json -> Text."""
+    the special tokens of `config`; saved as tokenizer.json -> Text. mixed: on the words of stories, too."""
     world = world or World(0)
     frames = (EMU3_SYSTEM + EMU3_USER, EMU3_USER, EMU3_ASSISTANT)
     lines = []
     for said in sentences(world, 2000):
         lines += [*frames, JANUS_USER, JANUS_ASSISTANT, *said, DESCRIBE]
-    train_bpe(file, lines, words_of(world), frames, model.TINY_TEXT, special_tokens(config.kind, config.codebook))
+    words = words_of(world)
+    if mixed:
+        words += story_words()
+        for said in story_sentences(world, 2000):
+            lines += [*said, *(" " + text for text in said)]
+    train_bpe(file, lines, words, frames, model.TINY_TEXT, special_tokens(config.kind, config.codebook))
     return Text(file, config.kind)
 
 

@@ -7,6 +7,8 @@ token spends on the keys of the other modality (the I_l of aia.py, before averag
     python -m pytest tests/test_model.py
 """
 
+import collections
+import functools
 import math
 import re
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import aia
 from parts import kernels
 from parts.loss import next_token_loss
+from parts.pictures import to_picture, to_tensor
 from parts.settings import InputError
 from parts.text import SPECIAL
 from parts.vision import Emu3VQ, JanusVQ, SigLIP
@@ -74,6 +77,7 @@ class Config:
     attention: str = "auto"              # a key of ATTENTION
     lora_rank: int = 0                   # of what is trained beside the decoder's frozen projections; 0: nothing
     fork_layer: int = 0                  # UniFork: from this layer on each task has layers of its own; 0: all shared
+    see: str = "both"                    # Janus-Pro: "both": it looks at what an answer has drawn; "codes": it does not
     rope_bf16: bool = False              # round the rotary frequencies to bfloat16, as the published scripts do
     checkpoint_activations: bool = False         # recompute each layer in the backward pass
     ids: dict = field(default_factory=dict)      # special token ids by role, see SPECIAL
@@ -131,6 +135,10 @@ TINY_JANUS = replace(
     ids={role: TINY_TEXT + i for i, role in enumerate(SPECIAL["janus"])},
 )
 TINY_UNIFORK = replace(TINY_EMU3, fork_layer=2)      # half of the layers are shared, as in the authors' code
+# For text and pictures in turn.
+TINY_MIXED, TINY_MIXED_JANUS, TINY_MIXED_FORK = (replace(config, context=320) for config in (
+    TINY_EMU3, TINY_JANUS, TINY_UNIFORK))
+TINY_MIXED_CODES = replace(TINY_MIXED_JANUS, see="codes")
 # For comparisons: as many parameters as tiny-unifork, all shared; half and double width.
 TINY_WIDE, TINY_HALF, TINY_DOUBLE = (replace(TINY_EMU3, **sizes) for sizes in (
     {"ffn": 448}, {"width": 48, "ffn": 128, "head_dim": 16}, {"width": 192, "ffn": 512, "heads": 6, "kv_heads": 6}))
@@ -141,7 +149,9 @@ SMALL_EMU3 = replace(
     vq_width=64, vq_mult=(1, 1, 1, 1), vq_attention=(3,), image_size=32, min_pixels=32 * 32, max_pixels=32 * 32,
     init_std=0.05)
 PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TINY_UNIFORK, "tiny-wide": TINY_WIDE,
-           "tiny-half": TINY_HALF, "tiny-double": TINY_DOUBLE, "small-emu3": SMALL_EMU3, "emu3-8b": EMU3_8B,
+           "tiny-half": TINY_HALF, "tiny-double": TINY_DOUBLE, "tiny-mixed": TINY_MIXED,
+           "tiny-mixed-janus": TINY_MIXED_JANUS, "tiny-mixed-codes": TINY_MIXED_CODES,
+           "tiny-mixed-fork": TINY_MIXED_FORK, "small-emu3": SMALL_EMU3, "emu3-8b": EMU3_8B,
            "janus-pro-1b": JANUS_PRO_1B, "janus-pro-7b": JANUS_PRO_7B}
 
 
@@ -358,7 +368,9 @@ class Decoder(nn.Module):
         if config.fork_layer:
             if config.fork_layer >= config.layers:
                 raise InputError(f"--fork-layer {config.fork_layer}: the model has {config.layers} layers, give less")
-            self.gen_layers = nn.ModuleList(Layer(config, i) for i in range(config.fork_layer, config.layers))
+            # In a cache they come behind all others: what is both text and pictures runs through both branches.
+            self.gen_layers = nn.ModuleList(Layer(config, config.layers + i)
+                                            for i in range(config.layers - config.fork_layer))
             self.gen_norm = RMSNorm(config.width, config.norm_eps)
 
     def path(self, task):
@@ -395,23 +407,45 @@ class Decoder(nn.Module):
         """Run embeddings x (B, T, C) through all layers of a task.
 
         mask (B, T) bool: True = real token; None: no padding, or padding on the right; a cache brings its own mask
-        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1); rectangle: their spans
+        condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1); rectangle: their spans;
+            or K of each, (K, B, T), to measure several in one pass
         moving (B,) bool, with a cache: rows where it is false stand still; None: all go on
-        -> x (B, T, C) after the final norm, intensity (B, L) or None, hidden states [L + 1 of (B, T, C)] or None
+        -> x (B, T, C) after the final norm, intensity (B, L) or (K, B, L) or None, hidden states [L + 1 of (B, T, C)] or
+           None. Of task "mixed" both branches of a fork: x (2, B, T, C), no states
         """
-        batch, new, _ = x.shape
-        rope, visible = cache.enter(new, moving) if cache else self.frame(x, mask)
-        intensities, states = [], [x]
-        x = x.flatten(0, 1)                                                     # (B T, C)
+        frame = cache.enter(x.shape[1], moving) if cache else self.frame(x, mask)
         layers, norm = self.path(task)
+        if task == "mixed" and self.config.fork_layer:
+            return self.branches(x, frame, (condition, queries, rectangle), cache)
+        x, intensities, states = self.through(layers, x, frame, (condition, queries, rectangle), cache)
+        return norm(x), torch.stack(intensities, -1) if intensities else None, states if hidden else None
+
+    def through(self, layers, x, frame, asked, cache):
+        """Some layers, x (B, T, C) -> x (B, T, C), intensities [(B,) or (K, B)] of these layers, hidden states."""
+        condition, queries, rectangle = asked
+        intensities, states = [], [x]
+        batch = len(x)
+        x = x.flatten(0, 1)                                                     # (B T, C)
         for layer in layers:
-            x, mass = self.run(layer, x, batch, rope, visible, condition, rectangle, cache)     # (B T, C), (B, H, T)
+            x, mass = self.run(layer, x, batch, *frame, condition, rectangle, cache)            # (B T, C), (B, H, T)
             if mass is not None:
                 intensities.append(aia.intensity(mass, queries))                # (B,)
-            if hidden:
-                states.append(x.unflatten(0, (batch, new)))
-        x = norm(x).unflatten(0, (batch, new))                                  # (B, T, C)
-        return x, torch.stack(intensities, 1) if intensities else None, states if hidden else None
+            states.append(x.unflatten(0, (batch, -1)))
+        return states[-1], intensities, states
+
+    def branches(self, x, frame, asked, cache):
+        """The shared layers once, then both branches over all tokens: each gives the intensity of its own task."""
+        shared = self.config.fork_layer
+        x, below, _ = self.through(self.layers[:shared], x, frame, asked, cache)
+        ends, intensities = [], []
+        for i, task in enumerate(aia.TASKS):
+            layers, norm = self.path(task)
+            own = [part if part is None else part[i] for part in asked]
+            y, above, _ = self.through(layers[shared:], x, frame, own, cache)
+            ends.append(norm(y))
+            if above:
+                intensities.append(torch.stack([*(both[i] for both in below), *above], -1))     # (B, L)
+        return torch.stack(ends), torch.stack(intensities) if intensities else None, None
 
     def frame(self, x, mask):
         """Rotations of all tokens of x (B, T, C), and which keys each of them sees (see `visibility`)."""
@@ -444,10 +478,11 @@ class Cache:
         self.now, self.columns = None, None         # where the step under way writes: (first, end), and (new,)
         self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
         self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
-        shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
-        # Zeros: a masked column weighs nothing, but nothing times whatever lay in memory may be NaN.
-        self.k, self.v = ([like.new_zeros(shape) for _ in range(c.layers)] for _ in range(2))
-        self.rope = lm.rotations(torch.arange(shape[2], device=device)[None])   # (1, 1, U, D) each
+        self.shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
+        # Of the layers that a task runs through, made when the prompts do. Zeros: a masked column weighs nothing, but
+        # nothing times whatever lay in memory may be NaN.
+        self.k, self.v = (collections.defaultdict(lambda: like.new_zeros(self.shape)) for _ in range(2))
+        self.rope = lm.rotations(torch.arange(self.shape[2], device=device)[None])              # (1, 1, U, D) each
 
     def enter(self, new, moving=None):
         """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
@@ -501,14 +536,16 @@ class Cache:
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Output:
-    """ntp: sum of the next-token loss over labels; tokens: their number; intensity (B, L); hidden: L + 1 states."""
+    """ntp: sum of the next-token loss over labels; tokens: their number; intensity (B, L); hidden: L + 1 states. Of a
+    mixed batch for each task: ntp (2,), tokens two, intensity (2, B, L)."""
 
     ntp: torch.Tensor
-    tokens: int
+    tokens: int | tuple
     intensity: torch.Tensor | None = None
     hidden: list | None = None
 
 
+CLOSING = {"emu3": ("eof", "eoi"), "janus": ("eoi",)}           # what ends a picture, behind its last code or row end
 ASK_EVERY = 4                                   # on a GPU: tokens between checks whether all answers have ended
 REPLAYED = ("cuda",)                            # devices on which a step is recorded once, then replayed ...
 REPLAY_FROM = 64                                # ... if an answer or a picture may have this many steps
@@ -535,8 +572,9 @@ class Unified(nn.Module):
     def embed(self, batch):
         """Embeddings (B, T, C) of a data.Batch, pictures included."""
 
-    def embed_text(self, ids, pixels=None):
-        """Embed ids (B, T) -> (B, T, C); placeholders are filled, in order, with pictures (n, 3, S, S)."""
+    def embed_text(self, ids, pixels=None, codes=None, drawn=None):
+        """Embed ids (B, T) -> (B, T, C); placeholders are filled, in order, with pictures (n, 3, S, S), in Janus-Pro
+        those of drawn (B, T) bool with codes (n, N)."""
 
     def embed_code(self, code, row_end):
         """Embeddings (B, 1 or 2, C) of what follows when code (B,) was drawn, at the end of a row of codes or not."""
@@ -551,15 +589,20 @@ class Unified(nn.Module):
         """Conditional and unconditional prompts in turn, padded on the left: ids and mask, (2 B, T) each."""
 
     def forward(self, batch, intensity=True, hidden=False):
-        """Loss and intensities of one data.Batch: padding on the right, one task."""
+        """Losses and intensities of one data.Batch: padding on the right, one task or mixed."""
         x = self.embed(batch)                                                   # (B, T, C)
         condition = batch.condition if intensity else None
         x, intensities, states = self.lm(x, None, condition, batch.queries, batch.rectangle, hidden=hidden,
                                          task=batch.task)
+        ends = x if x.ndim == 4 else [x] * len(batch.tasks)                     # a fork has one for each task
         # Only positions that predict a label meet the head.
-        x = x.flatten(0, 1).index_select(0, batch.predicting)                   # (n, C)
-        ntp = next_token_loss(x, self.head(batch.task), batch.targets)
-        return Output(ntp, len(batch.targets), intensities, states)
+        chosen = [end.flatten(0, 1).index_select(0, at)                         # (n, C)
+                  for end, at in zip(ends, batch.predicting.split(batch.labelled), strict=True)]
+        ntp = [next_token_loss(rows, self.head(task), targets) for rows, task, targets
+               in zip(chosen, batch.tasks, batch.targets.split(batch.labelled), strict=True)]
+        if batch.task == "mixed":
+            return Output(torch.stack(ntp), batch.labelled, intensities, states)
+        return Output(ntp[0], batch.labelled[0], intensities, states)
 
     def logits(self, ids, pixels=None, mask=None):
         """Text logits (B, T, V). ids (B, T) hold one placeholder per image token, filled in order from pixels
@@ -601,7 +644,8 @@ class Unified(nn.Module):
         mask = left_padding(ids, mask)
         guided = guidance != 1
         rows, mask = self.guided_rows(ids, mask, negative) if guided else (ids, mask)
-        step, _ = self.steps(mask, h * (w + 1), h * (w + 1), "gen")
+        self.room(mask, h * (w + 1))
+        step = self.steps(mask, h * (w + 1), "gen")
         x = self.embed_text(rows)
         codes = []
         for i in range(h * w):
@@ -625,7 +669,9 @@ class Unified(nn.Module):
         temperature 0 is greedy. A row ends with EOS, then pad; stops when all rows have ended, or the longest fills the
         context. watch is called with the tokens (B,) of each step, as they come.
         """
-        step, max_new_tokens = self.steps(left_padding(ids, mask), max_new_tokens, 1, "und")
+        mask = left_padding(ids, mask)
+        max_new_tokens = min(max_new_tokens, self.room(mask, 1))
+        step = self.steps(mask, max_new_tokens, "und")
         x = self.embed_text(ids, pixels)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new = []
@@ -648,20 +694,25 @@ class Unified(nn.Module):
         going = (tokens == self.ids["eos"]).cumsum(1) == 0                      # (B, T): rows that have not ended
         return tokens[:, :int(going.any(0).sum()) + 1]
 
-    def steps(self, mask, new, least, task):
-        """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
-        tokens -> the last hidden state (rows, C); and how many tokens the context has room for, refused if fewer than
-        `least`. After the prompts CUDA replays the function: a step is 1,000 small kernels."""
+    def room(self, mask, least):
+        """How many tokens the context has room for behind the longest of prompts with mask (rows, T) bool; refused if
+        fewer than `least`."""
         given, most = int(mask.sum(1).max()), self.config.context
         if given + least > most:
             raise InputError(f"{given} tokens and {least} to come, but the model takes {most}: shorten the text, show "
                              "fewer pictures, or begin anew (/new in a conversation)")
-        new = min(new, most - given)
+        return most - given
+
+    def steps(self, mask, new, task, moving=None):
+        """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
+        tokens -> the last hidden state (rows, C), of a fork and task "mixed" of each branch. moving (rows,) bool: where
+        it is false when the function is called, a row stands still. After the prompts CUDA replays the function: a step
+        is 1,000 small kernels."""
         cache = Cache(self.lm, mask, new)
         replayed = None
 
         def step(x):
-            return self.lm(x, cache=cache, task=task)[0][:, -1]                 # (rows, C)
+            return self.lm(x, cache=cache, moving=moving, task=task)[0][..., -1, :]             # (rows, C)
 
         def run(x):
             nonlocal replayed
@@ -669,7 +720,144 @@ class Unified(nn.Module):
                 replayed = cache.recorded(step)
             with kernels.no_planning(x.device.type):
                 return (replayed or step)(x)
-        return (run if mask.device.type in REPLAYED else step), new
+        return run if mask.device.type in REPLAYED else step
+
+    def script(self, parts, size, opening, words, pictures, room, watch):
+        """One answer of `generate`, written down as it would be read: yields "word" or "code", which is then drawn from
+        the model and sent back, or a token that is forced, or a picture to look at; its parts are added to a list."""
+        h, w = size
+        emu3 = self.config.kind == "emu3"
+        closing = [self.ids[role] for role in CLOSING[self.config.kind]]
+        look = 0 if emu3 or self.config.see == "codes" else self.config.picture_tokens + 2
+        block = len(opening) + h * (w + emu3) + len(closing) + look             # tokens behind begin-of-image
+        while words and room:
+            token = yield "word"
+            words, room = words - 1, room - 1
+            if token == self.ids["eos"] or (token == self.ids["boi"] and not pictures):
+                return
+            if token != self.ids["boi"]:
+                if not parts or not isinstance(parts[-1], list):
+                    parts.append([])
+                parts[-1].append(token)
+                watch(token)
+                continue
+            if room < block:
+                raise InputError(f"a picture of {block} tokens is to be drawn, but the context has room for {room}: "
+                                 "shorten the text, show fewer pictures, or begin anew (/new in a conversation)")
+            yield from opening
+            codes = []
+            for i in range(h * w):
+                codes.append((yield "code"))
+                if emu3 and (i + 1) % w == 0:
+                    yield self.ids["eol"]
+            yield from closing
+            parts.append(self.as_codes(torch.tensor(codes).view(1, h, w))[0])
+            watch(parts[-1])
+            if look:
+                yield parts[-1]
+            pictures, room = pictures - 1, room - block
+
+    @torch.inference_mode()
+    def generate(self, ids, pixels=None, mask=None, codes=None, drawn=None, opening=(), size=None, guidance=1.0,
+                 max_new_tokens=512, max_pictures=4, temperature=0.0, top_p=1.0, code_temperature=1.0, top_k=None,
+                 generator=None, watch=None):
+        """Go on with conversations in text and pictures, each until EOS or a limit -> for each row its parts in order:
+        lists of token ids, and pictures as encode_images gives them, on the CPU.
+
+        ids (B, T), pixels, codes, drawn as in `embed_text`, mask (B, T) bool: padding on the left. opening: tokens
+        between begin-of-image and the first code of a picture, size (h, w): its code grid. guidance other than 1: rows
+        are in turn a conversation, and the same without its words (Template.conversation), which is no answer of its
+        own. temperature and top_p draw the words, code_temperature and top_k the codes; 0 takes the likeliest. watch(row,
+        part) is called with each token of text and each picture as they come.
+
+        All rows take a step together, and one that has nothing to do leaves its column empty (Cache), so that each
+        gives what it gives alone.
+        """
+        mask = left_padding(ids, mask)
+        guided = 2 if guidance != 1 else 1
+        top_k = self.config.top_k if top_k is None else top_k
+        size = size or self.config.grid
+        look = self.config.picture_tokens + 2
+        self.room(mask, 1)
+        rows = len(ids) // guided
+        answers = [[] for _ in range(rows)]
+        scripts = [self.script(parts, size, opening, max_new_tokens, max_pictures,
+                               self.config.context - int(mask[row * guided].sum()),
+                               functools.partial(watch, row) if watch else lambda part: None)
+                   for row, parts in enumerate(answers)]
+        longest = max_new_tokens + max_pictures * (len(opening) + size[0] * (size[1] + 1) + 2 + look)
+        longest = min(longest, self.config.context - int(mask.sum(1).min()))
+        moving = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        # While some rows look at a picture, others wait.
+        step = self.steps(mask, longest + (rows - 1) * max_pictures * look, "mixed", moving if len(ids) > 1 else None)
+        x = self.embed_text(ids, pixels, codes, drawn)                          # (rows, T, C)
+        wanted = [resume(script) for script in scripts]                         # what comes next in each row
+        last = torch.zeros((), device=ids.device)
+        while any(want is not None for want in wanted):
+            last = torch.where(moving[:, None], step(x), last)                  # (rows, C); of a fork two of them
+            looking = [row for row, want in enumerate(wanted) if isinstance(want, torch.Tensor)]
+            if looking:                             # these go first, while others wait
+                x = self.look_again([wanted[row] for row in looking]).repeat_interleave(guided, 0)
+                moves = torch.tensor([row in looking for row in range(rows)]).repeat_interleave(guided)
+                x = x.new_zeros(len(ids), *x.shape[1:]).index_put((moves.nonzero()[:, 0].to(x.device),), x)
+                for row in looking:
+                    wanted[row] = resume(scripts[row])
+            else:
+                drawing, writing = last if last.ndim == 3 else (last, last)
+                found = self.words_of(writing[::guided], wanted, temperature, top_p, generator)
+                found |= self.codes_of(drawing, wanted, guidance, code_temperature, top_k, generator)
+                x, moves, wanted = self.next_column(wanted, found, scripts, guided)
+            moving.copy_(moves)
+        return answers
+
+    def next_column(self, wanted, found, scripts, guided):
+        """What each row adds as its next token: embeddings (rows, 1, C), which rows go on (rows,), what comes then."""
+        tokens, codes, moves, coming = [], [], [], []
+        pad = self.ids["pad"]
+        for row, want in enumerate(wanted):
+            value = found.get(row, want)            # a word, a code, or a forced token
+            coming.append(want if want is None else resume(scripts[row], found.get(row)))
+            goes = coming[-1] is not None           # the end itself is not read any more
+            code = value if want == "code" else -1
+            token = pad if want == "code" or not goes else value
+            tokens.append(token)
+            codes.append(code)
+            moves.append(goes)
+            if guided == 2:
+                # Without its words: Janus-Pro, which blanks prompts with pads, has pads for them, Emu3 nothing.
+                silent = want == "word" and token != self.ids["boi"]
+                tokens.append(pad if silent else token)
+                codes.append(code)
+                moves.append(goes and not (silent and self.config.kind == "emu3"))
+        device = self.lm.embed_tokens.weight.device
+        tokens, codes = (torch.tensor(x, device=device) for x in (tokens, codes))               # (rows,)
+        x = self.lm.embed_tokens(tokens[:, None])                               # (rows, 1, C)
+        if any(want == "code" for want in wanted):
+            x = torch.where((codes >= 0)[:, None, None], self.embed_code(codes.clamp(min=0), row_end=False), x)
+        return x, torch.tensor(moves), coming
+
+    def words_of(self, x, wanted, temperature, top_p, generator):
+        """Words of the rows that ask for one, from their hidden states x (B, C): {row: token}."""
+        rows = [row for row, want in enumerate(wanted) if want == "word"]
+        if not rows:
+            return {}
+        logits = self.lm_head(x[rows]).float()                                  # (n, V)
+        finite(logits)
+        return dict(zip(rows, sample(logits, temperature, 0, top_p, generator).tolist(), strict=True))
+
+    def codes_of(self, x, wanted, guidance, temperature, top_k, generator):
+        """Picture codes of the rows that ask for one: {row: code}. With guidance, x has two hidden states a row."""
+        rows = [row for row, want in enumerate(wanted) if want == "code"]
+        if not rows:
+            return {}
+        x = x.unflatten(0, (len(wanted), -1))[rows]                             # (n, 1 or 2, C)
+        logits = self.code_logits(x[:, 0]).float()                              # (n, K)
+        if x.shape[1] == 2:
+            # s = u + g (c - u)
+            free = self.code_logits(x[:, 1]).float()                            # (n, K)
+            logits = free + guidance * (logits - free)
+        finite(logits)
+        return dict(zip(rows, sample(logits, temperature, top_k, 1.0, generator).tolist(), strict=True))
 
 
 class Emu3(Unified):
@@ -681,7 +869,7 @@ class Emu3(Unified):
     def embed(self, batch):
         return self.lm.embed_tokens(batch.tokens)
 
-    def embed_text(self, ids, pixels=None):
+    def embed_text(self, ids, pixels=None, codes=None, drawn=None):
         """Embed ids; placeholders become the codes of the pictures, with row ends if there is room for them."""
         holes = ids == self.ids["placeholder"]
         wanted = int(holes.sum())
@@ -747,20 +935,29 @@ class Janus(Unified):
         return self.gen_head if task == "gen" else self.lm_head
 
     def embed(self, batch):
-        if batch.task == "gen":
-            return self.fill(batch.tokens, self.embed_codes(batch.codes))
-        if batch.features is not None:
-            return self.fill(batch.tokens, self.align(batch.features))
-        return self.fill(batch.tokens, None if batch.pixels is None else self.see(batch.pixels))
+        features = None if batch.features is None else self.align(batch.features)
+        if features is None and batch.pixels is not None:
+            features = self.see(batch.pixels)
+        return self.fill(batch.tokens, features, batch.codes, batch.drawn)
 
-    def embed_text(self, ids, pixels=None):
+    def embed_text(self, ids, pixels=None, codes=None, drawn=None):
         holes = int((ids == self.ids["placeholder"]).sum())
         features = None if pixels is None else self.see(pixels)
-        given = 0 if features is None else features.shape[0] * features.shape[1]
+        given = sum(part.shape[0] * part.shape[1] for part in (features, codes) if part is not None)
         if given != holes:
             raise InputError(f"{holes} placeholders in the text, but {given} image tokens: "
                              "write one placeholder per image token")
-        return self.fill(ids, features)
+        return self.fill(ids, features, codes, drawn)
+
+    def look_again(self, pictures):
+        """The second look at pictures that were drawn, codes [(N,), ...] -> (n, N + 2, C) with begin- and end-of-image.
+        It sees what is shown to a user: rounded to whole colours."""
+        device = self.lm.embed_tokens.weight.device
+        pixels = self.decode_images(torch.stack(pictures).to(device))
+        seen = self.see(torch.stack([to_tensor(to_picture(one)) for one in pixels]).to(device))
+        ends = torch.tensor([[self.ids["boi"]], [self.ids["eoi"]]], device=device).expand(2, len(pictures))
+        begin, end = self.lm.embed_tokens(ends)[:, :, None].to(seen.dtype)      # (n, 1, C) each
+        return torch.cat([begin, seen, end], 1)
 
     def see(self, pixels):
         """Pictures (n, 3, S, S) through SigLIP -> (n, N, C)."""
@@ -774,14 +971,20 @@ class Janus(Unified):
         """Features of SigLIP (n, N, vit_width) -> (n, N, C). A frozen SigLIP may be more exact than what follows."""
         return self.aligner(features.to(self.aligner[0].weight.dtype))
 
-    def fill(self, ids, features):
-        """Embed ids (B, T); placeholders take features (n, N, C) in order. Nothing here waits for a GPU."""
+    def fill(self, ids, features=None, codes=None, drawn=None):
+        """Embed ids (B, T); placeholders take features (n, N, C) and codes (n, N) in order. drawn (B, T) bool: those that
+        take codes; None: all of them do, if there are codes."""
         x = self.lm.embed_tokens(ids)                                           # (B, T, C)
-        if features is None:
-            return x
         holes = ids == self.ids["placeholder"]                                  # (B, T)
-        number = (holes.flatten().cumsum(0) - 1).clamp(min=0)                   # (B T,): which feature a hole takes
-        taken = features.to(x.dtype).flatten(0, 1).index_select(0, number)      # (B T, C)
+        if codes is not None:
+            drawn = holes if drawn is None else drawn
+            x, holes = self.put(x, drawn, self.embed_codes(codes)), holes & ~drawn
+        return x if features is None else self.put(x, holes, features)
+
+    def put(self, x, holes, values):
+        """Put values (n, N, C), in order, where holes (B, T) of x (B, T, C) are. Nothing here waits for a GPU."""
+        number = (holes.flatten().cumsum(0) - 1).clamp(min=0)                   # (B T,): which value a hole takes
+        taken = values.to(x.dtype).flatten(0, 1).index_select(0, number)        # (B T, C)
         return torch.where(holes[..., None], taken.view_as(x), x)
 
     def embed_codes(self, codes):
@@ -808,6 +1011,14 @@ class Janus(Unified):
         keep = (position <= first) | (position == ids.shape[1] - 1)             # (B, T)
         blank = torch.where(keep, ids, self.ids["pad"])
         return torch.stack([ids, blank], 1).flatten(0, 1), mask.repeat_interleave(2, 0)
+
+
+def resume(script, value=None):
+    """Send a value to a coroutine -> what it yields next, None at its end."""
+    try:
+        return script.send(value)
+    except StopIteration:
+        return None
 
 
 def left_padding(ids, mask):

@@ -23,6 +23,9 @@ BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")                      
 SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
 
 
+RECORD_TASKS = (*aia.TASKS, "mixed")
+
+
 @dataclass(frozen=True)
 class Record:
     """One example: a picture (or several, in questions) with a conversation. `origin` names it in messages."""
@@ -33,12 +36,11 @@ class Record:
     pictures: tuple               # paths, bytes of picture files, or uint8 arrays (S, S, 3)
     captions: tuple = ()          # several prompts of one picture, of which each visit draws one
     system: bool = False          # a system turn was joined to the first question
+    given: tuple = ()
 
 
-def question_parts(turns, n_images):
-    """Turns (human, assistant) with <image> marks in the human text -> [([text or picture index, ...], assistant)].
-    Without marks, the pictures come first."""
-    marks = sum(asked.count("<image>") for asked, _ in turns)
+def conversation_parts(turns, n_images):
+    marks = sum(text.count("<image>") for turn in turns for text in turn if text)
     if marks == 0:
         asked, answer = turns[0]
         turns = [("<image>" * n_images + asked, answer), *turns[1:]]
@@ -55,7 +57,14 @@ def question_parts(turns, n_images):
                 text = text.lstrip()                # the templates write the line breaks around a picture
             if text:
                 parts.append(text)
-        result.append((parts, answer))
+        said = None if answer is None else []
+        for i, text in enumerate([] if answer is None else answer.split("<image>")):
+            if i > 0:
+                said.append(seen)
+                seen += 1
+            if text.strip():
+                said.append(text.strip())
+        result.append((parts, said))
     return result
 
 
@@ -73,7 +82,7 @@ def check_turns(turns, n_images, named):
     if task == "gen" and (len(turns) != 1 or n_images != 1 or marks or turns[0][1] != "<image>"):
         raise InputError("a drawing record has one human turn with the prompt, and <image> alone as the answer")
     if task == "und":
-        question_parts(turns, n_images)             # refuses a wrong number of marks
+        conversation_parts(turns, n_images)             # refuses a wrong number of marks
     return task
 
 

@@ -301,15 +301,18 @@ def describe(scene):
     return " and ".join(f"a {thing.colour} {thing.shape} {CELL_WORDS[thing.cell]}" for thing in scene)
 
 
-def caption(scene, rng):
-    """A caption that fits the scene: a full description (one in three), or a prompt of one of its skills."""
-    if rng.random() < 1 / 3:
-        return describe(scene)
+def shown_combination(scene, rng):
+    """One of the combinations that a scene shows, each skill as likely as another."""
     shown = sorted(combinations(scene), key=repr)
     skills = sorted({c[0] for c in shown})
     skill = skills[rng.integers(len(skills))]
     mine = [c for c in shown if c[0] == skill]
-    return prompt_text(mine[rng.integers(len(mine))], rng)
+    return mine[rng.integers(len(mine))]
+
+
+def caption(scene, rng):
+    """A caption that fits the scene: a full description (one in three), or a prompt of one of its skills."""
+    return describe(scene) if rng.random() < 1 / 3 else prompt_text(shown_combination(scene, rng), rng)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
