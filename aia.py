@@ -34,12 +34,12 @@ def at_least_float32(x):
 def intensity(mass, queries):
     """Eq. 1 of one layer: mean over heads, then over query tokens, of the attention mass on the condition.
 
-    mass (B, H, T) in [0, 1], queries (B, T) bool -> (B,) in [0, 1]; 0 for a sample without queries.
-    Averaged in float32: under bfloat16 the mass of a token is rounded already, and the mean must not add to that.
+    mass (B, H, T) in [0, 1], queries (B, T) bool -> (B,), 0 for a sample without queries; of K conditions all begin
+    with K. Averaged in float32: in bfloat16 the mass of a token is rounded already, and the mean must not add to that.
     """
     # I_l = 1/(H Q) sum_h sum_{q in queries} sum_{k in condition} A_l(h, q, k)
-    per_token = at_least_float32(mass).mean(1)                                  # (B, T)
-    return (per_token * queries).sum(1) / queries.sum(1).clamp(min=1)           # (B,)
+    per_token = at_least_float32(mass).mean(-2)                                 # (B, T)
+    return (per_token * queries).sum(-1) / queries.sum(-1).clamp(min=1)         # (B,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

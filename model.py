@@ -160,9 +160,9 @@ PRESETS = {"tiny-emu3": TINY_EMU3, "tiny-janus": TINY_JANUS, "tiny-unifork": TIN
 # ---------------------------------------------------------------------------------------------------------------------
 # q (B, H, T, D); k, v (B, G, U, D), where U >= T counts cached keys too, and G heads are shared by H / G queries each.
 # visible (B or 1, 1, T, U) bool, or None: causal where T = U, everything where T = 1.
-# condition (B, U) bool, or None if nobody asks.
+# condition (B, U) bool, or None if nobody asks; or K of them (1 to 8), (K, B, U), and then a tuple of K rectangles.
 # rectangle: (first row, end, first key, end), beyond which no row is asked for and no key is in the condition; or None.
-# All return out (B, H, T, D) and mass (B, H, T), the attention each token spends on the condition.
+# All return out (B, H, T, D) and mass, (B, H, T) or (K, B, H, T): the attention each token spends on a condition.
 def attend_explicit(q, k, v, visible=None, condition=None, rectangle=None):
     """softmax(Q K^T / sqrt(D)) V written out: the one to read, and the reference of the tests."""
     group = q.shape[1] // k.shape[1]
@@ -177,7 +177,7 @@ def attend_explicit(q, k, v, visible=None, condition=None, rectangle=None):
     if condition is None:
         return out, None
     # mass(q) = sum_{k in condition} A(q, k)
-    return out, (attention * condition[:, None, None]).sum(-1)                  # (B, H, T)
+    return out, (attention * condition[..., None, None, :]).sum(-1)             # ([K,] B, H, T)
 
 
 def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
@@ -185,7 +185,7 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
 
     Attention is a weighted mean of values. Give condition keys the value 1 in one more channel and all others 0, and
     that channel's mean *is* the weight spent on the condition: exact, differentiable, and nearly free on a CPU. A GPU's
-    kernels are made for a few head sizes: there 128 + 8 channels cost as much as 192.
+    kernels are made for a few head sizes: there 128 + 8 channels cost as much as 192. Each condition has a channel.
     """
     # One query sees every cached key; more of them need the causal mask. `True if ... else False`, since torch.compile
     # with varying lengths makes a bare comparison a symbol, which no kernel accepts.
@@ -194,12 +194,14 @@ def attend_fused(q, k, v, visible=None, condition=None, rectangle=None):
     shape = {"attn_mask": visible, "is_causal": causal, "enable_gqa": grouped}
     if condition is None:
         return F.scaled_dot_product_attention(q, k, v, **shape), None
-    flag = condition[:, None, :, None].to(v.dtype).expand(*v.shape[:3], 1)      # (B, G, U, 1)
-    v = F.pad(torch.cat([v, flag], -1), (0, 7))                                 # (B, G, U, D + 8), kernels like 8s
+    conditions = condition if condition.dim() == 3 else condition[None]         # (K, B, U)
+    flags = conditions.movedim(0, -1)[:, None].to(v.dtype).expand(-1, v.shape[1], -1, -1)       # (B, G, U, K)
+    v = F.pad(torch.cat([v, flags], -1), (0, 8 - len(conditions)))              # (B, G, U, D + 8), kernels like 8s
     scale = q.shape[-1] ** -0.5
     q, k = F.pad(q, (0, 8)), F.pad(k, (0, 8))                                   # zeros leave the scores unchanged
     out = F.scaled_dot_product_attention(q, k, v, scale=scale, **shape)         # (B, H, T, D + 8)
-    return out[..., :-8], out[..., -8].contiguous()                             # (B, H, T, D), (B, H, T)
+    mass = out[..., -8:][..., :len(conditions)].movedim(-1, 0).contiguous()     # (K, B, H, T)
+    return out[..., :-8], mass if condition.dim() == 3 else mass[0]             # (B, H, T, D), ([K,] B, H, T)
 
 
 def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
@@ -208,10 +210,8 @@ def attend_lse(q, k, v, visible=None, condition=None, rectangle=None):
     tried and found right (kernels.try_lse), it is `attend_fused`."""
     if condition is None or visible is not None or q.shape[2] != k.shape[2] or not kernels.kernel_for(q):
         return attend_fused(q, k, v, visible, condition)
-    if rectangle is None:
-        rectangle = (0, q.shape[2], 0, q.shape[2])
     # mass(q) = sum_{k in condition} exp(q.k / sqrt(D) - lse(q))
-    return kernels.attention_and_mass(q, k, v, condition, rectangle)            # (B, H, T, D), (B, H, T)
+    return kernels.attention_and_mass(q, k, v, condition, rectangle)            # (B, H, T, D), ([K,] B, H, T)
 
 
 LSE_FROM = {"cuda": 5000}                       # tokens from which it is the faster one; on other devices it never is
@@ -219,8 +219,9 @@ LSE_FROM = {"cuda": 5000}                       # tokens from which it is the fa
 
 def attend_auto(q, k, v, visible=None, condition=None, rectangle=None):
     """The faster of the two on this device. With short samples a GPU waits for the many small operations of log-sum-exp
-    unless they are compiled; with long ones the wider heads of the flag channel cost more (assets/gpu.json)."""
-    least = LSE_FROM.get(q.device.type)
+    unless they are compiled; with long ones the wider heads of the flag channel cost more (assets/gpu.json). Several
+    conditions take flag channels always: their rectangles cover most of the map, and each would be computed again."""
+    least = None if condition is not None and condition.dim() == 3 else LSE_FROM.get(q.device.type)
     faster = least is not None and (torch.compiler.is_compiling() or q.shape[2] >= least)
     return (attend_lse if faster else attend_fused)(q, k, v, visible, condition, rectangle)
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parts.settings import first_line
 
-# Legend: B samples, H heads, G key/value heads, T tokens, D head size; R rows and K keys of a rectangle.
+# Legend: B samples, H heads, G key/value heads, T tokens, D head size; K conditions; R rows and N keys of a rectangle.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,13 +77,13 @@ def span(mask):
 
 def shares(q, k, lse, condition, rectangle):
     """A(q, k) = exp(q.k / sqrt(D) - lse(q)) for the rows of q (B, H, T, D), whose log-sum-exp is lse (B, H, T), and the
-    keys of k (B, G, T, D) in a rectangle (first row, end, first key, end) -> (B, H, R, K). 0 where a key is not in the
+    keys of k (B, G, T, D) in a rectangle (first row, end, first key, end) -> (B, H, R, N). 0 where a key is not in the
     condition (B, T), or after its row."""
     top, bottom, left, right = rectangle
     rows, keys = (torch.arange(*ends, device=q.device) for ends in ((top, bottom), (left, right)))
-    seen = condition[:, None, None, left:right] & (keys <= rows[:, None])       # (B, 1, R, K)
-    k = k[:, :, left:right].repeat_interleave(q.shape[1] // k.shape[1], 1)      # (B, H, K, D)
-    scores = q[:, :, top:bottom] @ k.transpose(2, 3)                            # (B, H, R, K)
+    seen = condition[:, None, None, left:right] & (keys <= rows[:, None])       # (B, 1, R, N)
+    k = k[:, :, left:right].repeat_interleave(q.shape[1] // k.shape[1], 1)      # (B, H, N, D)
+    scores = q[:, :, top:bottom] @ k.transpose(2, 3)                            # (B, H, R, N)
     # A(q, k) = exp(q.k / sqrt(D) - lse(q)), in the precision of lse
     logs = torch.add(-lse[:, :, top:bottom, None], scores, alpha=q.shape[3] ** -0.5)
     return logs.masked_fill_(~seen, -math.inf).exp_()
@@ -93,51 +93,57 @@ FAINT = 1e-18                                   # its square times D is still a 
 
 
 class AttentionWithMass(torch.autograd.Function):
-    """Causal attention through a fused kernel, q (B, H, T, D), k and v (B, G, T, D) -> out (B, H, T, D), and for the
-    rows of a rectangle the mass on its keys, mass (B, H, T), 0 in other rows; see `shares`. No map is kept: the
-    rectangle is computed again in the backward pass.
+    """Causal attention through a fused kernel, q (B, H, T, D), k and v (B, G, T, D) -> out (B, H, T, D), and for each
+    of the conditions (K, B, T) and its rectangle the mass of the rectangle's rows on its keys, mass (K, B, H, T), 0 in
+    other rows; see `shares`. No map is kept: the rectangles are computed again in the backward pass.
 
-    The derivative by the scores is A (dO V^T - rowsum(dO O) - d_mass mass), plus d_mass A for keys of the condition.
-    The kernel's backward pass does the first: as it computes rowsum(dO O) from the O it is given, we give it
-    O' = O + d_mass mass dO / |dO|^2.
+    The derivative by the scores is A (dO V^T - rowsum(dO O) - sum_c d_mass_c mass_c), plus d_mass_c A for keys of
+    condition c. The kernel's backward pass does the first: as it computes rowsum(dO O) from the O it is given, we give
+    it O' = O + sum_c d_mass_c mass_c dO / |dO|^2.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, condition, rectangle):
-        ctx.kernel, ctx.rectangle = kernel_for(q), rectangle
+    def forward(ctx, q, k, v, conditions, rectangles):
+        ctx.kernel, ctx.rectangles = kernel_for(q), rectangles
         out, lse, *ctx.more = ctx.kernel.forward(q, k, v)
-        top, bottom, _, _ = rectangle
         each = lse.flatten(2)[..., :q.shape[2]]                                 # (B, H, T): kernels may pad it
-        # mass(q) = sum_{k in condition} A(q, k)
-        mass = torch.zeros_like(each)
-        mass[:, :, top:bottom] = shares(q, k, each, condition, rectangle).sum(-1)
-        ctx.save_for_backward(q, k, v, out, lse, condition, mass)
+        # mass_c(q) = sum_{k in condition c} A(q, k)
+        mass = torch.zeros_like(each.expand(len(conditions), *each.shape))      # (K, B, H, T), laid out as lse
+        for c, (top, bottom, _, _) in enumerate(rectangles):
+            mass[c, :, :, top:bottom] = shares(q, k, each, conditions[c], rectangles[c]).sum(-1)
+        ctx.save_for_backward(q, k, v, out, lse, conditions, mass)
         return out, mass
 
     @staticmethod
     def backward(ctx, d_out, d_mass):
-        q, k, v, out, lse, condition, mass = ctx.saved_tensors
-        top, bottom, left, right = ctx.rectangle
+        q, k, v, out, lse, conditions, mass = ctx.saved_tensors
         # A row whose out is not used has no direction to shift O along: a gradient too faint to matter makes one.
-        moved = (d_mass * mass)[..., None]                                      # (B, H, T, 1)
+        moved = (d_mass * mass).sum(0)[..., None]                               # (B, H, T, 1)
         size = torch.linalg.vector_norm(d_out, dim=-1, keepdim=True, dtype=mass.dtype)          # (B, H, T, 1)
         unused = (size < FAINT) & (moved != 0)
         d_out = torch.where(unused, FAINT, d_out)                               # (B, H, T, D)
         size = torch.where(unused, FAINT * q.shape[3] ** 0.5, size.clamp(min=FAINT))
-        # O' = O + d_mass mass dO / |dO|^2
+        # O' = O + sum_c d_mass_c mass_c dO / |dO|^2
         shifted = torch.addcmul(out, d_out, moved / size.square()).to(q.dtype)
         d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, shifted, lse, *ctx.more)
-        # on the rectangle dS = d_mass A, so with d = d_mass / sqrt(D): dQ = d (A K), dK = A^T (d Q)
-        a = shares(q, k, lse.flatten(2)[..., :q.shape[2]], condition, ctx.rectangle).to(q.dtype)        # (B, H, R, K)
-        d = (d_mass[:, :, top:bottom, None] * q.shape[3] ** -0.5).to(q.dtype)                   # (B, H, R, 1)
-        group = q.shape[1] // k.shape[1]
-        d_q[:, :, top:bottom] += d * (a @ k[:, :, left:right].repeat_interleave(group, 1))
-        d_k[:, :, left:right] += (a.transpose(2, 3) @ (d * q[:, :, top:bottom])).unflatten(1, (-1, group)).sum(2)
+        each, group = lse.flatten(2)[..., :q.shape[2]], q.shape[1] // k.shape[1]
+        for c, (top, bottom, left, right) in enumerate(ctx.rectangles):
+            # on a rectangle dS = d_mass A, so with d = d_mass / sqrt(D): dQ = d (A K), dK = A^T (d Q)
+            a = shares(q, k, each, conditions[c], ctx.rectangles[c]).to(q.dtype)                # (B, H, R, N)
+            d = (d_mass[c, :, :, top:bottom, None] * q.shape[3] ** -0.5).to(q.dtype)            # (B, H, R, 1)
+            d_q[:, :, top:bottom] += d * (a @ k[:, :, left:right].repeat_interleave(group, 1))
+            d_k[:, :, left:right] += (a.transpose(2, 3) @ (d * q[:, :, top:bottom])).unflatten(1, (-1, group)).sum(2)
         return d_q, d_k, d_v, None, None
 
 
-def attention_and_mass(q, k, v, condition, rectangle):
-    """Causal attention and the mass of a rectangle's rows on its keys in the condition, as `AttentionWithMass`."""
+def attention_and_mass(q, k, v, condition, rectangle=None):
+    """`AttentionWithMass` of one condition (B, T) and its rectangle, mass (B, H, T), or of a stack of conditions
+    (K, B, T) and a tuple of K rectangles, mass (K, B, H, T). Without rectangles each is the whole map."""
+    if condition.dim() == 2:
+        out, mass = attention_and_mass(q, k, v, condition[None], None if rectangle is None else (rectangle,))
+        return out, mass[0]
+    if rectangle is None:
+        rectangle = ((0, q.shape[2], 0, q.shape[2]),) * len(condition)
     if not kernel_for(q).grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return AttentionWithMass.apply(q, k, v, condition, rectangle)

@@ -56,6 +56,16 @@ def test_a_sample_without_queries_has_intensity_zero(device):
     assert aia.intensity(torch.ones(2, 3, 5, device=device), queries).tolist() == [0.0, 1.0]
 
 
+def test_each_of_several_conditions_has_an_intensity_of_its_own_queries(device):
+    """As if it were alone, also where one of them has no query in a sample."""
+    mass, queries = random(2, 3, 4, 7).to(device), random(2, 3, 7, seed=1).to(device) < 0.5
+    queries[1, 2] = False
+    value = aia.intensity(mass, queries)
+    alone = [aia.intensity(*one) for one in zip(mass, queries, strict=True)]
+    torch.testing.assert_close(value, torch.stack(alone))
+    assert value[1, 2] == 0 and value.count_nonzero() == 5
+
+
 def test_the_mean_adds_no_bfloat16_error(device):
     """Equal masses average to just themselves in float32; the sum of 300 of them in bfloat16 would be rounded."""
     mass = torch.full((1, 3, 300), 0.1, dtype=torch.bfloat16, device=device)

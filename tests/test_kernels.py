@@ -9,7 +9,7 @@ from made import off
 import aia
 import data
 import model
-from parts.kernels import KERNELS, attend_columns, attention_and_mass, span, try_lse
+from parts.kernels import KERNELS, PASSED, attend_columns, attention_and_mass, span, try_lse
 
 T, C, P, W = 24, data.TEXT, data.PADDING, data.ANSWER
 # Roles of three samples: of generation with prompts of different length, the last with an empty prompt; of
@@ -33,7 +33,7 @@ def heads(groups, dtype, device, tokens=T, samples=3):
 def result_of(attend, inputs, w, u, condition, queries, rectangle=None):
     """Out, mass of the queries, and gradients of a random function of both."""
     out, mass = attend(*inputs, None, condition, rectangle)
-    mass = mass * queries[:, None]
+    mass = mass * queries[..., None, :]
     loss = (out * w).to(torch.float64).sum() + 3 * (mass * u).to(torch.float64).sum()
     return [out.detach(), mass.detach(), *torch.autograd.grad(loss, inputs)]
 
@@ -54,6 +54,79 @@ def test_mass_from_log_sum_exp_is_that_of_the_written_out_softmax(dtype, close, 
     for name, got, right, rival in zip(("out", "mass", "q", "k", "v"), result_of(
             model.attend_lse, inputs, w, u, condition, queries, rectangle), exact, channel, strict=True):
         assert got.isfinite().all() and off(got, right) < max(close, 1.5 * off(rival, right)), (name, off(got, right))
+
+
+def two_conditions(device):
+    """Two that overlap in part, the first with holes and the second without a key in the last sample, the queries of
+    each (2, B, T), and their rectangles, of which the second has keys that come after a row."""
+    place = torch.arange(T, device=device).expand(3, -1)
+    conditions = torch.stack([(place < 10) & (place % 4 != 1), (place >= 6) & (place < 15)])
+    conditions[1, 2] = False
+    queries = torch.stack([place >= 12, (place >= 9) & (place < 21)])
+    return conditions, queries, tuple((*span(q), *span(c)) for q, c in zip(queries, conditions, strict=True))
+
+
+def one_by_one(q, k, v, visible, conditions, rectangles):
+    """A written-out softmax for each condition, each as if it were alone."""
+    results = [model.attend_explicit(q, k, v, visible, condition) for condition in conditions]
+    return results[0][0], torch.stack([mass for _, mass in results])
+
+
+@pytest.mark.parametrize("attend", [model.attend_explicit, model.attend_fused, model.attend_lse])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_two_conditions_in_one_pass_are_those_of_a_pass_each(dtype, close, groups, attend, device):
+    """Out, mass and gradients. Each has weights and a rectangle of its own, so that none can pass for the other."""
+    conditions, queries, rectangles = two_conditions(device)
+    inputs, w, u = heads(groups, dtype, device)
+    u = torch.stack([u, u.flip(-1)])                                            # (2, B, H, T)
+    exact = result_of(one_by_one, [x.detach().double().requires_grad_() for x in inputs], w.double(), u.double(),
+                      conditions, queries)
+    found = result_of(attend, inputs, w, u, conditions, queries, rectangles)
+    for name, got, right in zip(("out", "mass", "q", "k", "v"), found, exact, strict=True):
+        assert got.shape == right.shape and off(got, right) < close, (name, off(got, right))
+    assert not found[1][1, 2].any()
+
+
+@pytest.mark.parametrize("rectangle", [None, (5, 20, 2, 14)])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("name", model.ATTENTION)
+def test_a_stack_of_one_condition_is_that_condition_bit_for_bit(name, groups, rectangle):
+    """The same operations, of which one dimension more changes none."""
+    conditions, queries, _ = two_conditions("cpu")
+    inputs, w, u = heads(groups, torch.float32, "cpu")
+    alone = result_of(model.ATTENTION[name], inputs, w, u, conditions[0], queries[0], rectangle)
+    stacked = result_of(model.ATTENTION[name], inputs, w, u, conditions[:1], queries[:1], rectangle and (rectangle,))
+    assert stacked[1].shape == (1, 3, 4, T)
+    for one, other in zip(stacked, alone, strict=True):
+        assert torch.equal(one.view_as(other), other)
+
+
+@pytest.mark.parametrize("attend", [model.attend_explicit, model.attend_fused, model.attend_lse])
+def test_the_derivative_by_two_masses_passes_gradcheck(attend):
+    """Against differences of the function itself, in float64."""
+    inputs, _, _ = heads(1, torch.float64, "cpu", tokens=5, samples=2)
+    conditions = torch.tensor([[[1, 1, 0, 1, 0], [0, 1, 0, 0, 0]], [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]]).bool()
+    rectangles = (2, 5, 0, 4), (1, 4, 1, 3)
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, None, conditions, rectangles), inputs)
+
+
+def test_two_conditions_share_one_pass_of_the_kernel(monkeypatch):
+    """Its forward and its backward pass are most of the cost; a second condition adds its rectangle only."""
+    conditions, queries, rectangles = two_conditions("cpu")
+    inputs, w, u = heads(4, torch.float32, "cpu")
+    kernel, calls = PASSED["cpu", torch.float32], []
+
+    def forward(*args):
+        calls.append("forward")
+        return kernel.forward(*args)
+
+    def backward(*args):
+        calls.append("backward")
+        return kernel.backward(*args)
+    monkeypatch.setitem(PASSED, ("cpu", torch.float32), replace(kernel, forward=forward, backward=backward))
+    result_of(model.attend_lse, inputs, w, u, conditions, queries, rectangles)
+    assert calls == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("task", aia.TASKS)

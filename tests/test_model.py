@@ -87,6 +87,29 @@ def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
             close(got, expected)
 
 
+@pytest.mark.parametrize("gaps", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("past", [0, 5, 8])
+@pytest.mark.parametrize("shared", [4, 2, 1])
+def test_two_conditions_are_measured_under_any_mask(shared, past, gaps, lse, device):
+    """As one by one with the written-out softmax: with cached keys, padding, and no key for one of them in a sample."""
+    q, w = torch.randn(2, 2, 4, 9 - past, 8).to(device)
+    k, v = torch.randn(2, 2, shared, 9, 8).to(device)
+    conditions = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
+                               [[0, 0, 1, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]], device=device).bool()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]], device=device).bool()
+    visible = model.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
+    u = w[..., :2].movedim(-1, 0)                                               # (2, B, H, T)
+    results = []
+    for attend in (model.attend_fused, model.attend_lse, model.attend_explicit):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, mass = attend(*inputs, visible, conditions)
+        results.append([out, mass, *torch.autograd.grad((out * w).sum() + (mass * u).sum(), inputs)])
+    close(mass, torch.stack([model.attend_explicit(q, k, v, visible, condition)[1] for condition in conditions]))
+    for other in results[:-1]:
+        for got, expected in zip(other, results[-1], strict=True):
+            close(got, expected)
+
+
 @pytest.mark.parametrize("task", aia.TASKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_models_agree_with_any_attention(name, task, lse, device):
@@ -201,6 +224,16 @@ def test_log_sum_exp_is_taken_from_the_length_on_where_it_is_faster(least, taken
     assert ("and its log-sum-exp" in told) == taken and (f"from {least} tokens on" in told) == (least is not None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert ("and its log-sum-exp" in model.attention_kernel(m, "cpu", torch.float32)) == (least is not None)
+
+
+def test_several_conditions_take_flag_channels_at_any_length(monkeypatch):
+    """By log-sum-exp each of them would compute most of the map once more."""
+    monkeypatch.setattr(model, "LSE_FROM", {"cpu": 1})
+    assert try_lse("cpu", torch.float32, 4, 4, 32)[0]
+    q, conditions = torch.randn(1, 4, 8, 32, requires_grad=True), torch.ones(2, 1, 8).bool()
+    one, two = (parts.kernels.kernel_of(model.attend_auto(q, q, q, condition=condition)[0].grad_fn)
+                for condition in (conditions[0], conditions))
+    assert "log-sum-exp" in one and two == "fused, flash kernel"
 
 
 def test_where_log_sum_exp_cannot_be_had_training_goes_on_without(monkeypatch, capsys):
