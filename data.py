@@ -243,8 +243,8 @@ class Batch:
         return aia.TASKS if self.task == "mixed" else (self.task,)
 
     def per_task(self, x):
-        """Something that a mixed batch has for each task, as one item for each of `tasks`."""
-        return x if self.task == "mixed" else (x,)
+        """Something that a mixed batch has for each task, as one item for each of `tasks`; None stays None in each."""
+        return x if self.task == "mixed" and x is not None else (x,) * len(self.tasks)
 
     def measuring(self, condition):
         """The same samples, asked for the attention on other keys: condition (B, T) bool."""
@@ -317,7 +317,7 @@ class Preparer:
         return {"pixels": torch.stack(pixels) if pixels else None}
 
     def batch(self, records, rngs=None, drop=0.0):
-        """Records of one task, or mixed ones -> Batch. With drop, rngs (one a record) decide which prompts are dropped."""
+        """Records of one task, or mixed ones -> Batch. With drop, rngs (one a record) say which prompts are dropped."""
         samples, valid, pictures = self.pieces(records, rngs, drop)
         return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"],
                        origins=tuple(record.origin for record in records),

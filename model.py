@@ -411,8 +411,8 @@ class Decoder(nn.Module):
         condition, queries (B, T) bool: measure the intensity of every layer (aia.py, Eq. 1); rectangle: their spans;
             or K of each, (K, B, T), to measure several in one pass
         moving (B,) bool, with a cache: rows where it is false stand still; None: all go on
-        -> x (B, T, C) after the final norm, intensity (B, L) or (K, B, L) or None, hidden states [L + 1 of (B, T, C)] or
-           None. Of task "mixed" both branches of a fork: x (2, B, T, C), no states
+        -> x (B, T, C) after the final norm, intensity (B, L) or (K, B, L) or None, hidden states [L + 1 of (B, T, C)]
+           or None. Of task "mixed" both branches of a fork: x (2, B, T, C), no states
         """
         frame = cache.enter(x.shape[1], moving) if cache else self.frame(x, mask)
         layers, norm = self.path(task)
@@ -768,8 +768,8 @@ class Unified(nn.Module):
         ids (B, T), pixels, codes, drawn as in `embed_text`, mask (B, T) bool: padding on the left. opening: tokens
         between begin-of-image and the first code of a picture, size (h, w): its code grid. guidance other than 1: rows
         are in turn a conversation, and the same without its words (Template.conversation), which is no answer of its
-        own. temperature and top_p draw the words, code_temperature and top_k the codes; 0 takes the likeliest. watch(row,
-        part) is called with each token of text and each picture as they come.
+        own. temperature and top_p draw the words, code_temperature and top_k the codes; 0 takes the likeliest.
+        watch(row, part) is called with each token of text and each picture as they come.
 
         All rows take a step together, and one that has nothing to do leaves its column empty (Cache), so that each
         gives what it gives alone.
@@ -973,8 +973,8 @@ class Janus(Unified):
         return self.aligner(features.to(self.aligner[0].weight.dtype))
 
     def fill(self, ids, features=None, codes=None, drawn=None):
-        """Embed ids (B, T); placeholders take features (n, N, C) and codes (n, N) in order. drawn (B, T) bool: those that
-        take codes; None: all of them do, if there are codes."""
+        """Embed ids (B, T); placeholders take features (n, N, C) and codes (n, N) in order. drawn (B, T) bool: those
+        that take codes; None: all of them do, if there are codes."""
         x = self.lm.embed_tokens(ids)                                           # (B, T, C)
         holes = ids == self.ids["placeholder"]                                  # (B, T)
         if codes is not None:

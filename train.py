@@ -84,7 +84,8 @@ class TrainConfig:
     lr: float = opt(0.0, "peak learning rate of the language model; 0: the plan of the preset", section="optimization")
     weight_decay: float = opt(-1.0, "of matrices; norms and biases have none. -1: the plan of the preset")
     micro_batch: int = opt(64, "samples per forward pass; changes memory, not the result")
-    ratio: str = opt("1:1", "samples for generation : understanding; each task's loss is a mean over its own samples")
+    ratio: str = opt("1:1", "samples for generation : understanding (: conversations in text and pictures); each "
+                     "task's loss is a mean over its own samples")
     mix: str = opt("both", "both: every step has both tasks; drawn: one task a step, drawn by --ratio, as in the "
                    "released code", ("both", "drawn"))
 
@@ -179,14 +180,19 @@ SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
          replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
+MIXED = (TOKENIZER, ANSWERS, replace(JOINT, ratio="1:1"), replace(JOINT, name="mixed", steps=2000, order=2, lr=1e-3),
+         replace(TUNE, steps=400))
 PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double": TINY,
          "tiny-janus": (TOKENIZER, ANSWERS, JOINT, replace(TUNE, frozen=("vq", "vision"))),
-         "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL}
+         "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL,
+         **dict.fromkeys(("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork"), MIXED)}
 LARGE = (Phase("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), aia=True, start="before"),)
 # Defaults of a preset: its world, a micro-batch that holds one task of a step, and so many pictures that training draws
 # each about twenty times.
 SETTINGS_OF = {"small-emu3": {"shapes": 6, "colours": 6, "objects": 3, "cell": 16, "pool": 32_000, "calibration": 10,
-                              "micro_batch": 128}}
+                              "micro_batch": 128},
+               **dict.fromkeys(("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork"),
+                               {"ratio": "1:1:2"})}
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and how weights
 # are sharded; Janus-Pro's other values are those of the authors' code. Chosen here: four epochs of 256 samples a step
 # for both, lambda by rho; Emu3, whose code was not released, takes the rest from Emu3's own fine-tuning script.
@@ -386,7 +392,8 @@ def counts(batches):
     """{task: (label tokens, valid samples)} of a whole step, over all processes: what its sums are divided by."""
     total = torch.zeros(len(aia.TASKS), 2, dtype=torch.long)
     for batch in batches:
-        total[aia.TASKS.index(batch.task)] += torch.tensor([len(batch.targets), int(batch.aia_valid.sum())])
+        for task, tokens, valid in zip(batch.tasks, batch.labelled, batch.per_task(batch.aia_valid), strict=True):
+            total[aia.TASKS.index(task)] += torch.tensor([tokens, int(valid.sum())])
     return dict(zip(aia.TASKS, over_processes(total).tolist(), strict=True))
 
 
@@ -403,26 +410,29 @@ def accumulate(net, batches, targets, lambdas, backward=True, autocast=contextli
     device = device or next(net.parameters()).device
     sums = {}
     for i, batch in enumerate(batches):
-        tokens, valid = (max(n, 1) for n in total[batch.task])
         batch = batch.to(device)
         # ddp sums gradients of the modules that a pass has used. Those of Janus-Pro's tasks differ, so it sums in the
-        # last pass of each task.
+        # last pass of each task, and of mixed samples.
         last = i + 1 == len(batches) or batches[i + 1].task != batch.task
         with reducing(net, last), torch.set_grad_enabled(backward):
             with autocast():
                 out = net(batch, intensity=lambdas is not None)
-            loss = out.ntp / tokens
-            row = [out.ntp.detach()[None] / tokens]
-            if lambdas is not None:
-                aia_sum = aia.loss(out.intensity, *targets[batch.task], batch.aia_valid, reduction="sum")
-                # L = L_NTP + lambda L_AIA (Eq. 3)
-                loss = loss + lambdas.get(batch.task, 0.0) * aia_sum / valid
-                measured = torch.where(batch.aia_valid[:, None], out.intensity.detach(), 0.0).sum(0)            # (L,)
-                row += [aia_sum.detach()[None] / valid, measured / valid]
+            loss = 0.0
+            for task, ntp_sum, intensity, aia_valid in zip(batch.tasks, *map(
+                    batch.per_task, (out.ntp, out.intensity, batch.aia_valid)), strict=True):
+                tokens, valid = (max(n, 1) for n in total[task])
+                loss = loss + ntp_sum / tokens
+                row = [ntp_sum.detach()[None] / tokens]
+                if lambdas is not None:
+                    aia_sum = aia.loss(intensity, *targets[task], aia_valid, reduction="sum")
+                    # L = L_NTP + lambda L_AIA (Eq. 3)
+                    loss = loss + lambdas.get(task, 0.0) * aia_sum / valid
+                    measured = torch.where(aia_valid[:, None], intensity.detach(), 0.0).sum(0)                  # (L,)
+                    row += [aia_sum.detach()[None] / valid, measured / valid]
+                before, _ = sums.get(task, (0.0, 0))
+                sums[task] = before + torch.cat(row), total[task][1]                            # (2 + L,)
             if backward:
                 (loss * processes()).backward()                                     # reducing takes the mean
-        before, _ = sums.get(batch.task, (0.0, 0))
-        sums[batch.task] = before + torch.cat(row), total[batch.task][1]                            # (2 + L,)
     return sums
 
 
@@ -454,7 +464,7 @@ def calibrate(net, schedule, targets, config, autocast, device=None):
         for task, row in metrics_of(sums).items():
             if row["aia"] is not None:
                 measured[task].append((row["ntp"], row["aia"]))
-    for task, share in zip(aia.TASKS, schedule.ratio, strict=True):
+    for task, share in zip(aia.TASKS, schedule.ratio, strict=False):
         if share and not measured[task]:
             raise InputError(f"lambda of task {task} cannot be calibrated: {n} batches hold no sample of it that AIA "
                              "can use; give a larger --calibration, or numbers with --aia-weight")
@@ -659,7 +669,12 @@ class Run:
             store_tokenizer(Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
         else:
             world = world_of(asdict(self.config) | {"seed": 0})                 # the same words for every seed
-            data.train_tokenizer(self.folder / "tokenizer.json", self.m.config, world)
+            mixed = any(self.ratio_of(phase)[2] for phase in self.phases)
+            data.train_tokenizer(self.folder / "tokenizer.json", self.m.config, world, mixed)
+
+    def ratio_of(self, phase):
+        """Samples for generation, understanding and mixed ones in a phase."""
+        return parse_ratio(phase.ratio or self.config.ratio)
 
     def save(self, index, step, optimizer, lambdas):
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
@@ -797,7 +812,7 @@ class Progress:
         """The samples of every step. Both arms meet the same ones, the phases before them others of the same seed."""
         run, phase = self.run, self.phase           # 3 seed + order: no two seeds share an order
         return data.Schedule(run.source, run.preparer, 3 * run.config.seed + phase.order, phase.batch_size,
-                             parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
+                             run.ratio_of(phase), run.config.micro_batch,
                              on_bad_record=run.config.on_bad_record, rank=rank(), processes=processes(), mix=mix)
 
     def calibrate(self):

@@ -356,12 +356,13 @@ def shuffled(i, n, key):
 def parse_ratio(text):
     """The two numbers of --ratio GEN:UND."""
     try:
-        gen, und = (int(part) for part in text.split(":"))
+        gen, und, *mixed = (int(part) for part in text.split(":"))
+        mixed, = mixed or [0]
     except ValueError:
-        gen = und = -1
-    if min(gen, und) < 0 or gen + und == 0:
+        gen = und = mixed = -1
+    if min(gen, und, mixed) < 0 or gen + und + mixed == 0:
         raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
-    return gen, und
+    return gen, und, mixed
 
 
 def deal(position, shares):
