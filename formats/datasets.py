@@ -354,14 +354,15 @@ def shuffled(i, n, key):
 
 
 def parse_ratio(text):
-    """The two numbers of --ratio GEN:UND."""
+    """The numbers of --ratio GEN:UND:MIXED; of GEN:UND, the third is 0."""
     try:
-        gen, und = (int(part) for part in text.split(":"))
+        numbers = [int(part) for part in text.split(":")]
     except ValueError:
-        gen = und = -1
-    if min(gen, und) < 0 or gen + und == 0:
-        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
-    return gen, und
+        numbers = []
+    if len(numbers) not in (2, 3) or min(numbers) < 0 or sum(numbers) == 0:
+        raise InputError(f"--ratio {text!r}: give two or three whole numbers as GEN:UND or GEN:UND:MIXED, for example "
+                         "1:1 or 2:1:1")
+    return (*numbers, 0)[:3]
 
 
 def deal(position, shares):

@@ -497,8 +497,14 @@ def test_damage_of_any_kind_ends_in_one_short_line(form, album, tmp_path):
         assert time.time() - started < 10, seed
 
 
-@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])
+@pytest.mark.parametrize("text, numbers", [("1:2", (1, 2, 0)), ("1:2:3", (1, 2, 3)), ("0:0:1", (0, 0, 1))])
+def test_a_ratio_has_a_share_of_mixed_records_where_it_says_so(text, numbers):
+    """Without a third number there are none, as ever."""
+    assert parse_ratio(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3:4", "0:0:0", "-1:2", "1:1:-1", "a:b", "1.5:1", "1:1:", ""])
 def test_a_ratio_that_is_none_is_refused(text):
-    """Two whole numbers, not both zero."""
-    with pytest.raises(InputError, match="--ratio .*GEN:UND"):
+    """Two or three whole numbers, not all of them zero."""
+    with pytest.raises(InputError, match="--ratio .*GEN:UND or GEN:UND:MIXED"):
         parse_ratio(text)
