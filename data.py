@@ -24,7 +24,7 @@ import aia
 import formats.weights
 import model
 from formats import datasets
-from formats.records import SKIP_HINT, Record, question_parts
+from formats.records import SKIP_HINT, Record, conversation_parts
 from parts.kernels import span
 from parts.pictures import drawn_at, load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
@@ -282,7 +282,8 @@ class Preparer:
             if task == "gen":
                 pieces = self.template.generation(record.turns[0][0], mine[0], dropped)
             else:
-                pieces = self.template.understanding(question_parts(record.turns, len(record.pictures)), mine)
+                parts = conversation_parts(record.turns, len(record.pictures))
+                pieces = self.template.understanding([(asked, answer and answer[0]) for asked, answer in parts], mine)
             length = sum(len(ids) for ids, _ in pieces)
             if self.training and length > self.config.context:
                 raise InputError(f"{record.origin}: {length} tokens, but the model takes {self.config.context}: "

@@ -15,6 +15,7 @@ from made_data import (
     ALBUM,
     ASKED,
     DRAWN,
+    MIXED,
     PRESET,
     PUBLIC,
     SHARDED,
@@ -44,6 +45,7 @@ from formats.datasets import (
     picture_key,
     square_pictures,
 )
+from formats.records import RECORD_TASKS
 from parts.pictures import janus_picture, load_picture, to_picture
 from parts.settings import InputError
 
@@ -107,6 +109,34 @@ def test_an_index_of_files_that_have_changed_is_refused(change, album, tmp_path)
         FileSource(path, "emu3")
     index(path)
     assert len(records(FileSource(path, "emu3"))) == (2 if change == "gone" else 3)
+
+
+@pytest.mark.parametrize("entries, count", [(["MIXED", "ASKED", "DRAWN", "MIXED"], (1, 1, 2)), (["MIXED"], (0, 0, 1)),
+                                            (["ASKED", "MIXED"], (0, 1, 1)), (["DRAWN"], (1, 0, 0))])
+def test_an_index_parts_the_three_sorts_of_records(entries, count, album, capsys):
+    """They lie in one array behind one another, whatever order they have in the file, and any of them may be absent."""
+    path = album(*({"MIXED": MIXED, "ASKED": ASKED, "DRAWN": DRAWN}[name] for name in entries))
+    direct = FileSource(path, "emu3")
+    index(path)
+    found = FileSource(path, "emu3")
+    assert tuple(found.count(task) for task in RECORD_TASKS) == tuple(map(len, found.records.values())) == count
+    assert records(found) == records(direct) and found.identity() == direct.identity()
+    assert [record.task for record in records(found)] == [task for task, n in zip(RECORD_TASKS, count, strict=True)
+                                                          for _ in range(n)]
+
+
+def test_an_index_from_before_mixed_records_is_refused(album, tmp_path):
+    """Those that it left out would be missing without a word; the message names what to run."""
+    path = album(DRAWN, ASKED)
+    index(path)
+    old = index_file(path).read_bytes()
+    index_file(path).write_bytes(old.replace(b', "mixed": 0', b""))
+    with pytest.raises(InputError, match=f"was written before .* mixed .*run python data.py index {path} again"):
+        FileSource(path, "emu3")
+    with pytest.raises(InputError, match=f"run python data.py index {path} again"):
+        FileSource(shutil.copy(index_file(path), tmp_path / "x.index.npy"), "emu3")
+    index(path)
+    assert index_file(path).read_bytes() == old and len(records(FileSource(path, "emu3"))) == 2
 
 
 def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
@@ -223,11 +253,11 @@ def test_a_million_bad_records_are_counted_but_not_all_described(album, monkeypa
 
 
 def test_the_picture_tokenizer_learns_from_all_pictures_once(album):
-    """Those to draw and those of questions, cut to the square that is drawn."""
-    config, file = PRESET["emu3"], album(*ALBUM, entry("huge.png", ("noise", "<image>")))
+    """Those to draw and those of questions, of mixed records too, cut to the square that is drawn."""
+    config, file = PRESET["emu3"], album(*ALBUM, entry(["c.png", "huge.png"], ("<image>noise", "so: <image>")))
     found = square_pictures(FileSource(file, "emu3"), config, [], True)
     expected = [to_picture(janus_picture(load_picture(file.parent / f"{name}.png", "emu3"), config))
-                for name in ("a", "huge", "b", "c")]
+                for name in ("a", "b", "c", "huge")]
     assert len(found) == 4 and all(map(np.array_equal, found, expected))
 
 
@@ -239,6 +269,9 @@ def test_a_source_says_what_it_holds(album, tmp_path):
     assert source.summary().splitlines() == [
         f"{file}: 1 file, 1 records to draw, 0 to answer, 1 left out",
         f"{tmp_path / 'tar'}: 2 files, 2 records to draw, 1 to answer"]
+    file = album(MIXED, DRAWN, "rotten", MIXED)
+    assert open_sources([str(file)], "emu3", "skip").summary() == \
+        f"{file}: 1 file, 1 records to draw, 0 to answer, 2 mixed, 1 left out"
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
