@@ -472,14 +472,16 @@ class Encoded:
         with aside(self.folder / f"{name}.safetensors") as part:
             save_file(tensors, part, made_with)
 
-    def fill(self, name, source, tasks, make, stop):
-        """Store make(pictures) of all pictures of some tasks that are not stored yet; under torchrun, of this process's
-        share. A picture that cannot be encoded is added to source.bad, or stops the command."""
+    def fill(self, name, source, tasks, make, stop, which=None):
+        """Store make(pictures) of the pictures of some tasks that are not stored yet; under torchrun, of this process's
+        share. A picture that cannot be encoded is added to source.bad, or stops the command. which(record): numbers of
+        the pictures to store, such as records.pictures_drawn; without it, all of them."""
         where = {}                                  # not the pictures themselves, which would not fit into memory
         for task in tasks:
             for i in range(rank(), source.count(task), processes()):
-                for j, picture in enumerate(source.record(task, i).pictures):
-                    where[f"{name}/{picture_key(picture)}"] = task, i, j
+                record = source.record(task, i)
+                for j in which(record) if which else range(len(record.pictures)):
+                    where[f"{name}/{picture_key(record.pictures[j])}"] = task, i, j
         todo = [(key, at) for key, at in where.items() if key not in self.parts]
         numbers = [int(file.stem[4:]) for file in self.folder.glob(f"{rank():03d}-*.safetensors")]
         number = max(numbers, default=-1) + 1

@@ -45,7 +45,7 @@ from formats.datasets import (
     picture_key,
     square_pictures,
 )
-from formats.records import RECORD_TASKS
+from formats.records import RECORD_TASKS, pictures_asked, pictures_drawn
 from parts.pictures import janus_picture, load_picture, to_picture
 from parts.settings import InputError
 
@@ -293,6 +293,22 @@ def test_data_keep_their_identity_when_they_move(form, album, tmp_path):
     assert FileSource(changed, "emu3").identity() != identity
 
 
+def test_mixed_records_leave_the_identity_of_other_data_alone(album):
+    """A run that was made before there were any must still know its data: this is what its checkpoints hold."""
+    assert FileSource(album(*PUBLIC), "emu3").identity() == \
+        {"gen": 2, "und": 1, "content": "777ca5b4e338aeab2744277373782729"}
+    one, other = (FileSource(album(*PUBLIC, MIXED | {"id": name}), "emu3").identity() for name in ("a", "bc"))
+    assert one["mixed"] == other["mixed"] == 1 and one["content"] != other["content"]
+
+
+def test_mixed_records_of_several_data_sets_are_joined(album, tmp_path):
+    """They have an order of their own, in which one data set stands behind the other."""
+    (tmp_path / "x.json").write_text(json.dumps([DRAWN, MIXED | {"image": ["c.png", "a.png"]}]))
+    source = open_sources([str(album(MIXED, ASKED)), str(tmp_path / "x.json")], "emu3")
+    assert [source.count(task) for task in RECORD_TASKS] == [1, 1, 2]
+    assert [record.pictures[0].name for record in every(source, "mixed")] == ["b.png", "c.png"]
+
+
 def test_the_identity_of_a_mixture_has_its_shares(album, tmp_path):
     """Other shares give other samples at the same step."""
     store("tar", tmp_path, PUBLIC)
@@ -356,6 +372,21 @@ def test_processes_share_the_encoding(saved, album, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == ["000-00000.safetensors",
                                                                             "001-00000.safetensors"]
     assert len(Encoded(tmp_path, m).parts) == 3
+
+
+@pytest.mark.parametrize("tasks, which, names", [
+    (("gen", "mixed"), pictures_drawn, ["a.png", "c.png"]), (("und", "mixed"), pictures_asked, ["b.png"]),
+    (RECORD_TASKS, pictures_drawn, ["a.png", "c.png"]), (RECORD_TASKS, None, ["a.png", "b.png", "c.png"])])
+def test_only_the_pictures_that_are_needed_are_encoded(tasks, which, names, saved, album, tmp_path):
+    """Janus-Pro needs codes of what answers draw, and features of what questions show; Emu3 needs codes of all."""
+    (m, _), source, made = saved("janus"), FileSource(album(DRAWN, ASKED, MIXED), "janus"), []
+
+    def encoded(pictures):
+        made.extend(picture.name for picture in pictures)
+        return [torch.zeros(1) for _ in pictures]
+    Encoded(tmp_path, m, new=True).fill("codes", source, tasks, encoded, True, which)
+    assert sorted(made) == names
+    assert sorted(Encoded(tmp_path, m).parts) == sorted(f"codes/{picture_key(tmp_path / name)}" for name in names)
 
 
 def test_a_broken_store_is_named(saved, tmp_path):
