@@ -26,7 +26,7 @@ import aia
 import formats.weights
 import model
 from formats import datasets
-from formats.records import RECORD_TASKS, SKIP_HINT, Record, conversation_parts
+from formats.records import RECORD_TASKS, SKIP_HINT, Record, conversation_parts, pictures_asked, pictures_drawn
 from parts.kernels import span
 from parts.pictures import drawn_at, janus_picture, load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
@@ -336,7 +336,7 @@ class Preparer:
         Janus-Pro has besides tokens: pictures that it sees, and codes that it draws. A None answer ends the prompt."""
         task = records[0].task
         talks = [conversation_parts(record.turns, len(record.pictures)) for record in records]
-        drawn = [drawn_pictures(talk) for talk in talks]
+        drawn = [pictures_drawn(record) for record in records]
         coded = drawn if self.config.kind == "janus" else [range(len(record.pictures)) for record in records]
         wanted = [(i, number) for i, numbers in enumerate(coded) for number in numbers]
         codes = dict(zip(wanted, self.codes([records[i].pictures[number] for i, number in wanted]), strict=True))
@@ -366,11 +366,6 @@ class Preparer:
         if records[0].task != "gen":
             found = self.seen(*map(list, zip(*looks, strict=True))) if looks else self.seen([])
         return found | ({"codes": torch.stack(list(codes.values()))} if codes else {})
-
-
-def drawn_pictures(talk):
-    """The numbers of the pictures in the answers of a conversation, as conversation_parts gives it, in order."""
-    return [part for _, answer in talk for part in answer or () if not isinstance(part, str)]
 
 
 def collate(task, samples, valid, pad, pixels=None, codes=None, origins=(), features=None, multiple=1):
@@ -658,7 +653,9 @@ def index(settings):
             raise InputError(f"{path} is an index already: train.py --data takes it")
         started = time.time()
         stored, count = datasets.store_index(path, settings.out)
-        print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer, {time.time() - started:.1f} s")
+        mixed = f", {count['mixed']} mixed" if count["mixed"] else ""
+        print(f"{stored}: {count['gen']} records to draw, {count['und']} to answer{mixed}, "
+              f"{time.time() - started:.1f} s")
 
 
 @dataclass(frozen=True)
@@ -701,10 +698,10 @@ def encode(settings):
     folder.mkdir(parents=True, exist_ok=True)
     store = datasets.Encoded(folder, m, new=True)
     stop = settings.on_bad_record == "stop"
-    tasks = ("gen",) if janus else aia.TASKS        # Janus-Pro needs codes of drawn pictures only
-    store.fill("codes", source, tasks, preparer.codes, stop)
+    # Janus-Pro needs codes of drawn pictures only.
+    store.fill("codes", source, RECORD_TASKS, preparer.codes, stop, pictures_drawn if janus else None)
     if settings.features:
-        store.fill("features", source, ("und",), features, stop)
+        store.fill("features", source, RECORD_TASKS, features, stop, pictures_asked)
     if source.bad:
         print(datasets.bad_report(source.bad, [settings.data]))
 

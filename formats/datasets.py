@@ -22,9 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import aia
 from formats.readers import BROKEN, data_files, read_record, read_table, scan
-from formats.records import SKIP_HINT, Record
+from formats.records import RECORD_TASKS, SKIP_HINT, Record
 from parts.pictures import janus_picture, load_picture, open_picture, siglip_picture, to_picture, tokenizer_picture
 from parts.processes import processes, rank
 from parts.settings import InputError, aside, first_line, shortened, stream
@@ -82,9 +81,9 @@ def refuse_empty(path, records, bad):
 # ---------------------------------------------------------------------------------------------------------------------
 # The index
 # ---------------------------------------------------------------------------------------------------------------------
-# An index has 16 bytes per record, first all to draw, then all to answer. `where` is the number of the file (upper 16
-# bits) and an offset in it (lower 48); of tables, offset and size are a row group and a row in it. `number` counts the
-# records of a file, for messages.
+# An index has 16 bytes per record, first all to draw, then all to answer, then the mixed ones. `where` is the number of
+# the file (upper 16 bits) and an offset in it (lower 48); of tables, offset and size are a row group and a row in it.
+# `number` counts the records of a file, for messages.
 ROW = np.dtype([("where", "<u8"), ("size", "<u4"), ("number", "<u4")])
 OFFSET = 2**48 - 1
 INDEX = ".index.npy"
@@ -93,7 +92,7 @@ INDEX = ".index.npy"
 def make_index(form, files, kind, stop=False, kept=None):
     """One pass over all records -> {task: rows (n,) of ROW}, texts about bad ones, how many have a system turn. Of
     pictures, the header is read; if kept, {task: []}, takes the records, all of them."""
-    rows = {task: bytearray() for task in aia.TASKS}
+    rows = {task: bytearray() for task in RECORD_TASKS}
     bad = []
     system = 0
     table = functools.lru_cache(maxsize=1)(read_table)
@@ -147,11 +146,14 @@ def read_index(stored):
             head = json.loads(file.read())
         head = {"path": str(stored).removesuffix(INDEX), "system": 0} | head                # older ones lack these
         head["files"] = {tuple(one) for one in head["files"]}
-        head["gen"] = head["count"]["gen"]
         head["bad"] = list(head["bad"])
-        return rows, head
+        old = "mixed" not in head["count"]
     except (*BROKEN, EOFError, AttributeError, TypeError) as error:
         raise InputError(f"{stored} is broken ({first_line(error)}): run python data.py index again") from error
+    if old:
+        raise InputError(f"{shortened(stored, 140)} was written before there were mixed records: run python data.py "
+                         f"index {shortened(head['path'], 140)} again")
+    return rows, head
 
 
 def load_index(stored, path, files):
@@ -160,7 +162,12 @@ def load_index(stored, path, files):
     if changed := head["files"] ^ {tuple(one) for one in stamps(files, index_file(path).parent)}:
         raise InputError(f"{shortened(min(changed)[0], 140)} has changed, come or gone since {shortened(stored, 140)} "
                          f"was written: run python data.py index {shortened(path, 140)} again")
-    return {"gen": rows[:head["gen"]], "und": rows[head["gen"]:]}, head["bad"], head["system"]
+    parts = {}
+    first = 0
+    for task in RECORD_TASKS:
+        parts[task] = rows[first:first + head["count"][task]]
+        first += head["count"][task]
+    return parts, head["bad"], head["system"]
 
 
 def refuse_unwritable(stored):
@@ -225,7 +232,7 @@ class FileSource:
         if stored.exists():
             self.rows, self.bad, self.system = load_index(stored, path, self.files)
         else:
-            kept = {task: [] for task in aia.TASKS} if self.form == "jsonl" else None
+            kept = {task: [] for task in RECORD_TASKS} if self.form == "jsonl" else None
             self.rows, self.bad, self.system = make_index(self.form, self.files, kind, stop, kept)
         self.records = kept or self.rows
         self.table = functools.lru_cache(maxsize=2 if self.form == "parquet" else None)(read_table)
@@ -241,6 +248,8 @@ class FileSource:
         """What the data set holds, as one line."""
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         parts = [files, f"{self.count('gen')} records to draw", f"{self.count('und')} to answer"]
+        if self.count("mixed"):
+            parts.append(f"{self.count('mixed')} mixed")
         if self.bad:
             parts.append(f"{sum(map(how_many, self.bad))} left out")
         if self.system:
@@ -251,12 +260,15 @@ class FileSource:
         """What tells these data from others, wherever they lie, to be stored as JSON: how many records, and a hash of
         the sizes of the files, of where each record lies in them, and of the words of some."""
         mix = hashlib.blake2b(repr([os.stat(file).st_size for file in self.files]).encode(), digest_size=16)
-        for task in aia.TASKS:
+        for task in RECORD_TASKS:
             mix.update(self.rows[task].view(np.uint8))
             count = self.count(task)
             for index in range(0, count, max(count // 16, 1)):
                 mix.update(repr(self.record(task, index).turns).encode())
-        return {task: self.count(task) for task in aia.TASKS} | {"content": mix.hexdigest()}
+        counts = {task: self.count(task) for task in RECORD_TASKS}
+        if not counts["mixed"]:                     # then it is that of runs from before there were any
+            del counts["mixed"]
+        return counts | {"content": mix.hexdigest()}
 
     def record(self, task, index, rng=None):
         """The record of a task at an index. rng: the random numbers of a visit, by which one of several captions is
@@ -322,7 +334,7 @@ def square_pictures(source, config, bad, stop):
     """All pictures of a source at the size of drawn ones [(S, S, 3) uint8]. Bad ones are noted in the list `bad`, or
     stop the command."""
     found = {}
-    for record in (record for task in aia.TASKS for record in every(source, task)):
+    for record in (record for task in RECORD_TASKS for record in every(source, task)):
         try:
             for picture in record.pictures:
                 if picture not in found:
@@ -354,15 +366,15 @@ def shuffled(i, n, key):
 
 
 def parse_ratio(text):
-    """The two numbers of --ratio GEN:UND."""
+    """The numbers of --ratio GEN:UND:MIXED; of GEN:UND, the third is 0."""
     try:
-        gen, und, *mixed = (int(part) for part in text.split(":"))
-        mixed, = mixed or [0]
+        numbers = [int(part) for part in text.split(":")]
     except ValueError:
-        gen = und = mixed = -1
-    if min(gen, und, mixed) < 0 or gen + und + mixed == 0:
-        raise InputError(f"--ratio {text!r}: give two whole numbers as GEN:UND, for example 1:1 or 2:1")
-    return gen, und, mixed
+        numbers = []
+    if len(numbers) not in (2, 3) or min(numbers) < 0 or sum(numbers) == 0:
+        raise InputError(f"--ratio {text!r}: give two or three whole numbers as GEN:UND or GEN:UND:MIXED, for example "
+                         "1:1 or 2:1:1")
+    return (*numbers, 0)[:3]
 
 
 def deal(position, shares):
@@ -460,14 +472,16 @@ class Encoded:
         with aside(self.folder / f"{name}.safetensors") as part:
             save_file(tensors, part, made_with)
 
-    def fill(self, name, source, tasks, make, stop):
-        """Store make(pictures) of all pictures of some tasks that are not stored yet; under torchrun, of this process's
-        share. A picture that cannot be encoded is added to source.bad, or stops the command."""
+    def fill(self, name, source, tasks, make, stop, which=None):
+        """Store make(pictures) of the pictures of some tasks that are not stored yet; under torchrun, of this process's
+        share. A picture that cannot be encoded is added to source.bad, or stops the command. which(record): numbers of
+        the pictures to store, such as records.pictures_drawn; without it, all of them."""
         where = {}                                  # not the pictures themselves, which would not fit into memory
         for task in tasks:
             for i in range(rank(), source.count(task), processes()):
-                for j, picture in enumerate(source.record(task, i).pictures):
-                    where[f"{name}/{picture_key(picture)}"] = task, i, j
+                record = source.record(task, i)
+                for j in which(record) if which else range(len(record.pictures)):
+                    where[f"{name}/{picture_key(record.pictures[j])}"] = task, i, j
         todo = [(key, at) for key, at in where.items() if key not in self.parts]
         numbers = [int(file.stem[4:]) for file in self.folder.glob(f"{rank():03d}-*.safetensors")]
         number = max(numbers, default=-1) + 1

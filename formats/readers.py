@@ -20,6 +20,7 @@ from formats.records import (
     Record,
     caption_list,
     check_turns,
+    edit_of,
     first_field,
     image_list,
     parsed,
@@ -342,7 +343,7 @@ def scan(form, file):
 
 
 def parse_record(line, origin, folder, strict=True):
-    """One line of JSON, or its fields as a dictionary -> Record. A record whose answer is <image> is one to draw.
+    """One line of JSON, or its fields as a dictionary -> Record. Its task follows from where <image> stands.
 
     Paths are relative to folder. strict: unknown fields are an error; otherwise they are ignored, and so is "task",
     which public data sets use for other things.
@@ -352,21 +353,21 @@ def parse_record(line, origin, folder, strict=True):
     entry = line if isinstance(line, dict) else parsed(line, "write one object per line")
     if not isinstance(entry, dict):
         raise InputError('a record is an object, and needs "image" and "conversations"')
-    known = {"id", "task", *IMAGE_FIELDS, *TURN_FIELDS, *CAPTION_FIELDS}
+    known = {"id", "task", *COLUMNS}
     if strict and set(entry) - known:
         raise InputError(f"unknown field {shortened(min(set(entry) - known))!r}: known are {', '.join(sorted(known))}")
-    if entry.get("input_image"):
-        raise InputError("the record edits a picture (input_image), which neither task does: leave it out")
     words = first_field(entry, TURN_FIELDS + CAPTION_FIELDS, strict)
+    shown = first_field(entry, IMAGE_FIELDS, strict)
+    starts, result = edit_of(entry, words, folder)
     images, captions, turns, system = [], [], (), False
     if words in TURN_FIELDS:
         turns, system = turn_pairs(turns_of(entry[words], images))
     elif words:
-        captions = caption_list(entry[words])
+        captions = ["<image>" * len(starts) + text for text in caption_list(entry[words])]
         turns = tuple((text, "<image>") for text in captions[:1])
     if re.search("[\ud800-\udfff]", "".join([*captions, *(text for turn in turns for text in turn)])):
         raise InputError("a text has half a character (\\ud800 to \\udfff), which no tokenizer takes: write it whole")
-    images = image_list(images or entry.get(first_field(entry, IMAGE_FIELDS, strict)), folder)
+    images = starts + result or image_list(images or entry.get(shown), folder)
     if not turns or not images:
         fields = ", ".join(name if entry[name] else f"{name} (empty)" for name in entry)
         raise InputError('a record needs a picture ("image", a path or a list of them), and "conversations" or a '

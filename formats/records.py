@@ -20,52 +20,69 @@ TURN_FIELDS = ("conversations", "messages", "texts")
 CAPTION_FIELDS = ("caption", "text", "input_prompt", "prompt", "txt")           # to be drawn
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")                      # of PNG, JPEG, WebP, GIF
+RECORD_TASKS = (*aia.TASKS, "mixed")             # mixed: pictures and text come in turn, in answers too
 SKIP_HINT = "train.py --on-bad-record skip leaves such records out"
-
-
-RECORD_TASKS = (*aia.TASKS, "mixed")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example: a picture (or several, in questions) with a conversation. `origin` names it in messages."""
+    """One example: a conversation with its pictures. `origin` names it in messages."""
 
     origin: str
     task: str
-    turns: tuple                  # ((human, assistant), ...); <image> marks stay in the human text
+    turns: tuple                  # ((human, assistant), ...); <image> marks stay in the texts
     pictures: tuple               # paths, bytes of picture files, or uint8 arrays (S, S, 3)
     captions: tuple = ()          # several prompts of one picture, of which each visit draws one
     system: bool = False          # a system turn was joined to the first question
-    given: tuple = ()
+    given: tuple = ()             # numbers of pictures that stand in answers, but are not to be learned
+
+
+def parts_of(text, numbers, strip):
+    """A text with <image> marks -> [stretch of text or picture number, ...]; strip(stretch) cuts the blanks around."""
+    first, *others = text.strip().split("<image>")
+    parts = [strip(first)]
+    for stretch in others:
+        parts += [next(numbers), strip(stretch)]
+    return [part for part in parts if part != ""]               # picture 0 stays
 
 
 def conversation_parts(turns, n_images):
+    """Turns (human, assistant) with <image> marks -> [([text or picture number, ...], the same of the answer, or None
+    without one)]. Pictures are numbered by their marks, whoever says them. Without any marks, the pictures come first.
+    """
     marks = sum(text.count("<image>") for turn in turns for text in turn if text)
     if marks == 0:
         asked, answer = turns[0]
         turns = [("<image>" * n_images + asked, answer), *turns[1:]]
     elif marks != n_images:
-        raise InputError(f"{marks} <image> marks in the questions for {n_images} pictures: write one each, or none")
-    seen = 0
+        raise InputError(f"{marks} <image> marks in the conversation for {n_images} pictures: write one each, or none "
+                         "at all")
+    numbers = iter(range(n_images))
     result = []
     for asked, answer in turns:
-        parts = []
-        for i, text in enumerate(asked.strip().split("<image>")):
-            if i > 0:
-                parts.append(seen)
-                seen += 1
-                text = text.lstrip()                # the templates write the line breaks around a picture
-            if text:
-                parts.append(text)
-        said = None if answer is None else []
-        for i, text in enumerate([] if answer is None else answer.split("<image>")):
-            if i > 0:
-                said.append(seen)
-                seen += 1
-            if text.strip():
-                said.append(text.strip())
-        result.append((parts, said))
+        question = parts_of(asked, numbers, str.lstrip)         # templates write the line break behind a picture
+        result.append((question, None if answer is None else parts_of(answer, numbers, str.strip)))
     return result
+
+
+def pictures_asked(record):
+    """The numbers of the pictures that stand in questions."""
+    parts = conversation_parts(record.turns, len(record.pictures))
+    return [part for asked, _ in parts for part in asked if isinstance(part, int)]
+
+
+def pictures_drawn(record):
+    """The numbers of the pictures that stand in answers."""
+    parts = conversation_parts(record.turns, len(record.pictures))
+    return [part for _, answer in parts for part in answer or () if isinstance(part, int)]
+
+
+def task_of(turns):
+    """What a conversation is: one to draw, one to answer, or mixed."""
+    if not any("<image>" in (answer or "") for _, answer in turns):
+        return "und"
+    asked, answer = turns[0]
+    return "gen" if len(turns) == 1 and answer == "<image>" and "<image>" not in asked else "mixed"
 
 
 def check_turns(turns, n_images, named):
@@ -73,16 +90,12 @@ def check_turns(turns, n_images, named):
     for i, (_, answer) in enumerate(turns, 1):
         if not answer:
             raise InputError(f"question {i}: its answer is empty: every gpt turn needs text, or <image> to be drawn")
-    task = "gen" if any("<image>" in answer for _, answer in turns) else "und"
-    if named not in (None, *aia.TASKS):
-        raise InputError(f"unknown task {shortened(named)!r}: use one of {', '.join(aia.TASKS)}, or leave it out")
+    task = task_of(turns)
+    if named not in (None, *RECORD_TASKS):
+        raise InputError(f"unknown task {shortened(named)!r}: use one of {', '.join(RECORD_TASKS)}, or leave it out")
     if named not in (None, task):
-        raise InputError(f"task is {named!r}, but the conversation is of {task!r}: <image> in an answer means drawing")
-    marks = sum(asked.count("<image>") for asked, _ in turns)
-    if task == "gen" and (len(turns) != 1 or n_images != 1 or marks or turns[0][1] != "<image>"):
-        raise InputError("a drawing record has one human turn with the prompt, and <image> alone as the answer")
-    if task == "und":
-        conversation_parts(turns, n_images)             # refuses a wrong number of marks
+        raise InputError(f"task is {named!r}, but by its <image> marks the conversation is {task!r}: leave it out")
+    conversation_parts(turns, n_images)             # refuses a wrong number of marks
     return task
 
 
@@ -142,6 +155,8 @@ def turn_pairs(turns):
         if text is None:
             raise InputError(f"turn {number} has no text, nor a list of parts of type text or image")
     texts = [text for _, text in turns]
+    if system and "<image>" in texts[0]:
+        raise InputError("turn 1, of the system, has an <image> mark: let it stand where a human or gpt turn shows it")
     if system:
         texts[:2] = ["\n".join(texts[:2])]
     if len(texts) % 2:
@@ -194,14 +209,31 @@ def first_field(entry, names, strict):
     return found[0] if found else None
 
 
+def edit_of(entry, words, folder):
+    """An edit of ShareGPT-4o-Image -> the pictures that it starts from, and its result, each [path or bytes, ...]; any
+    other record -> [], []. words: the field that holds the words of the record, or None."""
+    if not entry.get("input_image"):
+        return [], []
+    if words in TURN_FIELDS:
+        raise InputError(f"input_image beside {words}: list the pictures of a conversation in image, and write <image> "
+                         "where each stands")
+    starts, result = (image_list(entry.get(name), folder) for name in ("input_image", "output_image"))
+    needed = {"input_image (a path or a list of them)": starts, "input_prompt": words, "output_image": result}
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise InputError(f"an edit needs input_image, input_prompt and output_image: add {' and '.join(missing)}")
+    return starts, result
+
+
 def conversation(turns, pictures):
     """A record of turns [(question, answer)], the last answer None, with its pictures."""
-    return Record("the question", "und", tuple(turns), tuple(pictures))
+    task = "und" if task_of(turns) == "und" else "mixed"
+    return Record("the question", task, tuple(turns), tuple(pictures))
 
 
 def first_question(record):
-    """A record cut off after its first question, with the pictures that this question shows."""
+    """A record cut off after its first question, with the pictures that this question shows: one to answer."""
     question = record.turns[0][0]
-    marked = any("<image>" in asked for asked, _ in record.turns)
+    marked = any("<image>" in text for turn in record.turns for text in turn if text)
     pictures = record.pictures[:question.count("<image>")] if marked else record.pictures
-    return replace(record, turns=((question, None),), pictures=pictures)
+    return replace(record, task="und", turns=((question, None),), pictures=pictures, given=())

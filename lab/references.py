@@ -19,7 +19,7 @@ import aia
 import data
 import eval as evaluation
 from formats.datasets import FileSource
-from formats.records import question_parts
+from formats.records import conversation_parts
 from parts.pictures import load_picture
 from parts.settings import InputError, check_out, device_of, opt, parse, run_command, tell, text_lines, write_json
 
@@ -91,7 +91,7 @@ def hf_intensity(m, inputs, condition, queries):
 def hf_question(config, processor, record):
     """First turn of a record -> inputs in the model's own chat template, and roles (1, T); answer and EOS come last."""
     image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", -1)
-    asked, answer = question_parts(record.turns, len(record.pictures))[0]
+    asked, (answer,) = conversation_parts(record.turns, len(record.pictures))[0]
     content = []
     for part in asked:                               # a text, or the number of a picture
         if isinstance(part, str):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import aia
 import data
 import model
 from formats.checkpoints import save_checkpoint, tensors_of
 from formats.datasets import every
+from formats.records import RECORD_TASKS
 from parts.world import (
     CELL_WORDS,
     COLOURS,
@@ -180,7 +180,7 @@ DRAWN, ASKED = entry("a.png", ("a red cross", "<image>")), entry("b.png", ("is i
 
 
 def records(source):
-    return [record for task in aia.TASKS for record in every(source, task)]
+    return [record for task in RECORD_TASKS for record in every(source, task)]
 
 
 def saver(tmp_path):
@@ -200,6 +200,7 @@ def encode(folder, file, init, *flags):
 
 
 ALBUM = [DRAWN, ASKED, entry(["b.png", "c.png"], ("same?", "no"))]
+MIXED = entry(["b.png", "c.png"], ("<image>make it red", "so: <image>"), ("is it red?", "yes"))
 
 
 # Data sets as they are published

@@ -32,7 +32,7 @@ import data
 import formats.datasets
 import model
 from formats.datasets import Encoded, FileSource, Mixture, picture_key
-from formats.records import Record, question_parts
+from formats.records import Record, conversation_parts
 from parts.pictures import load_picture
 from parts.settings import InputError
 from parts.text import Text
@@ -62,6 +62,11 @@ def check(task, pieces, *expected, labels=None):
     assert batch.queries[0].tolist() == [mark == "q" for mark in marks]
 
 
+def answered(turns, n_images):
+    """Turns as the templates take them: each answer is one text."""
+    return [(asked, answer[0]) for asked, answer in conversation_parts(turns, n_images)]
+
+
 def test_masks_of_emu3_generation(texts):
     """Keys are BOS and prompt, queries the codes that predict a code; size (height first), tags and ends are neither.
 
@@ -82,7 +87,7 @@ def test_masks_of_emu3_understanding(texts):
     Question and template belong to neither; the template itself adds the full stop after the question.
     """
     ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
-    turns = question_parts([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
+    turns = answered([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
     v, pieces = ids["visual"], data.Emu3Template(PRESET["emu3"], texts["emu3"]).understanding(
         turns, [torch.tensor([[5, 9], [7, 2]])])
     check("und", pieces, (ids["bos"], "."), (e("You are a helpful assistant. USER: "), "."),
@@ -117,7 +122,7 @@ def test_masks_of_janus_generation(texts):
 def test_masks_of_janus_understanding(texts):
     """As in Emu3: keys are the image tokens of all pictures, queries the answers; no BOS within the conversation."""
     ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
-    turns = question_parts([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
+    turns = answered([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
     config = replace(PRESET["janus"], image_size=2 * PRESET["janus"].vit_patch)              # 2 x 2 image tokens
     picture = [(ids["boi"], "."), ([ids["placeholder"]] * 4, "k"), (ids["eoi"], ".")]
     check("und", data.JanusTemplate(config, texts["janus"]).understanding(turns, None),
@@ -333,7 +338,7 @@ def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, 
     plain, stored = data.Preparer(m, texts[kind]), data.Preparer(m, texts[kind], encoded=Encoded(
         tmp_path / "codes", m))
     records = FileSource(file, kind).records
-    expected = {task: plain.batch(records[task]) for task in records}
+    expected = {task: plain.batch(records[task]) for task in ("gen", "und")}
     losses = {task: m(batch) for task, batch in expected.items()}
     m.encode_images = None                                      # whoever calls a tower now fails
     if kind == "janus":
@@ -351,8 +356,9 @@ def test_pictures_are_read_once_where_nothing_is_stored_of_them(saved, album, te
     preparer = data.Preparer(m, texts["janus"], encoded=Encoded(tmp_path / "codes", m))
     hashed, key = [], picture_key
     monkeypatch.setattr(formats.datasets, "picture_key", lambda picture: hashed.append(picture) or key(picture))
-    for records in FileSource(file, "janus").records.values():
-        preparer.batch(records)
+    records = FileSource(file, "janus").records
+    for task in ("gen", "und"):
+        preparer.batch(records[task])
     assert hashed == [tmp_path / "a.png"]
 
 
@@ -394,12 +400,12 @@ BAD = {
     "no object": ('["a.png"]', 'needs "image" and "conversations"'),
     "unknown field": (DRAWN | {"captions": 1}, "unknown field 'captions'.*known are"),
     "unknown task": (DRAWN | {"task": "edit"}, "unknown task 'edit'.*gen, und"),
-    "wrong task": (DRAWN | {"task": "und"}, "task is 'und'.*means drawing"),
+    "wrong task": (DRAWN | {"task": "und"}, "task is 'und'.*leave it out"),
     "empty answer": (entry("a.png", ("is it?", " ")), "answer is empty.*needs text"),
     "no answer": (entry("a.png") | {"conversations": [{"from": "human", "value": "?"}]},
                   "alternating human and gpt turns"),
     "too many marks": (entry("a.png", ("<image> and <image>?", "no")), "2 <image> marks.*for 1 pictures.*one each"),
-    "drawing in two turns": (entry("a.png", ("a cross", "<image>"), ("?", "no")), "one human turn with the prompt"),
+    "one drawing, two pictures": (entry(["a.png", "b.png"], ("a cross", "<image>")), "1 <image> marks.*for 2 pictures"),
     "long caption": (entry("a.png", ("red " * 300, "<image>")), "tokens, but the model takes.*shorten"),
 }
 

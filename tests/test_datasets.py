@@ -15,6 +15,7 @@ from made_data import (
     ALBUM,
     ASKED,
     DRAWN,
+    MIXED,
     PRESET,
     PUBLIC,
     SHARDED,
@@ -44,6 +45,7 @@ from formats.datasets import (
     picture_key,
     square_pictures,
 )
+from formats.records import RECORD_TASKS, pictures_asked, pictures_drawn
 from parts.pictures import janus_picture, load_picture, to_picture
 from parts.settings import InputError
 
@@ -107,6 +109,34 @@ def test_an_index_of_files_that_have_changed_is_refused(change, album, tmp_path)
         FileSource(path, "emu3")
     index(path)
     assert len(records(FileSource(path, "emu3"))) == (2 if change == "gone" else 3)
+
+
+@pytest.mark.parametrize("entries, count", [(["MIXED", "ASKED", "DRAWN", "MIXED"], (1, 1, 2)), (["MIXED"], (0, 0, 1)),
+                                            (["ASKED", "MIXED"], (0, 1, 1)), (["DRAWN"], (1, 0, 0))])
+def test_an_index_parts_the_three_sorts_of_records(entries, count, album, capsys):
+    """They lie in one array behind one another, whatever order they have in the file, and any of them may be absent."""
+    path = album(*({"MIXED": MIXED, "ASKED": ASKED, "DRAWN": DRAWN}[name] for name in entries))
+    direct = FileSource(path, "emu3")
+    index(path)
+    found = FileSource(path, "emu3")
+    assert tuple(found.count(task) for task in RECORD_TASKS) == tuple(map(len, found.records.values())) == count
+    assert records(found) == records(direct) and found.identity() == direct.identity()
+    assert [record.task for record in records(found)] == [task for task, n in zip(RECORD_TASKS, count, strict=True)
+                                                          for _ in range(n)]
+
+
+def test_an_index_from_before_mixed_records_is_refused(album, tmp_path):
+    """Those that it left out would be missing without a word; the message names what to run."""
+    path = album(DRAWN, ASKED)
+    index(path)
+    old = index_file(path).read_bytes()
+    index_file(path).write_bytes(old.replace(b', "mixed": 0', b""))
+    with pytest.raises(InputError, match=f"was written before .* mixed .*run python data.py index {path} again"):
+        FileSource(path, "emu3")
+    with pytest.raises(InputError, match=f"run python data.py index {path} again"):
+        FileSource(shutil.copy(index_file(path), tmp_path / "x.index.npy"), "emu3")
+    index(path)
+    assert index_file(path).read_bytes() == old and len(records(FileSource(path, "emu3"))) == 2
 
 
 def test_a_killed_index_leaves_the_last_one(album, tmp_path, monkeypatch):
@@ -223,11 +253,11 @@ def test_a_million_bad_records_are_counted_but_not_all_described(album, monkeypa
 
 
 def test_the_picture_tokenizer_learns_from_all_pictures_once(album):
-    """Those to draw and those of questions, cut to the square that is drawn."""
-    config, file = PRESET["emu3"], album(*ALBUM, entry("huge.png", ("noise", "<image>")))
+    """Those to draw and those of questions, of mixed records too, cut to the square that is drawn."""
+    config, file = PRESET["emu3"], album(*ALBUM, entry(["c.png", "huge.png"], ("<image>noise", "so: <image>")))
     found = square_pictures(FileSource(file, "emu3"), config, [], True)
     expected = [to_picture(janus_picture(load_picture(file.parent / f"{name}.png", "emu3"), config))
-                for name in ("a", "huge", "b", "c")]
+                for name in ("a", "b", "c", "huge")]
     assert len(found) == 4 and all(map(np.array_equal, found, expected))
 
 
@@ -239,6 +269,9 @@ def test_a_source_says_what_it_holds(album, tmp_path):
     assert source.summary().splitlines() == [
         f"{file}: 1 file, 1 records to draw, 0 to answer, 1 left out",
         f"{tmp_path / 'tar'}: 2 files, 2 records to draw, 1 to answer"]
+    file = album(MIXED, DRAWN, "rotten", MIXED)
+    assert open_sources([str(file)], "emu3", "skip").summary() == \
+        f"{file}: 1 file, 1 records to draw, 0 to answer, 2 mixed, 1 left out"
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", *SHARDED])
@@ -258,6 +291,22 @@ def test_data_keep_their_identity_when_they_move(form, album, tmp_path):
     other = [entry("a.png", ("a red cross!", "<image>")), *PUBLIC[1:]]
     changed = album(*other) if form == "jsonl" else store(form, tmp_path, other)
     assert FileSource(changed, "emu3").identity() != identity
+
+
+def test_mixed_records_leave_the_identity_of_other_data_alone(album):
+    """A run that was made before there were any must still know its data: this is what its checkpoints hold."""
+    assert FileSource(album(*PUBLIC), "emu3").identity() == \
+        {"gen": 2, "und": 1, "content": "777ca5b4e338aeab2744277373782729"}
+    one, other = (FileSource(album(*PUBLIC, MIXED | {"id": name}), "emu3").identity() for name in ("a", "bc"))
+    assert one["mixed"] == other["mixed"] == 1 and one["content"] != other["content"]
+
+
+def test_mixed_records_of_several_data_sets_are_joined(album, tmp_path):
+    """They have an order of their own, in which one data set stands behind the other."""
+    (tmp_path / "x.json").write_text(json.dumps([DRAWN, MIXED | {"image": ["c.png", "a.png"]}]))
+    source = open_sources([str(album(MIXED, ASKED)), str(tmp_path / "x.json")], "emu3")
+    assert [source.count(task) for task in RECORD_TASKS] == [1, 1, 2]
+    assert [record.pictures[0].name for record in every(source, "mixed")] == ["b.png", "c.png"]
 
 
 def test_the_identity_of_a_mixture_has_its_shares(album, tmp_path):
@@ -323,6 +372,21 @@ def test_processes_share_the_encoding(saved, album, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == ["000-00000.safetensors",
                                                                             "001-00000.safetensors"]
     assert len(Encoded(tmp_path, m).parts) == 3
+
+
+@pytest.mark.parametrize("tasks, which, names", [
+    (("gen", "mixed"), pictures_drawn, ["a.png", "c.png"]), (("und", "mixed"), pictures_asked, ["b.png"]),
+    (RECORD_TASKS, pictures_drawn, ["a.png", "c.png"]), (RECORD_TASKS, None, ["a.png", "b.png", "c.png"])])
+def test_only_the_pictures_that_are_needed_are_encoded(tasks, which, names, saved, album, tmp_path):
+    """Janus-Pro needs codes of what answers draw, and features of what questions show; Emu3 needs codes of all."""
+    (m, _), source, made = saved("janus"), FileSource(album(DRAWN, ASKED, MIXED), "janus"), []
+
+    def encoded(pictures):
+        made.extend(picture.name for picture in pictures)
+        return [torch.zeros(1) for _ in pictures]
+    Encoded(tmp_path, m, new=True).fill("codes", source, tasks, encoded, True, which)
+    assert sorted(made) == names
+    assert sorted(Encoded(tmp_path, m).parts) == sorted(f"codes/{picture_key(tmp_path / name)}" for name in names)
 
 
 def test_a_broken_store_is_named(saved, tmp_path):
@@ -497,8 +561,14 @@ def test_damage_of_any_kind_ends_in_one_short_line(form, album, tmp_path):
         assert time.time() - started < 10, seed
 
 
-@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3", "-1:2", "a:b", "1.5:1", ""])
+@pytest.mark.parametrize("text, numbers", [("1:2", (1, 2, 0)), ("1:2:3", (1, 2, 3)), ("0:0:1", (0, 0, 1))])
+def test_a_ratio_has_a_share_of_mixed_records_where_it_says_so(text, numbers):
+    """Without a third number there are none, as ever."""
+    assert parse_ratio(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["0:0", "1", "1:2:3:4", "0:0:0", "-1:2", "1:1:-1", "a:b", "1.5:1", "1:1:", ""])
 def test_a_ratio_that_is_none_is_refused(text):
-    """Two whole numbers, not both zero."""
-    with pytest.raises(InputError, match="--ratio .*GEN:UND"):
+    """Two or three whole numbers, not all of them zero."""
+    with pytest.raises(InputError, match="--ratio .*GEN:UND or GEN:UND:MIXED"):
         parse_ratio(text)

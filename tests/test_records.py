@@ -2,22 +2,94 @@
 
 import base64
 import json
-import re
+from pathlib import Path
 
 import pytest
 from made_data import ASKED, DRAWN, both_kinds, entry, records, write_table
 from PIL import Image
 
 from formats.datasets import FileSource
-from formats.records import Record, first_question, question_parts
+from formats.readers import parse_record
+from formats.records import (
+    RECORD_TASKS,
+    Record,
+    check_turns,
+    conversation,
+    conversation_parts,
+    first_question,
+    pictures_asked,
+    pictures_drawn,
+)
 from parts.settings import InputError, stream
+
+# Conversation, its task, and its parts turn by turn; below, the pictures of its questions and of its answers.
+CONVERSATIONS = {
+    "drawing": ([("a cat", "<image>")], "gen", [(["a cat"], [0])], ([], [0])),
+    "question": ([("<image>\nwhat is it?", "a cat")], "und", [([0, "what is it?"], ["a cat"])], ([0], [])),
+    "question without a mark": ([("what is it?", "a cat"), ("red?", "no")], "und",
+                                [([0, "what is it?"], ["a cat"]), (["red?"], ["no"])], ([0], [])),
+    "edit": ([("<image>make it red", "<image>")], "mixed", [([0, "make it red"], [1])], ([0], [1])),
+    "draw and tell": ([("a cat", "<image>"), ("what is it?", "a cat")], "mixed",
+                      [(["a cat"], [0]), (["what is it?"], ["a cat"])], ([], [0])),
+    "plan and draw": ([("a cat", "on a mat:\n<image>")], "mixed", [(["a cat"], ["on a mat:", 0])], ([], [0])),
+    "mending": ([("a cat", "<image>"), ("is it right?", "no, a dog <image>")], "mixed",
+                [(["a cat"], [0]), (["is it right?"], ["no, a dog", 1])], ([], [0, 1])),
+    "story": ([("go on: <image> ", "<image> he ran\n<image><image> home "), ("and <image>?", "<image>")], "mixed",
+              [(["go on: ", 0], [1, "he ran", 2, 3, "home"]), (["and ", 4, "?"], [5])], ([0, 4], [1, 2, 3, 5]))}
+
+
+@pytest.mark.parametrize("turns, task, parts, shown", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_pictures_are_numbered_by_their_marks_whoever_says_them(turns, task, parts, shown):
+    """The task follows from who shows pictures; blanks of an answer are stripped, behind a mark of a question, too."""
+    asked, drawn = shown
+    record = Record("x", task, tuple(turns), tuple("abcdef"[:len(asked) + len(drawn)]))
+    assert check_turns(turns, len(record.pictures), None) == check_turns(turns, len(record.pictures), task) == task
+    assert conversation_parts(turns, len(record.pictures)) == parts
+    assert (pictures_asked(record), pictures_drawn(record)) == shown
+
+
+def test_the_page_shows_a_record_of_each_sort():
+    """In its order; what people copy from there must be what is read."""
+    page = (Path(__file__).parent.parent / "formats/README.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith('{"image": ')]
+    assert tuple(parse_record(line, "x", Path()).task for line in lines) == RECORD_TASKS
+
+
+def test_an_answer_that_is_still_to_come_stays_none():
+    """None asks for an answer, an empty list would be one that says nothing."""
+    assert conversation_parts([("a cat", "<image>"), ("red?", None)], 1) == [(["a cat"], [0]), (["red?"], None)]
 
 
 @pytest.mark.parametrize("marks, pictures", [(1, 0), (2, 1), (1, 2)])
-def test_marks_must_fit_the_pictures(marks, pictures):
-    """Else a picture would be lost, or a question would ask about one that is not there."""
-    with pytest.raises(InputError, match=f"{marks} <image> marks in the questions for {pictures} pictures"):
-        question_parts([("<image> and " * marks, None)], pictures)
+@pytest.mark.parametrize("turn", [("M", None), ("red?", "M"), ("red?", "no M")])
+def test_marks_must_fit_the_pictures(turn, marks, pictures):
+    """Else a picture would be lost, or words would be about one that is not there."""
+    turns = [tuple(text and text.replace("M", "<image> and " * marks) for text in turn)]
+    with pytest.raises(InputError, match=f"{marks} <image> marks in the conversation for {pictures} pictures"):
+        conversation_parts(turns, pictures)
+
+
+@pytest.mark.parametrize("answer", ["<image>", "here: <image>"])
+def test_a_conversation_that_draws_has_a_mark_for_each_picture(answer):
+    """That unmarked pictures come first is a rule for questions alone: beside a drawing it would be a guess."""
+    with pytest.raises(InputError, match="1 <image> marks .* for 2 pictures"):
+        check_turns([("a cat", answer)], 2, None)
+
+
+@pytest.mark.parametrize("turns, named", [([("a cat", "<image>")], "mixed"), ([("a cat", "so: <image>")], "gen"),
+                                          ([("red?", "no")], "mixed")])
+def test_a_named_task_is_that_of_the_conversation(turns, named):
+    """It is checked and never believed: what a record trains must not hang on a label."""
+    with pytest.raises(InputError, match=f"task is '{named}', but by its <image> marks .* leave it out"):
+        check_turns(turns, 1, named)
+
+
+def test_a_conversation_that_goes_on_may_have_drawn_before():
+    """Its task tells by what has been said so far."""
+    assert conversation([("a cat", "<image>"), ("red?", None)], ["a"]) == Record(
+        "the question", "mixed", (("a cat", "<image>"), ("red?", None)), ("a",))
+    assert conversation([("<image> red?", None)], ["a"]).task == "und"
+    assert conversation([("a cat", "<image>")], ["a"]).task == "mixed"
 
 
 @pytest.mark.parametrize("first, second, shown", [
@@ -27,6 +99,13 @@ def test_a_first_question_takes_its_own_pictures_along(first, second, shown):
     record = Record("x", "und", ((first, "yes"), (second, "no")), ("a", "b"))
     asked = first_question(record)
     assert asked.turns == ((first, None),) and asked.pictures == ("a", "b")[:shown]
+
+
+def test_a_first_question_leaves_the_pictures_of_answers_behind():
+    """What is drawn later is nothing to look at: the question alone is one to answer."""
+    record = Record("x", "mixed", (("like <image>", "so: <image>"), ("red?", "no")), ("a", "b"), given=(1,))
+    assert first_question(record) == Record("x", "und", (("like <image>", None),), ("a",))
+    assert first_question(Record("x", "mixed", (("a cat", "<image>"), ("red?", "no")), ("a",))).pictures == ()
 
 
 @both_kinds
@@ -41,15 +120,57 @@ def test_records_of_both_tasks_are_read(kind, album):
     assert two.pictures == (file.parent / "b.png", file.parent / "c.png")
 
 
-def test_prompts_of_another_layout_are_drawn_and_edits_are_refused(album, tmp_path):
-    """ShareGPT-4o-Image has text to picture, which we learn, and picture to picture, which no task here is."""
-    album()
-    drawn = {"input_prompt": "a cross", "output_image": "a.png", "output_image_resolution": [16, 16]}
-    (tmp_path / "4o.json").write_text(json.dumps([drawn, drawn | {"input_image": ["b.png"]}]))
-    source = FileSource(tmp_path / "4o.json", "emu3", "skip")
-    assert records(source) == [Record(f"{tmp_path / '4o.json'}:1", "gen", (("a cross", "<image>"),),
-                                      (tmp_path / "a.png",))]
-    assert len(source.bad) == 1 and re.search(r"4o.json:2: .*edits a picture.*leave it out", source.bad[0])
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits
+# ---------------------------------------------------------------------------------------------------------------------
+EDIT = {"input_prompt": "make it red", "input_image": "b.png", "output_image": "a.png"}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("starts", ["b.png", ["b.png"], ["b.png", "c.png"]])
+def test_edits_of_another_layout_are_conversations(starts, form, album, tmp_path):
+    """ShareGPT-4o-Image: what an edit starts from stands before the prompt, the result is the answer. Beside edits, a
+    prompt alone is drawn."""
+    drawn = {"input_prompt": "a cross", "input_image": None, "output_image": "a.png"}
+    entries = [drawn, EDIT | {"input_image": starts}]
+    file = album(*entries).with_suffix(f".{form}")
+    if form == "json":
+        file.write_text(json.dumps([e | {"output_image_resolution": [16, 16]} for e in entries]))
+    elif form == "parquet":
+        write_table(file, {name: [e[name] for e in entries] for name in drawn})
+    names = ["b.png", "c.png"][:2 if len(starts) == 2 else 1]
+    assert records(FileSource(file, "emu3")) == [
+        Record(f"{file}:1", "gen", (("a cross", "<image>"),), (tmp_path / "a.png",)),
+        Record(f"{file}:2", "mixed", (("<image>" * len(names) + "make it red", "<image>"),),
+               tuple(tmp_path / name for name in [*names, "a.png"]))]
+
+
+def test_each_visit_of_an_edit_keeps_its_pictures(album):
+    """One of several prompts is drawn, and what it is about still stands before it."""
+    source = FileSource(album(EDIT | {"input_prompt": ["one", "two"]}), "emu3")
+    visits = {source.record("mixed", 0, stream(0, "record", 0, i)).turns for i in range(20)}
+    assert visits == {(("<image>one", "<image>"),), (("<image>two", "<image>"),)}
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"output_image": None}, "an edit needs .*: add output_image"),
+    ({"input_prompt": ""}, "an edit needs .*: add input_prompt"),
+    ({"input_prompt": "", "output_image": ""}, "add input_prompt and output_image"),
+    ({"output_image": None, "image": "a.png"}, "an edit needs .*: add output_image"),
+    ({"input_image": 5}, "add input_image .a path or a list"), ({"input_image": ["b.png", None]}, "add input_image .a"),
+    ({"input_image": "http://x/b.png"}, "lies on the web"), ({"output_image": ["a.png", "c.png"]}, "2 <image> ma.* 3"),
+    ({"input_prompt": "so: <image>"}, "a caption is a text, or a list of texts, without <image>"),
+    ({"input_prompt": None, "conversations": ASKED["conversations"]}, "input_image beside conversations: .* in image")])
+@pytest.mark.parametrize("strict", [True, False])
+def test_half_an_edit_is_told_what_it_lacks(change, why, strict, album):
+    """It would otherwise be learned as a plain drawing, of a prompt that makes no sense alone."""
+    file = album(EDIT | change)
+    if not strict:
+        file = file.rename(file.with_suffix(".json"))
+        file.write_text(f"[{file.read_text()}]")
+    with pytest.raises(InputError, match=why) as error:
+        FileSource(file, "emu3")
+    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +258,14 @@ def test_common_layouts_are_read_in_every_format(fields, asked, form, album, tmp
     assert ("1 with a system turn, joined to the first question" in source.summary()) == ("be short" in asked)
 
 
+def test_pictures_in_the_parts_of_an_answer_are_drawn(album, tmp_path):
+    """A list of parts has them where they stand, so that they need no list of their own."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "so: "}, {"type": "image", "image": "b.png"}]}
+    record, = records(FileSource(album({"messages": [PARTS[0], answer]}), "emu3"))
+    assert (record.task, record.turns) == ("mixed", (("<image>red?", "so: <image>"),))
+    assert record.pictures == (tmp_path / "a.png", tmp_path / "b.png")
+
+
 @pytest.mark.parametrize("change, why", [
     ({"conversations": said("hello", "red?", "no", who=("from", "gpt", "human"))}, "turn 1 is of 'gpt'.*human first"),
     ({"conversations": said("red?", "no", "why?")}, "turn 3, the last one, is no answer"),
@@ -147,6 +276,8 @@ def test_common_layouts_are_read_in_every_format(fields, asked, form, album, tmp
     ({"conversations": []}, "found image, conversations .empty."), ({"image": None}, "found image .empty., conv"),
     ({"conversations": said("red?", "no", "why?", "")}, "question 2: its answer is empty"),
     ({"conversations": said("red\ud800?", "no")}, "a text has half a character"),
+    ({"conversations": [{"from": "system", "value": "see <image>"}, *CHAT]}, "turn 1, of the system, has an <image> m"),
+    ({"conversations": [{"from": "system", "value": "<image>"}, *said("a cross", "<image>")]}, "turn 1, of the system"),
     ({"messages": CHAT}, "fields 'conversations' and 'messages' mean the same: give one"),
     ({"conversations": None, "caption": ["a cross", "<image>"]}, "a caption is a text, or a list of texts, without")])
 def test_what_is_refused_names_its_turn_or_its_fields(change, why, album):
