@@ -27,8 +27,9 @@ import formats.weights
 import model
 from formats import datasets
 from formats.records import RECORD_TASKS, SKIP_HINT, Record, conversation_parts, pictures_asked, pictures_drawn
+from parts.decoding import CLOSING
 from parts.kernels import span
-from parts.pictures import drawn_at, janus_picture, load_picture, siglip_picture, tokenizer_picture
+from parts.pictures import Drawn, drawn_at, janus_picture, load_picture, siglip_picture, tokenizer_picture
 from parts.settings import InputError, at_least, chosen, device_of, opt, run_command, stream
 from parts.stories import story_about, story_sentences, story_words
 from parts.text import Text, special_tokens, train_bpe
@@ -85,7 +86,7 @@ class Emu3Template:
         pieces = [([self.ids["boi"]], OPEN if role == DRAWN else CONTROL), (self.opening(h, w), CONTROL)]
         for row in codes.tolist():
             pieces += [([self.ids["visual"] + code for code in row], role), ([self.ids["eol"]], CONTROL)]
-        return [*pieces, ([self.ids[role] for role in model.CLOSING["emu3"]], CONTROL)]
+        return [*pieces, ([self.ids[role] for role in CLOSING["emu3"]], CONTROL)]
 
     def opening(self, h, w):
         """What stands between begin-of-image and the first code: height*width of the code grid, image token."""
@@ -156,7 +157,7 @@ class JanusTemplate:
         drawn means nothing to this model's understanding before it has seen it."""
         return [([self.ids["boi"]], OPEN if role == DRAWN else CONTROL),
                 ([self.ids["placeholder"]] * codes.numel(), role),
-                ([self.ids[role] for role in model.CLOSING["janus"]], CONTROL),
+                ([self.ids[role] for role in CLOSING["janus"]], CONTROL),
                 *(self.seen() if self.config.see == "both" else ())]
 
     def opening(self, h, w):
@@ -284,6 +285,8 @@ class Preparer:
 
     def recall(self, name, source):
         """The "codes" or "features" of a picture if they were made before, else None."""
+        if isinstance(source, Drawn):
+            return source.codes if name == "codes" else None
         if isinstance(source, np.ndarray):
             return self.known.get(source.tobytes()) if name == "codes" else None
         return self.encoded.get(name, source) if self.encoded else None
@@ -318,8 +321,10 @@ class Preparer:
 
     def batch(self, records, rngs=None, drop=0.0):
         """Records of one task, or mixed ones -> Batch. With drop, rngs (one a record) say which prompts are dropped."""
-        samples, valid, pictures = self.pieces(records, rngs, drop)
-        return collate(records[0].task, samples, torch.tensor(valid), self.text.ids["pad"],
+        dropped = [record.task != "und" and drop > 0 and bool(rngs[i].random() < drop) for i, record in
+                   enumerate(records)]
+        samples, pictures = self.pieces(records, dropped)
+        return collate(records[0].task, samples, ~torch.tensor(dropped), self.text.ids["pad"],
                        origins=tuple(record.origin for record in records),
                        multiple=LENGTHS.get(self.device.type, 1), **pictures)
 
@@ -331,31 +336,30 @@ class Preparer:
         return replace(batch, labels=torch.full_like(batch.labels, -100), targets=None, origins=(), lengths=(0,),
                        aia_valid=torch.zeros_like(batch.aia_valid))
 
-    def pieces(self, records, rngs=None, drop=0.0):
-        """Records of one task, or mixed ones -> pieces of each, whether its prompt was kept, and fields of a Batch that
-        Janus-Pro has besides tokens: pictures that it sees, and codes that it draws. A None answer ends the prompt."""
+    def pieces(self, records, dropped=None):
+        """Records of one task, or mixed ones -> pieces of each, and fields of a Batch that Janus-Pro has besides
+        tokens: pictures that it sees, and codes that it draws. dropped: of which records the words are left out. A None
+        answer ends the prompt."""
         task = records[0].task
         talks = [conversation_parts(record.turns, len(record.pictures)) for record in records]
         drawn = [pictures_drawn(record) for record in records]
         coded = drawn if self.config.kind == "janus" else [range(len(record.pictures)) for record in records]
         wanted = [(i, number) for i, numbers in enumerate(coded) for number in numbers]
         codes = dict(zip(wanted, self.codes([records[i].pictures[number] for i, number in wanted]), strict=True))
+        dropped = dropped or [False] * len(records)
         samples = []
-        kept = []
         for i, (record, talk) in enumerate(zip(records, talks, strict=True)):
-            dropped = task != "und" and drop > 0 and bool(rngs[i].random() < drop)
             mine = {number: codes[i, number] for number in coded[i]}
             if task == "gen":
-                pieces = self.template.generation(record.turns[0][0], mine[0], dropped)
+                pieces = self.template.generation(record.turns[0][0], mine[0], dropped[i])
             else:
-                pieces = self.template.conversation(talk, mine, record.given, dropped)
+                pieces = self.template.conversation(talk, mine, record.given, dropped[i])
             length = sum(len(ids) for ids, _ in pieces)
             if self.training and length > self.config.context:
                 raise InputError(f"{record.origin}: {length} tokens, but the model takes {self.config.context}: "
                                  "shorten the text or split the conversation")
             samples.append(pieces)
-            kept.append(not dropped)
-        return samples, kept, self.pictures(records, drawn, codes) if self.config.kind == "janus" else {}
+        return samples, self.pictures(records, drawn, codes) if self.config.kind == "janus" else {}
 
     def pictures(self, records, drawn, codes):
         """Fields of a Batch of Janus-Pro: what it sees, in the order of the tokens, and the codes of what it draws."""

@@ -13,7 +13,7 @@ the manner of POPE, MME and MMBench. Everything is asked about held-out combinat
 
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,12 @@ from PIL import Image
 import aia
 import data
 import formats.weights
-import model
 from formats import checkpoints
 from formats.datasets import FileSource
 from formats.records import Record, conversation, first_question
 from parts import settings
-from parts.pictures import grid_for, load_picture, to_picture, to_tensor
+from parts.decoding import finite
+from parts.pictures import Drawn, grid_for, load_picture, to_picture, to_tensor
 from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
 from parts.settings import InputError, aside, opt, read_json, stream, write_json
 from parts.terminal import Typist, converse
@@ -67,7 +67,7 @@ def draw(m, text, prompts, seed=0, guidance=None, temperature=1.0, size=None, ne
         codes = draw_codes(m, text, prompts[start:start + batch], generator, guidance, temperature, size, negative,
                            roles)
         pixels.append(m.decode_images(codes).cpu())
-        model.finite(pixels[-1])
+        finite(pixels[-1])
     return torch.cat(pixels)
 
 
@@ -105,10 +105,35 @@ def answer(m, text, asked, max_new_tokens=16, temperature=0.0, batch=128):
 def ask(preparer, records):
     """Conversations -> pieces of each, and what m.generate_text takes: ids (B, T), mask (B, T), pixels."""
     device = next(preparer.m.parameters()).device
-    samples, _, pictures = preparer.pieces(records)
+    samples, pictures = preparer.pieces(records)
     ids, mask = left_padded(samples, preparer.text.ids["pad"], device)
     pixels = pictures.get("pixels")
     return samples, ids, mask, None if pixels is None else pixels.to(device)
+
+
+def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **limits):
+    """Conversations, mixed ones too, that end with a None answer -> their answers: [text or parts.pictures.Drawn, ...].
+    guidance other than 1: towards what is said. watch(row, text of a token or Drawn), limits: as in m.generate."""
+    if len(records) > batch:
+        parts = [records[start:start + batch] for start in range(0, len(records), batch)]
+        return [one for part in parts for one in reply(m, text, part, guidance, size, batch, watch, **limits)]
+    preparer = data.Preparer(m, text, training=False)
+    device = next(m.parameters()).device
+    guided = guidance != 1                          # each conversation, and the same without its words
+    records = [replace(record, task="mixed") for record in records for _ in range(1 + guided)]
+    samples, pictures = preparer.pieces(records, [guided and i % 2 == 1 for i in range(len(records))])
+    ids, mask = left_padded(samples, text.ids["pad"], device)
+    drawn = [[([role in (data.DRAWN, data.GIVEN)] * len(part), role) for part, role in pieces] for pieces in samples]
+    pictures = {name: value if value is None else value.to(device) for name, value in pictures.items()}
+    size = size or m.config.grid
+
+    def finished(part):
+        return Drawn(part, to_picture(m.decode_images(part[None].to(device))[0])) if torch.is_tensor(part) else part
+    said = m.generate(ids, mask=mask, drawn=left_padded(drawn, False, device)[0], guidance=guidance, size=size,
+                      opening=preparer.template.opening(*size),
+                      watch=watch and (lambda row, part: watch(row, finished(part))), **pictures, **limits)
+    return [[text.decode(part).strip() if isinstance(part, list) else finished(part) for part in parts]
+            for parts in said]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +289,7 @@ def measure(m, batches, target, delta):
     for batch in filter(None, batches):
         batch = batch.to(device)
         out = m(batch)
-        model.finite(out.ntp)
+        finite(out.ntp)
         ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
         first = torch.zeros_like(batch.condition)
         first[:, 0] = True

@@ -93,12 +93,13 @@ def pair_batch(preparer, pairs, task):
     for picture, caption in pairs:
         turn = (caption, "<image>") if task == "gen" else (DESCRIBE, caption)
         records.append(Record("a pair", task, (turn,), (picture,)))
-    samples, valid, pictures = preparer.pieces(records)
-    batch = data.collate(task, samples, torch.tensor(valid), preparer.text.ids["pad"], **pictures)
+    samples, pictures = preparer.pieces(records)
+    kept = torch.ones(len(samples), dtype=torch.bool)
+    batch = data.collate(task, samples, kept, preparer.text.ids["pad"], **pictures)
     words, image = torch.zeros(2, *batch.tokens.shape, dtype=torch.bool)        # (B, T) each
     for i, pieces in enumerate(samples):
         roles = torch.tensor([role for ids, role in pieces for _ in ids])
-        image[i, :len(roles)] = roles == data.IMAGE
+        image[i, :len(roles)] = roles == (data.DRAWN if task == "gen" else data.IMAGE)
         if task == "gen":
             start, end = caption_tokens(preparer, pairs[i][1])
             words[i, start:end] = True

@@ -440,14 +440,14 @@ def decoding(bench, m, preset):
     m.ids["eos"] = -1                               # never drawn: an answer has all the words that are asked for
     weights = 2 * (sum(p.numel() for p in m.lm.layers.parameters()) + c.width * c.codebook)
     bound = 1e3 * weights / copy_rate(bench)
-    usual = model.REPLAYED, model.REPLAY_FROM
+    usual = decoding.REPLAYED, decoding.REPLAY_FROM
     try:
         for how, devices, least in (("cudnn may plan", (), 0), ("plain", usual[0], 10**9), ("replayed", usual[0], 0)):
-            model.REPLAYED, model.REPLAY_FROM = devices, least
+            decoding.REPLAYED, decoding.REPLAY_FROM = devices, least
             row = {"preset": preset, "who": "ours", "how": how, "code_bound_ms": bound}
             yield row | tried(bench, our_speed, m, ids, size, away, words)
     finally:
-        model.REPLAYED, model.REPLAY_FROM = usual
+        decoding.REPLAYED, decoding.REPLAY_FROM = usual
 
 
 def our_speed(bench, m, ids, size, away, words):

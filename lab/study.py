@@ -178,7 +178,7 @@ def run_row(name, seed, runs):
         train.check_settings(stored | ours, config, folder)
     else:
         phases = train.plan(config)
-        if 0 in parse_ratio(config.ratio)[:2]:          # an expert: as many samples of its task a step as a unified model
+        if 0 in parse_ratio(config.ratio)[:2]:      # an expert: as many samples of its task a step as a unified model
             phases = [phase if phase.ratio or phase.pictures else replace(phase, batch_size=phase.batch_size // 2)
                       for phase in phases]
         train.train(config, phases)

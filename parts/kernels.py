@@ -1,5 +1,4 @@
-"""What a GPU needs beyond plain PyTorch: attention mass from the log-sum-exp of a fused kernel, and decoding steps
-replayed as CUDA graphs.
+"""Attention mass from the log-sum-exp of a fused kernel: what a GPU needs beyond plain PyTorch.
 
 PyTorch's private operators are called only here. `try_lse` tries them before training starts; if none works in this
 version of PyTorch, attention uses the flag channel instead.
@@ -7,15 +6,12 @@ version of PyTorch, attention uses the flag channel instead.
     python -m pytest tests/test_kernels.py
 """
 
-import contextlib
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parts.settings import first_line
 
@@ -206,57 +202,3 @@ def kernel_of(node):
         if f"{kernel}Attention" in step:
             return f"fused, {kernel.lower()} kernel"
     return "fused, but on the slow math fallback: no fast kernel takes heads of this size and type here"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------------------------------
-def attend_columns(q, k, v, visible):
-    """New tokens q (B, H, T, D) look at all columns of a cache k, v (B, G, U, D), visible (B, 1, T, U) -> (B, H, T, D).
-    Heads that share a key become rows of one head, as not every kernel supports groups."""
-    group = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)                    # (B, G, H / G T, D)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible.repeat(1, 1, group, 1))
-    return out.unflatten(2, (group, -1)).flatten(1, 2)                          # (B, H, T, D)
-
-
-def no_planning(device_type):
-    """Avoid cuDNN's attention on CUDA: it makes a plan for each new length, which in decoding means for each token."""
-    if device_type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-class Recorded:
-    """step(x), recorded as a CUDA graph for each shape of x and then replayed: one launch instead of a thousand. The
-    step must keep its position in the tensors of `state`. If recording fails, steps are run as usual."""
-
-    def __init__(self, step, state):
-        self.step, self.state, self.graphs = step, state, {}
-
-    def __call__(self, x):
-        if x.shape not in self.graphs:
-            self.graphs[x.shape] = self.record(x.clone())
-        graph, given, out = self.graphs[x.shape]
-        if graph is None:
-            return self.step(x)
-        given.copy_(x)
-        graph.replay()
-        return out
-
-    def record(self, x):
-        """(graph, its input, its output); the graph is None if recording fails. The state is left as it was."""
-        before = [part.clone() for part in self.state]
-        graph = out = None
-        try:
-            with torch.cuda.stream(torch.cuda.current_stream()):                # a failed recording leaves its own
-                self.step(x)                        # lets libraries allocate memory outside the recording
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    out = self.step(x)
-        except (RuntimeError, AssertionError) as error:         # AssertionError: a torch without CUDA
-            graph = None
-            print(f"the decoding step cannot be recorded ({first_line(error)}): plain steps", file=sys.stderr)
-        for part, value in zip(self.state, before, strict=True):
-            part.copy_(value)
-        return graph, x, out

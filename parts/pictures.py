@@ -5,7 +5,7 @@
 
 import io
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,10 +57,19 @@ def on_white(picture):
     return white
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that a model has drawn: its codes, as encode_images gives them, and what they look like."""
+
+    codes: torch.Tensor
+    pixels: np.ndarray                            # (H, W, 3) uint8
+
+
 def load_picture(source, kind):
-    """Path, bytes or uint8 array (H, W, 3) -> RGB picture, turned as its EXIF tag says, on white if transparent."""
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
+    """Path, bytes, uint8 array (H, W, 3) or Drawn -> RGB picture, turned as its EXIF tag says, on white if
+    transparent."""
+    if isinstance(source, np.ndarray | Drawn):
+        return Image.fromarray(source.pixels if isinstance(source, Drawn) else source)
     picture = open_picture(source, kind)
     try:
         return on_white(ImageOps.exif_transpose(picture))

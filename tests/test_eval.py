@@ -582,7 +582,7 @@ def test_free_decoding_is_measured_on_the_models_own_tokens(name, task, runs):
     x, found = m.embed(batch), m(batch).intensity                               # (B, T, C), (B, L)
     one = torch.ones(1, 1).bool()
     for b in range(2):
-        cache, steps = model.Cache(m.lm, one, x.shape[1]), []
+        cache, steps = decoding.Cache(m.lm, one, x.shape[1]), []
         for t in range(x.shape[1]):
             steps.append(m.lm(x[b:b + 1, t:t + 1], condition=batch.condition[b:b + 1, :t + 1], queries=one,
                               cache=cache)[1][0])

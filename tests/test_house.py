@@ -17,15 +17,15 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"parts/settings.py": 312},
     {"parts/processes.py": 100, "parts/lock.py": 140, "aia.py": 220},
-    {"parts/text.py": 270, "parts/pictures.py": 170, "parts/vision.py": 400, "parts/world.py": 480,
-     "parts/loss.py": 90, "parts/kernels.py": 275, "parts/terminal.py": 80,
-     "parts/plots.py": 70},
+    {"parts/text.py": 270, "parts/pictures.py": 180, "parts/vision.py": 400, "parts/world.py": 480,
+     "parts/stories.py": 240, "parts/loss.py": 90, "parts/kernels.py": 275, "parts/decoding.py": 450,
+     "parts/terminal.py": 80, "parts/plots.py": 70},
     {"model.py": 950},
     {"formats/records.py": 240, "formats/checkpoints.py": 260, "formats/hub.py": 200, "formats/weights.py": 520,
      "formats/readers.py": 405, "formats/datasets.py": 520},
     {"data.py": 800},
     {"eval.py": 850},
-    {"train.py": 1060},
+    {"train.py": 1075},
     {f"benchmarks/{name}.py": 340 if name == "common" else 280 for name in (
         "common", "judge", "mmmu", "mmbench", "mmvp", "mmvet", "pope", "mme", "geneval", "dpg", "fid", "score")},
     {f"lab/{name}.py": 400 if name == "check" else 600 for name in (
@@ -112,7 +112,7 @@ def test_the_method_is_read_in_an_evening():
             if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
                 spoken.add(token.start[0])
         comments += len(spoken)
-    assert lines <= 3470 and 0.15 <= comments / lines <= 0.25
+    assert lines <= 3870 and 0.15 <= comments / lines <= 0.25
 
 
 def test_a_global_name_is_one_thing():

@@ -9,7 +9,8 @@ from made import off
 import aia
 import data
 import model
-from parts.kernels import KERNELS, PASSED, attend_columns, attention_and_mass, span, try_lse
+from parts.decoding import attend_columns
+from parts.kernels import KERNELS, PASSED, attention_and_mass, span, try_lse
 
 T, C, P, W = 24, data.TEXT, data.PADDING, data.ANSWER
 # Roles of three samples: of generation with prompts of different length, the last with an empty prompt; of

@@ -15,7 +15,9 @@ import data
 import model
 import parts.kernels
 import train
-from parts.kernels import KERNELS, Recorded, kernel_for, try_lse
+from parts import decoding
+from parts.decoding import Recorded
+from parts.kernels import KERNELS, kernel_for, try_lse
 from parts.loss import CHUNK, next_token_loss
 from parts.settings import InputError
 
@@ -75,7 +77,7 @@ def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
     k, v = torch.randn(2, 2, shared, 9, 8).to(device)
     condition, mask = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
                                     [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]], device=device).bool()
-    u, visible = w[..., 0], model.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
+    u, visible = w[..., 0], decoding.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
     results = []
     for attend in (model.attend_fused, model.attend_lse, model.attend_explicit):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -97,7 +99,7 @@ def test_two_conditions_are_measured_under_any_mask(shared, past, gaps, lse, dev
     conditions = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
                                [[0, 0, 1, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]], device=device).bool()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]], device=device).bool()
-    visible = model.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
+    visible = decoding.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
     u = w[..., :2].movedim(-1, 0)                                               # (2, B, H, T)
     results = []
     for attend in (model.attend_fused, model.attend_lse, model.attend_explicit):
@@ -157,7 +159,7 @@ def test_rotary_frequencies_survive_bfloat16(device):
     for rope_bf16 in (False, True):
         m = tiny("tiny-emu3", device, theta=1e6, layers=1, rope_bf16=rope_bf16).to(torch.bfloat16)
         m.lm.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[2]))
-        cache = model.Cache(m.lm, torch.ones(1, 9216, device=device).bool(), 1)
+        cache = decoding.Cache(m.lm, torch.ones(1, 9216, device=device).bool(), 1)
         cache.used = 9216
         m.lm(torch.zeros(1, 1, m.config.width, dtype=torch.bfloat16, device=device), cache=cache)
     angle = 9216 * 1e6 ** (-torch.arange(0, 32, 2, dtype=torch.float64, device=device) / 32)
@@ -182,7 +184,7 @@ def test_the_softmax_of_half_precision_is_taken_in_float32(device):
 @both_models
 def test_a_model_in_half_precision_draws_by_float32_and_codes_pictures_in_it(name, monkeypatch, device):
     """Guidance and chance add no rounding to that of the logits; the picture tokenizer has none: it changes codes."""
-    m, met, sample = tiny(name, device), [], model.sample
+    m, met, sample = tiny(name, device), [], decoding.sample
     side, g = m.config.image_size, torch.Generator().manual_seed(0)
     pixels = (torch.rand(16, 3, side, side, generator=g) * 2 - 1).to(device)
     codes = m.encode_images(pixels)
@@ -451,7 +453,7 @@ def test_padding_on_either_side_changes_nothing(m):
 def test_cached_steps_equal_the_full_pass(m, lengths):
     """Steps of 4, 1, 2 (Emu3's code and row end), 1 and 1 tokens see the same keys at the same positions."""
     ids, mask = padded([words(n) for n in lengths], m)
-    x, cache, parts = m.lm.embed_tokens(ids), model.Cache(m.lm, mask[:, :4], 5), []
+    x, cache, parts = m.lm.embed_tokens(ids), decoding.Cache(m.lm, mask[:, :4], 5), []
     for n in (4, 1, 2, 1, 1):
         parts.append(m.lm(x[:, cache.used:cache.used + n], cache=cache)[0])
     close(torch.cat(parts, 1)[mask], m.lm(x, mask)[0][mask])
@@ -703,7 +705,7 @@ def test_sampling_keeps_what_it_is_told_to(device):
     logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().to(device).expand(4000, -1)
 
     def shares(temperature=1.0, top_k=0, top_p=1.0):
-        drawn = model.sample(logits, temperature, top_k, top_p, torch.Generator(device).manual_seed(0))
+        drawn = decoding.sample(logits, temperature, top_k, top_p, torch.Generator(device).manual_seed(0))
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
     two = torch.tensor([0, 0.5, 0, 0.35], device=device) / 0.85
@@ -734,9 +736,9 @@ def test_a_step_over_all_columns_draws_and_says_the_same(name, monkeypatch, caps
     before = work()
     assert not capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs here")))
-    monkeypatch.setattr(model, "REPLAYED", ("cpu",))
-    monkeypatch.setattr(model, "REPLAY_FROM", 1)
-    monkeypatch.setattr(model, "ASK_EVERY", 7)
+    monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
+    monkeypatch.setattr(decoding, "ASK_EVERY", 7)
     after = work()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert "cannot be recorded" in capsys.readouterr().err
@@ -776,8 +778,8 @@ def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
                              "graph": lambda graph: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, attribute, value)
     monkeypatch.setattr(Recorded, "record", recorded)
-    monkeypatch.setattr(model, "REPLAYED", ("cpu",))
-    monkeypatch.setattr(model, "REPLAY_FROM", 1)
+    monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
     assert all(torch.equal(a, b) for a, b in zip(work(), before, strict=True)) and not capsys.readouterr().err
     steps = [(4, 1, 96), (4, 2, 96)] if name == "tiny-emu3" else [(4, 1, 96)]
     assert sorted(graphs[:len(steps)]) == steps and graphs[len(steps):] == [(2, 1, 96)]
@@ -794,7 +796,7 @@ def test_a_row_that_stands_still_goes_on_where_it_was(pads, whole):
     with torch.no_grad():
         alone = [m.lm(x[b:b + 1, 4 - int(mask[b].sum()):4 + int(moves[b].sum())])[0][0, -int(moves[b].sum()):]
                  for b in range(3)]
-        cache, taken, found = model.Cache(m.lm, mask, 6), [4] * 3, [[], [], []]
+        cache, taken, found = decoding.Cache(m.lm, mask, 6), [4] * 3, [[], [], []]
         m.lm(x[:, :4], cache=cache)
         if whole:
             cache.recorded(None)
@@ -813,7 +815,7 @@ def test_a_row_that_stands_still_goes_on_where_it_was(pads, whole):
 def test_a_cache_holds_what_autocast_gives_in_its_own_type(whole):
     """Keys in half precision may meet a cache in float32, whose columns are not all new: they are the same there."""
     m = small("tiny-emu3")
-    cache = model.Cache(m.lm, torch.ones(2, 4, dtype=torch.bool), 2)
+    cache = decoding.Cache(m.lm, torch.ones(2, 4, dtype=torch.bool), 2)
     if whole:
         cache.recorded(None)
     k, v = torch.randn(2, 2, 1, 4, m.config.head_dim).bfloat16()
@@ -825,7 +827,7 @@ def test_a_cache_holds_what_autocast_gives_in_its_own_type(whole):
 def test_codes_are_drawn_as_by_torch_multinomial():
     """The same numbers from the same generator, without its look at the input."""
     logits = torch.randn(60, 50, generator=torch.Generator().manual_seed(1)) * 3
-    got = model.sample(logits, 0.8, 20, 0.9, torch.Generator().manual_seed(7))
+    got = decoding.sample(logits, 0.8, 20, 0.9, torch.Generator().manual_seed(7))
     probability = (logits / 0.8).masked_fill(logits < logits.topk(20).values[:, -1:], -torch.inf).softmax(-1)
     ordered, order = probability.sort(-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= 0.9, 0.0)
