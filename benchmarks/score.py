@@ -29,7 +29,7 @@ from parts.settings import InputError, at_least, opt, read_json, write_json
 ANSWERED = {"mmmu": (read_mmmu, mmmu_result), "mmbench": (read_mmbench, mmbench_result),
             "mmvp": (read_mmvp, mmvp_result), "mmvet": (read_mmvet, mmvet_result), "pope": (read_pope, pope_result),
             "mme": (read_mme, mme_result)}
-DRAWN = {"geneval": run_geneval, "dpg": run_dpg, "fid": run_fid}
+DRAWN_BY_PROMPT = {"geneval": run_geneval, "dpg": run_dpg, "fid": run_fid}
 # The default first. "aia" does what the AIA paper's evaluation programs do.
 BENCH_VARIANTS = {
     "mmmu": ("aia", "official"), "mmbench": ("aia", "vlmevalkit"), "mmvp": ("aia", "official"), "mmvet": ("official",),
@@ -163,7 +163,7 @@ def score(settings):
     if judge and settings.bench in PROMPTS:
         judge_prompt(settings)                      # a bad one is refused now, not after all questions have been asked
     make_out(settings)
-    scores = DRAWN.get(settings.bench, score_answers)(settings, judge)
+    scores = DRAWN_BY_PROMPT.get(settings.bench, score_answers)(settings, judge)
     if judge and judge.wanted:
         export_requests(settings, judge)
         return {"benchmark": settings.bench, "requests": len(judge.wanted)}

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aia
 import model
+import parts.decoding
 import train
 from formats.checkpoints import read_tensors, save_checkpoint, tensors_of
 from formats.weights import public_files
@@ -440,14 +441,14 @@ def decoding(bench, m, preset):
     m.ids["eos"] = -1                               # never drawn: an answer has all the words that are asked for
     weights = 2 * (sum(p.numel() for p in m.lm.layers.parameters()) + c.width * c.codebook)
     bound = 1e3 * weights / copy_rate(bench)
-    usual = decoding.REPLAYED, decoding.REPLAY_FROM
+    usual = parts.decoding.REPLAYED, parts.decoding.REPLAY_FROM
     try:
         for how, devices, least in (("cudnn may plan", (), 0), ("plain", usual[0], 10**9), ("replayed", usual[0], 0)):
-            decoding.REPLAYED, decoding.REPLAY_FROM = devices, least
+            parts.decoding.REPLAYED, parts.decoding.REPLAY_FROM = devices, least
             row = {"preset": preset, "who": "ours", "how": how, "code_bound_ms": bound}
             yield row | tried(bench, our_speed, m, ids, size, away, words)
     finally:
-        decoding.REPLAYED, decoding.REPLAY_FROM = usual
+        parts.decoding.REPLAYED, parts.decoding.REPLAY_FROM = usual
 
 
 def our_speed(bench, m, ids, size, away, words):

@@ -27,6 +27,7 @@ import model
 import parts.terminal
 import train
 from formats.checkpoints import save_checkpoint, tensors_of
+from parts import decoding
 from parts.pictures import to_picture, to_tensor
 from parts.settings import InputError, write_json
 from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, combinations, draw_scenes, read_scenes
