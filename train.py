@@ -998,6 +998,7 @@ def finish(run):
         scores = {name: score_arm(run, name, m) for name, m in evaluation.arms(run.folder, m)}
         scores |= scores.pop("after") | evaluation.score_tokenizer(m, run.world, 4 * config.eval_n, config.seed)
         result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
+        result |= {key: scores[key] for key in evaluation.MIXED_SCORES if key in scores}
         settings.write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
@@ -1028,9 +1029,13 @@ def curves_of(run, m):
 def score_arm(run, name, m):
     """Held-out scores of one arm; draws samples.png of the final weights."""
     print("-- " + (evaluation.final_label(run.folder) if name == "after" else evaluation.LABEL[name]))
-    scores, samples = evaluation.score_both(m, run.text, run.world, run.config.eval_n, run.config.seed)
+    config, stories = run.config, []
+    scores, samples = evaluation.score_both(m, run.text, run.world, config.eval_n, config.seed)
+    if parse_ratio(config.ratio)[2]:
+        more, stories = evaluation.score_mixed(m, run.text, run.world, config.eval_n, config.seed)
+        scores |= more
     if name == "after":
-        evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png")
+        evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png", stories=stories[:2])
     return scores
 
 
