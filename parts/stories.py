@@ -124,6 +124,12 @@ def mistaken(world, scene, combination, rng, allowed):
     return edit and edit[1]
 
 
+def plan_of(scene, prompt):
+    """A full description of a scene, in the order in which a prompt speaks of its things: so a plan copies what the
+    prompt says, and adds what it leaves open."""
+    return describe(sorted(scene, key=lambda thing: prompt.find(thing.shape)))
+
+
 def story_about(world, scene, rng, kind=None):
     """A conversation for training that begins with a scene; none of its pictures shows a held-out combination. kind:
     one of STORIES, by chance if not given."""
@@ -135,7 +141,8 @@ def story_about(world, scene, rng, kind=None):
         return asked.text, asked.answer
     kind = kind or pick(rng, STORIES)
     if kind == "plan":
-        return Story(((PLAN + caption(scene, rng), f"{describe(scene)} <image>"),), (scene,))
+        prompt = caption(scene, rng)
+        return Story(((PLAN + prompt, f"{plan_of(scene, prompt)} <image>"),), (scene,))
     if kind == "tell":
         return Story(((caption(scene, rng), "<image>"), question(scene), question(scene)), (scene,))
     if kind == "mend":
