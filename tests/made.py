@@ -107,6 +107,30 @@ def fresh(name, **changes):
     return model.build(name, **changes)
 
 
+def small(name, **changes):
+    """A model of two layers that share a key, with its first weights."""
+    return fresh(name, **{"layers": 2, "kv_heads": 1, **changes}).train()
+
+
+def ids_of(rows, m):
+    """Rows of ids of the same length -> ids (B, T), where the model is."""
+    return torch.tensor(rows, device=m.lm_head.weight.device)
+
+
+def padded(rows, m, right=False):
+    """Rows of ids of different length -> ids (B, T), mask (B, T)."""
+    longest = max(map(len, rows))
+    gaps = [[m.ids["pad"]] * (longest - len(row)) for row in rows]
+    ids = ids_of([row + gap if right else gap + row for row, gap in zip(rows, gaps, strict=True)], m)
+    lengths, place = ids_of([[len(row)] for row in rows], m), torch.arange(longest, device=ids.device)
+    return ids, place < lengths if right else place >= longest - lengths
+
+
+def words(n):
+    """Ids of n words."""
+    return torch.randint(10, 40, (n,)).tolist()
+
+
 def batch_of(config, task, device="cpu", valid=(True, True), tokens=None):
     """Two samples of different length: a drawing each, or two turns of questions about a picture each; always the same.
     With `tokens`, drawings of Emu3 of which the longer one has that many."""
@@ -121,8 +145,9 @@ def batch_of(config, task, device="cpu", valid=(True, True), tokens=None):
             prompts = ("x" * ((tokens - empty) // 2), "x" * (tokens - empty))
         samples = [template.generation(prompt, c) for prompt, c in zip(prompts, codes, strict=True)]
     else:
-        turns = [[(["what", 0], "a cat"), (["how many?"], "one")], [([0, "where is it?"], "on the left"), (["?"], "3")]]
-        samples = [template.understanding(t, [c]) for t, c in zip(turns, codes, strict=True)]
+        turns = [[(["what", 0], ["a cat"]), (["how many?"], ["one"])],
+                 [([0, "where is it?"], ["on the left"]), (["?"], ["3"])]]
+        samples = [template.conversation(t, [c]) for t, c in zip(turns, codes, strict=True)]
     pixels = drawn = None
     if config.kind == "janus" and task == "und":
         pixels = torch.randn(2, 3, config.image_size, config.image_size, generator=g)

@@ -9,13 +9,12 @@ from made import off
 import aia
 import data
 import model
-from parts.decoding import attend_columns
 from parts.kernels import KERNELS, PASSED, attention_and_mass, span, try_lse
 
 T, C, P, W = 24, data.TEXT, data.PADDING, data.ANSWER
 # Roles of three samples: of generation with prompts of different length, the last with an empty prompt; of
 # understanding with two turns and padding on the right, and the last without a picture.
-ROLES = {"gen": [[C] * 6 + [data.IMAGE] * 18, [C] * 3 + [data.IMAGE] * 15 + [P] * 6, [data.IMAGE] * 20 + [P] * 4],
+ROLES = {"gen": [[C] * 6 + [data.DRAWN] * 18, [C] * 3 + [data.DRAWN] * 15 + [P] * 6, [data.DRAWN] * 20 + [P] * 4],
          "und": [[C] * 2 + [data.IMAGE] * 8 + [C] * 3 + [W] * 4 + [C] * 2 + [W] * 5,
                  [data.IMAGE] * 4 + [W] * 5 + [data.IMAGE] * 4 + [C] * 2 + [W] * 3 + [P] * 6, [C] * 9 + [W] * 15]}
 
@@ -200,18 +199,6 @@ def test_an_empty_rectangle_has_no_mass(rows, keys, device):
     for got, right in zip(torch.autograd.grad((out * w).sum() + mass.sum(), inputs),
                           torch.autograd.grad((expected * w).sum(), inputs), strict=True):
         torch.testing.assert_close(got, right)
-
-
-@pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("new", [1, 2, 3])
-def test_new_tokens_see_the_columns_that_they_may(new, groups, device):
-    """Each of several by its own row of the mask, also where heads share keys and become rows of one."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, tokens, 8, generator=g).to(device)
-               for n, tokens in ((4, new), (groups, 9), (groups, 9)))
-    visible = torch.rand(2, 1, new, 9, generator=g).to(device) < 0.5
-    visible[..., 0] = True
-    assert off(attend_columns(q, k, v, visible), model.attend_explicit(q, k, v, visible)[0]) < 1e-6
 
 
 def test_a_span_holds_all_that_a_mask_marks():

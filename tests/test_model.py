@@ -1,13 +1,12 @@
-"""Claims about the two models: attention, loss, cache, drawing, and parity with transformers (model.py)."""
+"""Claims about the two models: attention, loss, training steps, and parity with transformers (model.py)."""
 
-import contextlib
 import copy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from made import NAMES, SMALL, batch_of, both_models, close, fresh, off, tiny
+from made import NAMES, SMALL, batch_of, both_models, close, fresh, ids_of, off, padded, small, tiny, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia
@@ -16,13 +15,11 @@ import model
 import parts.kernels
 import train
 from parts import decoding
-from parts.decoding import Recorded
 from parts.kernels import KERNELS, kernel_for, try_lse
 from parts.loss import CHUNK, next_token_loss
 from parts.settings import InputError
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
-GRID = (2, 3)                                   # sides of the code grid that the drawing tests use
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -42,24 +39,6 @@ def lse(device, monkeypatch):
 def chunks_of_256(device, monkeypatch):
     """The loss takes as many tokens at once as on a CPU."""
     monkeypatch.setitem(CHUNK, device.type, 256)
-
-
-def ids_of(rows, m):
-    """Rows of ids of the same length -> ids (B, T), where the model is."""
-    return torch.tensor(rows, device=m.lm_head.weight.device)
-
-
-def padded(rows, m, right=False):
-    """Rows of ids of different length -> ids (B, T), mask (B, T)."""
-    longest = max(map(len, rows))
-    gaps = [[m.ids["pad"]] * (longest - len(row)) for row in rows]
-    ids = ids_of([row + gap if right else gap + row for row, gap in zip(rows, gaps, strict=True)], m)
-    lengths, place = ids_of([[len(row)] for row in rows], m), torch.arange(longest, device=ids.device)
-    return ids, place < lengths if right else place >= longest - lengths
-
-
-def words(n):
-    return torch.randint(10, 40, (n,)).tolist()
 
 
 TARGETS = {task: aia.targets(2, task) for task in aia.TASKS}
@@ -182,25 +161,6 @@ def test_the_softmax_of_half_precision_is_taken_in_float32(device):
 
 
 @both_models
-def test_a_model_in_half_precision_draws_by_float32_and_codes_pictures_in_it(name, monkeypatch, device):
-    """Guidance and chance add no rounding to that of the logits; the picture tokenizer has none: it changes codes."""
-    m, met, sample = tiny(name, device), [], decoding.sample
-    side, g = m.config.image_size, torch.Generator().manual_seed(0)
-    pixels = (torch.rand(16, 3, side, side, generator=g) * 2 - 1).to(device)
-    codes = m.encode_images(pixels)
-    again = m.decode_images(codes)
-    with torch.autocast(device.type, torch.bfloat16):
-        assert torch.equal(m.encode_images(pixels), codes) and torch.equal(m.decode_images(codes), again)
-    for part in {*m.children()} - {m.vq}:
-        part.bfloat16()
-    monkeypatch.setattr(model, "sample", lambda logits, *rest: met.append(logits.dtype) or sample(logits, *rest))
-    ids = torch.tensor([[5, 6, 7, 8]], device=device)
-    m.generate_images(ids, negative=ids if name == "tiny-emu3" else None, guidance=3.0)
-    m.generate_text(ids, max_new_tokens=2)
-    assert len(met) > 16 and {*met} == {torch.float32}
-
-
-@both_models
 def test_the_kernel_of_attention_is_told(name, monkeypatch):
     """Both kinds of pass by the step that differentiates them: heads of one width on the fast kernel, shared ones too;
     where AIA takes another way than a plain pass, both are told."""
@@ -263,7 +223,7 @@ def test_log_sum_exp_is_tried_in_both_types_of_a_run(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss, padding, cache
+# Loss and padding
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", aia.TASKS)
 def test_loss_is_cross_entropy_of_the_full_logits(m, task, device):
@@ -449,43 +409,17 @@ def test_padding_on_either_side_changes_nothing(m):
     assert model.positions(seen_left).tolist() == [[0] * 4 + [*range(5)], [*range(9)]]
 
 
-@pytest.mark.parametrize("lengths", [(9, 9), (6, 9)], ids=["equal", "padded"])
-def test_cached_steps_equal_the_full_pass(m, lengths):
-    """Steps of 4, 1, 2 (Emu3's code and row end), 1 and 1 tokens see the same keys at the same positions."""
-    ids, mask = padded([words(n) for n in lengths], m)
-    x, cache, parts = m.lm.embed_tokens(ids), decoding.Cache(m.lm, mask[:, :4], 5), []
-    for n in (4, 1, 2, 1, 1):
-        parts.append(m.lm(x[:, cache.used:cache.used + n], cache=cache)[0])
-    close(torch.cat(parts, 1)[mask], m.lm(x, mask)[0][mask])
-
-
-def test_greedy_text_equals_full_passes_and_stops_at_eos(m, device):
-    """A batch of questions about pictures, padded on the left, against one question at a time without a cache."""
-    picture = [m.ids["placeholder"]] * (16 if m.config.kind == "emu3" else 4)
-    pixels, expected = torch.randn(2, 3, 16, 16).to(device), []
-    rows = [words(3) + picture + words(2), words(6) + picture + words(4)]
-    for b, row in enumerate(rows):
-        new = []
-        for _ in range(8):
-            new.append(m.logits(ids_of([row + new], m), pixels[b:b + 1])[0, -1].argmax().item())
-        expected.append(new)
-    ids, mask = padded(rows, m)
-    assert m.generate_text(ids, pixels, mask, max_new_tokens=8).tolist() == expected
-    # The same weights with the last token of one answer as EOS: both answers end where it first comes up.
-    stopping = tiny(f"tiny-{m.config.kind}", device, **SMALL, ids=m.ids | {"eos": expected[0][2]})
-    ends = [new[:new.index(expected[0][2]) + 1] if expected[0][2] in new else new for new in expected]
-    assert len(ends[0]) != len(ends[1])
-    longest = max(map(len, ends))
-    assert stopping.generate_text(ids, pixels, mask, max_new_tokens=8).tolist() == [
-        new + [m.ids["pad"]] * (longest - len(new)) for new in ends]
+def test_emu3_rows_end_with_a_row_end_token():
+    """Two rows of three codes are eight tokens."""
+    m = tiny("tiny-emu3")
+    visual, eol = m.ids["visual"], m.ids["eol"]
+    block = m.block(torch.tensor([[[0, 1, 2], [63, 4, 5]]]))
+    assert (block - visual).tolist() == [[[0, 1, 2, eol - visual], [63, 4, 5, eol - visual]]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training step
 # ---------------------------------------------------------------------------------------------------------------------
-def small(name, **changes):
-    """A model of two layers that share a key, with its first weights."""
-    return fresh(name, **{"layers": 2, "kv_heads": 1, **changes}).train()
 
 
 @pytest.mark.parametrize("name, task", [("tiny-emu3", "gen"), ("tiny-janus", "und"), ("tiny-janus", "gen")])
@@ -635,207 +569,6 @@ def test_lora_begins_the_same_under_any_default_device():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
-def next_code_logits(m, prompt, codes):
-    """Logits (K,) of the code after a prompt and the codes so far, by a pass over the whole sequence."""
-    if m.config.kind == "janus":
-        drawn = m.gen_aligner(m.gen_embed(ids_of([codes], m).long()))
-        x = torch.cat([m.lm.embed_tokens(ids_of([prompt], m)), drawn], 1)
-        return m.gen_head(m.lm(x)[0][0, -1])
-    tokens = []
-    for i, code in enumerate(codes):
-        tokens += [m.ids["visual"] + code, m.ids["eol"]][:2 if (i + 1) % GRID[1] == 0 else 1]
-    return m.logits(ids_of([prompt + tokens], m))[0, -1, m.ids["visual"]:][:m.config.codebook]
-
-
-def draw_slowly(m, prompt, guidance, negative):
-    """Greedy codes of one prompt. s = u + g (c - u), u from the negative prompt (Emu3) or from pads (Janus-Pro)."""
-    free = negative or [prompt[0], *[m.ids["pad"]] * (len(prompt) - 2), prompt[-1]]
-    codes = []
-    for _ in range(GRID[0] * GRID[1]):
-        c, u = next_code_logits(m, prompt, codes), next_code_logits(m, free, codes)
-        codes.append((u + guidance * (c - u)).argmax().item())
-    return codes
-
-
-@pytest.mark.parametrize("lengths", [(5, 5), (4, 7)], ids=["equal", "padded"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_greedy_drawing_equals_full_passes(m, guidance, lengths):
-    """A batch with a cache, guidance and forced row ends draws what each prompt alone draws without them."""
-    rows, negative = [words(n) for n in lengths], words(6) if m.config.kind == "emu3" else None
-    expected = [draw_slowly(m, row, guidance, negative) for row in rows]
-    ids, mask = padded(rows, m)
-    negative = negative and ids_of([negative], m)
-    for how in ({"temperature": 0}, {"top_k": 1}):                              # of one code to choose from, any draw
-        codes = m.generate_images(ids, mask, GRID, negative, guidance, **how)   # takes the likeliest
-        assert codes.flatten(1).tolist() == expected
-    assert len(set(sum(expected, []))) > 3      # a model that repeats one code would prove little
-
-
-def test_drawing_takes_guidance_and_top_k_of_the_model(m, monkeypatch):
-    """What nobody states is what the preset says: the same logits at each step, of which as many may be drawn."""
-    negative = ids_of([words(6)], m) if m.config.kind == "emu3" else None
-    ids, seen = ids_of([words(5)], m), []
-    monkeypatch.setattr(model, "sample", lambda logits, *how: seen.append((logits, how[:3])) or logits.argmax(-1))
-    for how in ({}, {"guidance": 1.2, "top_k": 2, "temperature": 1.0}):
-        m.generate_images(ids, None, GRID, negative, **how)
-    assert {how for _, how in seen} == {(1.0, 2, 1.0)}
-    assert torch.equal(*(torch.cat([logits for logits, _ in half]) for half in (seen[:6], seen[6:])))
-
-
-def test_teacher_forced_logits_are_those_of_each_step(m, device):
-    """One pass over prompt and codes gives what drawing them one by one gives; Emu3's row ends are skipped."""
-    rows, codes = [words(5), words(5)], torch.randint(m.config.codebook, (2, *GRID))
-    got = m.image_logits(ids_of(rows, m), m.as_codes(codes).to(device))
-    for row, flat, logits in zip(rows, codes.flatten(1).tolist(), got, strict=True):
-        close(logits, torch.stack([next_code_logits(m, row, flat[:i]) for i in range(6)]))
-
-
-def test_emu3_rows_end_with_a_row_end_token():
-    """Two rows of three codes are eight tokens."""
-    m = tiny("tiny-emu3")
-    visual, eol = m.ids["visual"], m.ids["eol"]
-    block = m.block(torch.tensor([[[0, 1, 2], [63, 4, 5]]]))
-    assert (block - visual).tolist() == [[[0, 1, 2, eol - visual], [63, 4, 5, eol - visual]]]
-
-
-def test_sampling_keeps_what_it_is_told_to(device):
-    """Of probabilities 0.1, 0.5, 0.05, 0.35: temperature 0 takes the second, top-k 2 and top-p 0.6 two of them."""
-    logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().to(device).expand(4000, -1)
-
-    def shares(temperature=1.0, top_k=0, top_p=1.0):
-        drawn = decoding.sample(logits, temperature, top_k, top_p, torch.Generator(device).manual_seed(0))
-        return torch.bincount(drawn, minlength=4) / len(drawn)
-
-    two = torch.tensor([0, 0.5, 0, 0.35], device=device) / 0.85
-    cold = torch.tensor([0.1, 0.5, 0.05, 0.35], device=device) ** 2
-    for got, expected in [(shares(), logits[0].exp()), (shares(top_k=2), two), (shares(top_p=0.6), two),
-                          (shares(0.5), cold / cold.sum()), (shares(top_p=0.45), torch.eye(4, device=device)[1]),
-                          (shares(0), torch.eye(4, device=device)[1])]:
-        assert torch.equal(got > 0, expected > 0)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0.03)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
-def test_a_step_over_all_columns_draws_and_says_the_same(name, monkeypatch, capsys):
-    """What a GPU replays reads the whole cache under a mask; if recording fails, that is told, and steps are plain."""
-    m = small(name).eval()
-    ids, mask = torch.randint(5, 400, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
-    ids[:, 0], ids[:, -1] = m.ids["bos"], m.ids["boi"]
-    mask[1, :4] = False                             # padding in front of one
-    away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None
-
-    def work():
-        g = torch.Generator().manual_seed(0)
-        return (m.generate_images(ids, mask, negative=away, guidance=2.0, top_k=0, generator=g),
-                m.generate_text(ids, mask=mask, max_new_tokens=20))
-    before = work()
-    assert not capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs here")))
-    monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
-    monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
-    monkeypatch.setattr(decoding, "ASK_EVERY", 7)
-    after = work()
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert "cannot be recorded" in capsys.readouterr().err
-
-
-class Graph:
-    """Stands in for a CUDA graph: what runs while it is recorded is the step, and replaying runs it into its output."""
-
-    def replay(self):
-        recorded, (given, out) = self.step, self.ends
-        out.copy_(recorded(given))
-
-
-@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
-def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
-    """All of the bookkeeping around a recording, with a stand-in for what only CUDA has: places are put back after the
-    run that warms up and the one that is recorded, and each shape of a step has a graph of its own."""
-    m, graphs = small(name).eval(), []
-    ids = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(5))
-    away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None
-
-    def work():
-        g = torch.Generator().manual_seed(0)
-        return (m.generate_images(ids, negative=away, guidance=2.0, top_k=0, generator=g),
-                m.generate_text(ids, max_new_tokens=20))
-    before = work()
-    record = Recorded.record
-
-    def recorded(self, x):
-        graph, given, out = record(self, x)
-        graph.step, graph.ends = self.step, (given, out)
-        graphs.append(tuple(x.shape))
-        return graph, given, out
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
-    for attribute, value in {"Stream": stream, "current_stream": stream, "CUDAGraph": Graph,
-                             "stream": lambda aside: contextlib.nullcontext(),
-                             "graph": lambda graph: contextlib.nullcontext()}.items():
-        monkeypatch.setattr(torch.cuda, attribute, value)
-    monkeypatch.setattr(Recorded, "record", recorded)
-    monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
-    monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
-    assert all(torch.equal(a, b) for a, b in zip(work(), before, strict=True)) and not capsys.readouterr().err
-    steps = [(4, 1, 96), (4, 2, 96)] if name == "tiny-emu3" else [(4, 1, 96)]
-    assert sorted(graphs[:len(steps)]) == steps and graphs[len(steps):] == [(2, 1, 96)]
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["sliced", "all columns"])
-@pytest.mark.parametrize("pads", [2, 0], ids=["padded", "equal"])
-def test_a_row_that_stands_still_goes_on_where_it_was(pads, whole):
-    """Rows move in turn, one column a step; each gives what it gives alone, whatever the others do meanwhile."""
-    m = small("tiny-emu3").eval()
-    x, mask = torch.randn(3, 10, m.config.width), torch.ones(3, 4, dtype=torch.bool)
-    mask[2, :pads] = False
-    moves = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 1, 0], [0, 1, 0, 1, 1, 1]]).bool()
-    with torch.no_grad():
-        alone = [m.lm(x[b:b + 1, 4 - int(mask[b].sum()):4 + int(moves[b].sum())])[0][0, -int(moves[b].sum()):]
-                 for b in range(3)]
-        cache, taken, found = decoding.Cache(m.lm, mask, 6), [4] * 3, [[], [], []]
-        m.lm(x[:, :4], cache=cache)
-        if whole:
-            cache.recorded(None)
-        for moving in moves.T:
-            now = torch.stack([x[b, min(taken[b], 9)] for b in range(3)])[:, None]
-            out = m.lm(now, cache=cache, moving=moving)[0]
-            for b in range(3):
-                if moving[b]:
-                    found[b].append(out[b, 0])
-                    taken[b] += 1
-    for mine, right in zip(found, alone, strict=True):
-        torch.testing.assert_close(torch.stack(mine), right, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["sliced", "all columns"])
-def test_a_cache_holds_what_autocast_gives_in_its_own_type(whole):
-    """Keys in half precision may meet a cache in float32, whose columns are not all new: they are the same there."""
-    m = small("tiny-emu3")
-    cache = decoding.Cache(m.lm, torch.ones(2, 4, dtype=torch.bool), 2)
-    if whole:
-        cache.recorded(None)
-    k, v = torch.randn(2, 2, 1, 4, m.config.head_dim).bfloat16()
-    cache.enter(4)
-    keys, values = (x[:, :, :4] for x in cache.add(1, k, v))
-    assert torch.equal(keys, k.float()) and torch.equal(values, v.float())
-
-
-def test_codes_are_drawn_as_by_torch_multinomial():
-    """The same numbers from the same generator, without its look at the input."""
-    logits = torch.randn(60, 50, generator=torch.Generator().manual_seed(1)) * 3
-    got = decoding.sample(logits, 0.8, 20, 0.9, torch.Generator().manual_seed(7))
-    probability = (logits / 0.8).masked_fill(logits < logits.topk(20).values[:, -1:], -torch.inf).softmax(-1)
-    ordered, order = probability.sort(-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= 0.9, 0.0)
-    probability = torch.zeros_like(probability).scatter(-1, order, ordered)
-    assert torch.equal(got, torch.multinomial(probability, 1, generator=torch.Generator().manual_seed(7))[:, 0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("holes, pictures", [(15, 1), (0, 1), (16, 0), (16, 2)])
@@ -844,24 +577,6 @@ def test_placeholders_must_match_the_pictures(m, holes, pictures, device):
     ids = ids_of([words(2) + [m.ids["placeholder"]] * holes], m)
     with pytest.raises(InputError, match=f"^{holes} placeholders"):
         m.logits(ids, torch.randn(pictures, 3, 16, 16).to(device) if pictures else None)
-
-
-@pytest.mark.parametrize("guidance", [1.0, None])
-def test_generation_refuses_prompts_padded_on_the_right(m, guidance):
-    """It would go on after a pad."""
-    ids, mask = padded([words(3), words(5)], m, right=True)
-    negative = ids_of([words(4)], m) if m.config.kind == "emu3" else None
-    with pytest.raises(InputError, match="padded on the left"):
-        m.generate_text(ids, None, mask)
-    with pytest.raises(InputError, match="padded on the left"):
-        m.generate_images(ids, mask, GRID, negative, guidance)
-
-
-def test_guidance_needs_the_prompt_of_its_model(m):
-    """Emu3 is guided away from a negative prompt, Janus-Pro from its own prompt blanked."""
-    negative = ids_of([words(4)], m) if m.config.kind == "janus" else None
-    with pytest.raises(InputError, match="negative prompt"):
-        m.generate_images(ids_of([words(4)], m), size=GRID, negative=negative)
 
 
 @pytest.mark.parametrize("name, changes, message", [
@@ -910,68 +625,3 @@ def test_half_precision_stays_close(pair):
     assert (got - exact).square().mean() <= 1.1 * (expected - exact).square().mean() < (0.02 * exact.abs().max()) ** 2
 
 
-def test_janus_drawing_equals_transformers(janus, device):
-    """Code embedding, decoder and code head step by step, and greedy codes with guidance 5."""
-    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]], device=device)
-    codes = torch.randint(64, (2, 16)).to(device)
-    drawn = theirs.prepare_embeddings_for_image_generation(codes[:, :-1])
-    x = torch.cat([theirs.get_input_embeddings()(ids), drawn], 1)
-    close(ours.image_logits(ids, codes),
-          theirs.model.generation_head(theirs.model.language_model(inputs_embeds=x).last_hidden_state[:, 4:]))
-    theirs.generation_config.generation_kwargs = {"boi_token_id": 110}
-    try:
-        expected = theirs.generate(inputs=ids, attention_mask=torch.ones_like(ids), generation_mode="image",
-                                   guidance_scale=5, do_sample=False)
-    except TypeError as error:
-        pytest.skip(f"this version of transformers cannot draw: {error}")
-    assert torch.equal(ours.generate_images(ids, guidance=5.0, temperature=0), expected)
-
-
-def forced(monkeypatch, codes):
-    """From now on drawing takes these codes (B, N) and keeps the logits (B, K) that it would have drawn from."""
-    seen, steps = [], iter(codes.unbind(1))
-    monkeypatch.setattr(model, "sample", lambda logits, *_: seen.append(logits) or next(steps))
-    return seen
-
-
-def test_guided_logits_of_janus_equal_transformers_at_each_step(janus, monkeypatch, device):
-    """On a given list of codes, so that no step hides behind another; prompts in halves there, in turn here."""
-    (theirs, ours), ids = janus, torch.tensor([[100, 5, 6, 7, 110], [100, 9, 8, 7, 110]], device=device)
-    codes = torch.randint(64, (2, 16)).to(device)
-    seen = forced(monkeypatch, codes)
-    ours.generate_images(ids, guidance=5.0)
-    blank = torch.where((ids == 100) | (ids == 110), ids, 102)
-    drawn = theirs.prepare_embeddings_for_image_generation(codes[:, :-1])
-    x = torch.cat([theirs.get_input_embeddings()(torch.cat([ids, blank])), drawn.repeat(2, 1, 1)], 1)
-    hidden = theirs.model.language_model(inputs_embeds=x).last_hidden_state[:, 4:]
-    given, free = theirs.model.generation_head(hidden).chunk(2)
-    close(torch.stack(seen, 1), free + 5 * (given - free))
-
-
-def emu3_constraint(ids, prompt, h, w):
-    """What may come after a prompt of `prompt` tokens: codes, a row end after each row."""
-    visual = [*range(ids["visual"], ids["visual"] + 64)]
-    return lambda _, row: [ids["eol"]] if (len(row) - prompt + 1) % (w + 1) == 0 else visual
-
-
-def test_drawing_of_emu3_equals_transformers(emu3, monkeypatch, device):
-    """Greedy codes of its generate with guidance, a negative prompt and a prefix constraint; and on a given list of
-    codes the guided logits of each step, up to what a softmax does not see."""
-    (theirs, ours), (h, w) = emu3, GRID
-    prompt, negative = ids_of([words(7), words(7)], ours), ids_of([words(5)], ours)
-    expected = theirs.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=h * (w + 1), do_sample=False,
-        eos_token_id=None, guidance_scale=3.0, negative_prompt_ids=negative.expand(2, -1),
-        negative_prompt_attention_mask=torch.ones_like(negative.expand(2, -1)),
-        prefix_allowed_tokens_fn=emu3_constraint(ours.ids, 7, h, w))[:, 7:]
-    codes = ours.generate_images(prompt, None, GRID, negative, 3.0, temperature=0)
-    assert torch.equal(ours.block(codes).flatten(1), expected)
-    codes = torch.randint(64, (2, h, w)).to(device)
-    seen = forced(monkeypatch, codes.flatten(1))
-    ours.generate_images(prompt, None, GRID, negative, 3.0)
-    tokens, got = ours.block(codes).flatten(1), iter(seen)
-    for t in range(h * (w + 1)):
-        if (t + 1) % (w + 1):
-            rows = [torch.cat([start, tokens[:, :t]], 1) for start in (prompt, negative.expand(2, -1))]
-            given, free = (theirs(input_ids=row).logits[:, -1].log_softmax(-1) for row in rows)
-            close(next(got).log_softmax(-1), (free + 3 * (given - free))[:, 40:104].log_softmax(-1))
