@@ -504,12 +504,12 @@ class Unified(nn.Module, Decoding):
         condition = batch.condition if intensity else None
         x, intensities, states = self.lm(x, None, condition, batch.queries, batch.rectangle, hidden=hidden,
                                          task=batch.task)
-        ends = x if x.ndim == 4 else [x] * len(batch.tasks)                     # a fork has one for each task
-        # Only positions that predict a label meet the head.
-        chosen = [end.flatten(0, 1).index_select(0, at)                         # (n, C)
-                  for end, at in zip(ends, batch.predicting.split(batch.labelled), strict=True)]
+        x = x if x.ndim == 4 else [x] * len(batch.tasks)                        # a fork has one for each task
+        # Only positions that predict a label meet the head. No other name keeps all of x while the loss needs room.
+        x = [end.flatten(0, 1).index_select(0, at)                              # (n, C)
+             for end, at in zip(x, batch.predicting.split(batch.labelled), strict=True)]
         ntp = [next_token_loss(rows, self.head(task), targets) for rows, task, targets
-               in zip(chosen, batch.tasks, batch.targets.split(batch.labelled), strict=True)]
+               in zip(x, batch.tasks, batch.targets.split(batch.labelled), strict=True)]
         if batch.task == "mixed":
             return Output(torch.stack(ntp), batch.labelled, intensities, states)
         return Output(ntp[0], batch.labelled[0], intensities, states)
