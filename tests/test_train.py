@@ -67,7 +67,7 @@ def texts(tmp_path_factory):
     for name, config in SMALL.items():
         made[name] = data.train_tokenizer(folder / f"{name}.json", config)
 
-    def ready_made(file, config, world=None):
+    def ready_made(file, config, world=None, mixed=False):
         return Text(shutil.copy(made[f"tiny-{config.kind}"].file, file), config.kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "train_tokenizer", ready_made)
@@ -80,7 +80,7 @@ def progress(m, text, phase, **changes):
     """A phase at its first step."""
     run = SimpleNamespace(m=m, phases=[phase], source=data.WorldSource(World(0), 16, 0), targets=TARGETS, device="cpu",
                           preparer=data.Preparer(m, text), config=settings("none", **changes), sharded=lambda: False,
-                          autocast=contextlib.nullcontext)
+                          autocast=contextlib.nullcontext, ratio_of=lambda phase: train.Run.ratio_of(run, phase))
     return train.Progress(run, 0, None)
 
 
@@ -297,7 +297,7 @@ def test_no_two_orders_of_samples_are_alike(texts):
              for seed in range(4) for phase in plan}
     assert len({*seeds.values()}) == 4 * 3 and all(seeds[seed, "control"] == seeds[seed, "tune"] for seed in range(4))
     schedules = [progress(m, text, replace(phase, aia=False), ratio="2:3").schedule for phase in plan]
-    assert [schedule.ratio for schedule in schedules] == [(0, 1), (2, 3), (2, 3), (2, 3)]
+    assert [schedule.ratio for schedule in schedules] == [(0, 1, 0)] + [(2, 3, 0)] * 3
     assert {schedule.drop for schedule in schedules} == {data.DROP["emu3"]}
 
 
