@@ -2,14 +2,18 @@
 (parts/decoding.py)."""
 
 import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from made import NAMES, SMALL, both_models, close, ids_of, off, padded, small, tiny, words
+from made import NAMES, SMALL, both_models, close, fresh, ids_of, off, padded, small, tiny, words
 
+import data
 import model
 from parts import decoding
 from parts.decoding import Recorded, attend_columns
+from parts.pictures import to_picture, to_tensor
 from parts.settings import InputError
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
@@ -120,20 +124,9 @@ class Graph:
         out.copy_(recorded(given))
 
 
-@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
-def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
-    """All of the bookkeeping around a recording, with a stand-in for what only CUDA has: places are put back after the
-    run that warms up and the one that is recorded, and each shape of a step has a graph of its own."""
-    m, graphs = small(name).eval(), []
-    ids = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(5))
-    away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None
-
-    def work():
-        g = torch.Generator().manual_seed(0)
-        return (m.generate_images(ids, negative=away, guidance=2.0, top_k=0, generator=g),
-                m.generate_text(ids, max_new_tokens=20))
-    before = work()
-    record = Recorded.record
+def stand_in(monkeypatch):
+    """From now on steps are recorded without a GPU -> the shapes of the steps that are."""
+    record, graphs = Recorded.record, []
 
     def recorded(self, x):
         graph, given, out = record(self, x)
@@ -146,6 +139,22 @@ def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
                              "graph": lambda graph: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, attribute, value)
     monkeypatch.setattr(Recorded, "record", recorded)
+    return graphs
+
+
+@pytest.mark.parametrize("name", ["tiny-emu3", "tiny-janus"])
+def test_a_replayed_step_draws_and_says_the_same(name, monkeypatch, capsys):
+    """All of the bookkeeping around a recording, with a stand-in for what only CUDA has: places are put back after the
+    run that warms up and the one that is recorded, and each shape of a step has a graph of its own."""
+    m = small(name).eval()
+    ids = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(5))
+    away = torch.randint(5, 400, (1, 9)) if name == "tiny-emu3" else None
+
+    def work():
+        g = torch.Generator().manual_seed(0)
+        return (m.generate_images(ids, negative=away, guidance=2.0, top_k=0, generator=g),
+                m.generate_text(ids, max_new_tokens=20))
+    before, graphs = work(), stand_in(monkeypatch)
     monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
     monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
     assert all(torch.equal(a, b) for a, b in zip(work(), before, strict=True)) and not capsys.readouterr().err
@@ -283,6 +292,255 @@ def test_teacher_forced_logits_are_those_of_each_step(m, device):
     got = m.image_logits(ids_of(rows, m), m.as_codes(codes).to(device))
     for row, flat, logits in zip(rows, codes.flatten(1).tolist(), got, strict=True):
         close(logits, torch.stack([next_code_logits(m, row, flat[:i]) for i in range(6)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and pictures in turn
+# ---------------------------------------------------------------------------------------------------------------------
+MIXED = {"emu3": ("tiny-mixed", {}), "emu3 fork": ("tiny-mixed-fork", {"fork_layer": 1}),
+         "janus": ("tiny-mixed-janus", {}), "janus fork": ("tiny-mixed-janus", {"fork_layer": 1}),
+         "codes": ("tiny-mixed-codes", {}), "codes fork": ("tiny-mixed-codes", {"fork_layer": 1})}
+each_mixed = pytest.mark.parametrize("how", MIXED)
+# Conversations: a picture in the question, none, one drawn before, two shown and one drawn. Pictures are numbered.
+TALKS = [[(["make", 0, "red"], None)], [(["draw a cross"], None)],
+         [(["draw"], ["here", 0, "it is"]), (["what?"], None)], [([0, "and", 1], ["yes", 2]), (["again"], None)]]
+
+
+def talker(how, **changes):
+    """A model with random weights that opens pictures often; they have 2 x 2 codes."""
+    name, fork = MIXED[how]
+    m = fresh(name, layers=2, vq_mult=(1, 1, 1, 1), embed_std=0.5, **fork, **changes).requires_grad_(False)
+    m.lm_head.weight[m.ids["boi"]] *= 3
+    return m
+
+
+def template_of(m):
+    """The template of a model for texts whose tokens are their bytes."""
+    return data.TEMPLATES[m.config.kind](m.config, SimpleNamespace(ids=m.ids, encode=lambda said: list(said.encode())))
+
+
+def pictures_of(turns, m):
+    """Of the pictures of a conversation: codes of all, and for Janus-Pro pixels of those it looks at, codes of those
+    that it has drawn."""
+    numbers = [[part for said in (asked, answer or []) for part in said if isinstance(part, int)]
+               for asked, answer in turns]
+    drawn = [part for _, answer in turns for part in answer or [] if isinstance(part, int)]
+    n, g, side = len(sum(numbers, [])), torch.Generator().manual_seed(len(turns)), m.config.image_size
+    codes, pixels = torch.randint(m.config.codebook, (n, 2, 2), generator=g), torch.rand(n, 3, side, side, generator=g)
+    looks = [i for i in range(n) if m.config.see == "both" or i not in drawn]
+    return m.as_codes(codes), pixels[looks] * 2 - 1, m.as_codes(codes)[drawn]
+
+
+def asked_of(m, talks, guidance=1.0):
+    """What m.generate takes to go on with conversations; with guidance each is followed by itself without words."""
+    rows, marks, fields = [], [], []
+    for turns in talks:
+        codes, *own = pictures_of(turns, m)
+        for dropped in (False, True)[:2 if guidance != 1 else 1]:
+            pieces = template_of(m).conversation(turns, codes, (), dropped)
+            rows.append([i for ids, _ in pieces for i in ids])
+            marks.append([role == data.DRAWN for ids, role in pieces for _ in ids])
+            fields.append(own)
+    ids, mask = padded(rows, m)
+    drawn = torch.tensor([[False] * (ids.shape[1] - len(row)) + row for row in marks])
+    given = {"ids": ids, "mask": mask, "guidance": guidance, "size": (2, 2), "opening": template_of(m).opening(2, 2)}
+    if m.config.kind == "janus":
+        pixels, codes = (torch.cat(parts) for parts in zip(*fields, strict=True))
+        given |= {"pixels": pixels if len(pixels) else None, "codes": codes if len(codes) else None, "drawn": drawn}
+    return given
+
+
+GREEDY = {"temperature": 0.0, "code_temperature": 0.0, "max_new_tokens": 16, "max_pictures": 3}
+
+
+def plain(parts):
+    """The parts of an answer with codes as tuples."""
+    return [tuple(part.flatten().tolist()) if torch.is_tensor(part) else part for part in parts]
+
+
+def said_by(m, talks, guidance=1.0, **changes):
+    """Answers of m.generate: lists of tokens, and pictures."""
+    return [plain(parts) for parts in m.generate(**asked_of(m, talks, guidance), **GREEDY | changes)]
+
+
+def in_turn(parts):
+    """Words and pictures of an answer, one by one."""
+    return [one for part in parts for one in (part if isinstance(part, list) else [part])]
+
+
+def sequence_of(m, turns, dropped=False):
+    """A conversation, token by token: ids, and for Janus-Pro ("code", code) and features (C,) of what it sees."""
+    codes, pixels, drawn = pictures_of(turns, m)
+    pieces = template_of(m).conversation(turns, codes, (), dropped)
+    if m.config.kind == "emu3":
+        return [i for ids, _ in pieces for i in ids]
+    seen = iter(m.see(pixels).flatten(0, 1) if len(pixels) else ())
+    codes = iter(drawn.flatten().tolist())
+    return [next(seen) if role == data.IMAGE else ("code", next(codes)) if role == data.DRAWN else i
+            for ids, role in pieces for i in ids]
+
+
+def last_state(m, sequence, task):
+    """The last hidden state (C,) of a pass over a whole sequence, through the branch of a task."""
+    x = [token if torch.is_tensor(token) else m.gen_aligner(m.gen_embed.weight[token[1]]) if isinstance(token, tuple)
+         else m.lm.embed_tokens.weight[token] for token in sequence]
+    return m.lm(torch.stack(x)[None], task=task)[0][0, -1]
+
+
+def go_on_slowly(m, turns, guidance, words=16, pictures=3):
+    """An answer, likeliest tokens, by a pass over the whole sequence for each of them. Beside the conversation goes
+    one without words: s = u + g (c - u)."""
+    emu3, ids, parts = m.config.kind == "emu3", m.ids, []
+    given, free = sequence_of(m, turns), sequence_of(m, turns, dropped=True)
+    for _ in range(words):
+        word = int(m.lm_head(last_state(m, given, "und")).argmax())
+        if word == ids["eos"] or (word == ids["boi"] and pictures == 0):
+            break
+        given.append(word)
+        if word != ids["boi"]:
+            free += [] if emu3 else [ids["pad"]]
+            parts += [] if parts and isinstance(parts[-1], list) else [[]]
+            parts[-1].append(word)
+            continue
+        free.append(word)
+        opening, codes = list(b"2*2") + [ids["img"]] if emu3 else [], []
+        given, free = given + opening, free + opening
+        for i in range(4):
+            logits = m.code_logits(last_state(m, given, "gen"))
+            if guidance != 1:
+                away = m.code_logits(last_state(m, free, "gen"))
+                logits = away + guidance * (logits - away)
+            codes.append(int(logits.argmax()))
+            read = [ids["visual"] + codes[-1]] if emu3 else [("code", codes[-1])]
+            read += [ids["eol"]] if emu3 and i % 2 else []
+            given, free = given + read, free + read
+        parts.append(tuple(codes))
+        pictures -= 1
+        end = [ids["eof"], ids["eoi"]] if emu3 else [ids["eoi"]]
+        if not emu3 and m.config.see == "both":
+            pixels = m.vq.decode(torch.tensor(codes).view(1, 2, 2))
+            pixels = ((pixels + 1) / 2 * 255).clamp(0, 255).floor() / 255 * 2 - 1           # as a file keeps it
+            end += [ids["boi"], *m.see(pixels)[0], ids["eoi"]]
+        given, free = given + end, free + end
+    return parts
+
+
+@each_mixed
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_text_and_pictures_in_turn_equal_full_passes(how, guidance):
+    """Each token by the head of its kind, frames of pictures forced, the second look of Janus-Pro at whole colours, a
+    fork's codes from its branch of generation. Guidance leads away from the same conversation without its words: Emu3
+    has nothing in their place, Janus-Pro pads."""
+    m = talker(how)
+    expected = [go_on_slowly(m, turns, guidance) for turns in TALKS]
+    assert said_by(m, TALKS, guidance) == expected
+    assert {type(part) for parts in expected for part in parts} == {list, tuple}
+    assert guidance == 1 or expected != [go_on_slowly(m, turns, 1.0) for turns in TALKS]
+
+
+@each_mixed
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_each_row_of_a_batch_goes_on_as_it_would_alone(how, guidance):
+    """One writes while another draws or looks: whoever has nothing to do stands still."""
+    m = talker(how)
+    together = said_by(m, TALKS, guidance)
+    assert together == [said_by(m, [turns], guidance)[0] for turns in TALKS]
+    kinds = [[isinstance(one, tuple) for one in in_turn(parts)] for parts in together]
+    assert len({*map(tuple, kinds)}) > 1
+
+
+@each_mixed
+def test_an_answer_ends_at_eos_or_a_limit(how):
+    """Begin-of-image is a word too. The picture that would be one too many ends an answer, and so does any if there
+    may be none."""
+    m = talker(how)
+    whole = [in_turn(parts) for parts in said_by(m, TALKS[:2])]
+    for limit in (0, 1, 4):
+        assert [in_turn(parts) for parts in said_by(m, TALKS[:2], max_new_tokens=limit)] == [
+            row[:limit] for row in whole]
+    for limit in (0, 1):
+        places = [[i for i, one in enumerate(row) if isinstance(one, tuple)][limit:] for row in whole]
+        assert (limit or any(places)) and [in_turn(parts) for parts in said_by(m, TALKS[:2], max_pictures=limit)] == [
+            row[:own[0]] if own else row for row, own in zip(whole, places, strict=True)]
+    eos = [one for row in whole for one in row if isinstance(one, int)][-1]
+    ended = said_by(talker(how, ids=m.ids | {"eos": eos}), TALKS[:2])
+    assert [in_turn(parts) for parts in ended] == [row[:row.index(eos)] if eos in row else row for row in whole]
+
+
+@each_mixed
+def test_a_picture_that_does_not_fit_is_refused_before_its_first_code(how, monkeypatch):
+    """Its frame and the second look count. One that just fits is drawn, and is the last that the context has room
+    for."""
+    m, drawn = talker(how), []
+    logits = m.code_logits
+    monkeypatch.setattr(m, "code_logits", lambda x: drawn.append(len(x)) or logits(x))
+    whole, turns = next((in_turn(parts), turns) for parts, turns in zip(said_by(m, TALKS), TALKS, strict=True)
+                        if any(isinstance(one, tuple) for one in in_turn(parts)))
+    before = [isinstance(one, tuple) for one in whole].index(True)
+    block = {"emu3": 4 + 2 * 3 + 2, "janus": 4 + 1 + 1 + 4 + 1, "codes": 4 + 1}[how.split()[0]]
+    fits = len(sequence_of(m, turns)) + before + 1 + block
+    drawn.clear()
+    m.config = replace(m.config, context=fits)
+    assert in_turn(said_by(m, [turns])[0]) == whole[:before + 1] and drawn == [1] * 4
+    drawn.clear()
+    m.config = replace(m.config, context=fits - 1)
+    with pytest.raises(InputError, match=f"a picture of {block} tokens is to be drawn, but .* room for {block - 1}:"):
+        said_by(m, [turns])
+    assert not drawn
+
+
+@each_mixed
+def test_what_comes_is_told_in_order(how):
+    """Each word and each finished picture of a row, while other rows go on."""
+    m, told = talker(how), []
+    answers = said_by(m, TALKS, watch=lambda row, part: told.append((row, *plain([part]))))
+    for row, parts in enumerate(answers):
+        assert [part for number, part in told if number == row] == in_turn(parts)
+    rows = [row for row, _ in told]
+    assert rows != sorted(rows)
+
+
+@each_mixed
+def test_an_answer_without_pictures_is_that_of_generate_text(how):
+    """Where no picture is opened, both go on the same, up to EOS."""
+    m = talker(how)
+    m.lm_head.weight[m.ids["boi"]] = 0
+    asked = asked_of(m, TALKS[:2])
+    given = {"ids": asked["ids"], "mask": asked["mask"], "pixels": asked.get("pixels"), "max_new_tokens": 16}
+    m.ids["eos"] = m.generate_text(**given)[0, 5].item()
+    expected = [[token for token in row if token not in (m.ids["eos"], m.ids["pad"])]
+                for row in m.generate_text(**given).tolist()]
+    assert [in_turn(parts) for parts in said_by(m, TALKS[:2])] == expected and len(expected[0]) <= 5 < len(expected[1])
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["all columns", "replayed"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@each_mixed
+def test_recorded_steps_go_on_the_same(how, guidance, replayed, monkeypatch):
+    """Which rows move is read anew in each of them; a second look, of which all columns come at once, has a recording
+    of its own."""
+    m = talker(how)
+    before = said_by(m, TALKS, guidance)
+    graphs = stand_in(monkeypatch) if replayed else []
+    monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
+    assert said_by(m, TALKS, guidance) == before
+    rows = len(TALKS) * (2 if guidance != 1 else 1)
+    looks = [(rows, 6, 96)] if how in ("janus", "janus fork") else []
+    assert graphs == ([(rows, 1, 96), *looks] if replayed else [])
+
+
+def test_the_second_look_sees_what_a_user_is_shown(monkeypatch):
+    """A picture that was drawn is kept in whole colours, and comes back so in the next question."""
+    m, met = talker("janus"), []
+    see, codes = m.see, torch.randint(64, (3, 4))
+    monkeypatch.setattr(m, "see", lambda pixels: met.append(pixels) or see(pixels))
+    x, exact = m.look_again([*codes]), m.decode_images(codes)
+    (pixels,), colours = met, (exact + 1) / 2 * 255
+    assert torch.equal(pixels, torch.stack([to_tensor(to_picture(one)) for one in exact]))
+    assert (colours - colours.round()).abs().max() > 0.4
+    ends = m.lm.embed_tokens.weight[[m.ids["boi"], m.ids["eoi"]]]
+    assert torch.equal(x, torch.stack([torch.cat([ends[:1], one, ends[1:]]) for one in see(pixels)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ FLAGS = {
     "aia_weight": Flag("off", "lambda", "uncalibrated"), "rho": Flag("5", "lambda"),
     "calibration": Flag("1", "lambda"), "aia_targets": Flag("{targets}", "aia"),
     "aia_variant": Flag("no-huber", "aia"), "arms": Flag("both", "log"), "lr": Flag("0.5", "optimizer"),
-    "weight_decay": Flag("0.7", "optimizer"), "micro_batch": Flag("1", "batches"), "ratio": Flag("1:3", "batches"),
+    "weight_decay": Flag("0.7", "optimizer"), "micro_batch": Flag("1", "batches"), "ratio": Flag("1:1:2", "batches"),
     "mix": Flag("drawn", "batches"), "lora_rank": Flag("2", "weights"), "fork_layer": Flag("1", "weights"),
     "vision_tokenizer": Flag("{run}", refused="has no effect, as it belongs to --init with public weights"),
     "image_size": Flag("24", "batches", "own"), "attention": Flag("explicit", "told"),
