@@ -311,6 +311,8 @@ def talker(how, **changes):
     name, fork = MIXED[how]
     m = fresh(name, layers=2, vq_mult=(1, 1, 1, 1), embed_std=0.5, **fork, **changes).requires_grad_(False)
     m.lm_head.weight[m.ids["boi"]] *= 3
+    for p in m.lm.gen_layers.parameters() if fork else ():
+        p += 0.1 * torch.randn(p.shape)             # at first a branch is a copy of the other
     return m
 
 
