@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import aia
 import data
 import model
 from formats.weights import public_names
@@ -132,8 +133,9 @@ def words(n):
 
 
 def batch_of(config, task, device="cpu", valid=(True, True), tokens=None):
-    """Two samples of different length: a drawing each, or two turns of questions about a picture each; always the same.
-    With `tokens`, drawings of Emu3 of which the longer one has that many."""
+    """Two samples of different length: a drawing each, or two turns of questions about a picture each, or conversations
+    in which pictures and text come in turn; always the same. With `tokens`, drawings of Emu3 of which the longer one
+    has that many."""
     g = torch.Generator().manual_seed(3)
     text = SimpleNamespace(ids=config.ids, encode=lambda text: list(text.encode()))
     template = data.TEMPLATES[config.kind](config, text)
@@ -144,13 +146,30 @@ def batch_of(config, task, device="cpu", valid=(True, True), tokens=None):
             empty = sum(len(ids) for ids, _ in template.generation("", codes[0]))
             prompts = ("x" * ((tokens - empty) // 2), "x" * (tokens - empty))
         samples = [template.generation(prompt, c) for prompt, c in zip(prompts, codes, strict=True)]
-    else:
+    elif task == "und":
         turns = [[(["what", 0], ["a cat"]), (["how many?"], ["one"])],
                  [([0, "where is it?"], ["on the left"]), (["?"], ["3"])]]
         samples = [template.conversation(t, [c]) for t, c in zip(turns, codes, strict=True)]
+    else:                                           # the first draws twice, the second plans, sees one and draws one
+        turns = [[(["a cat"], [0]), (["no dog?"], ["here", 1, "it is"])],
+                 [(["how?"], ["so"]), (["as", 0], ["in red", 1])]]
+        codes = torch.cat([codes, torch.randint(config.codebook, (2, *config.grid), generator=g)])
+        given = codes.flatten(1) if config.kind == "janus" else codes
+        samples = [template.conversation(t, c) for t, c in zip(turns, given.split(2), strict=True)]
+        codes = codes[[0, 1, 3]]
     pixels = drawn = None
-    if config.kind == "janus" and task == "und":
-        pixels = torch.randn(2, 3, config.image_size, config.image_size, generator=g)
-    elif config.kind == "janus":
+    if config.kind == "janus" and task != "gen":
+        n = 2 if task == "und" else 4 if config.see == "both" else 1
+        pixels = torch.randn(n, 3, config.image_size, config.image_size, generator=g)
+    if config.kind == "janus" and task != "und":
         drawn = codes.flatten(1)
     return data.collate(task, samples, torch.tensor(valid), config.ids["pad"], pixels, drawn).to(device)
+
+
+def objective(out, batch, weight=10.0):
+    """The loss of a batch alone, L = L_NTP + weight L_AIA of each of its tasks."""
+    total = 0.0
+    for task, ntp, tokens, intensity, valid in zip(
+            batch.tasks, *map(batch.per_task, (out.ntp, out.tokens, out.intensity, batch.aia_valid)), strict=True):
+        total = total + ntp / tokens + weight * aia.loss(intensity, *aia.targets(intensity.shape[1], task), valid)
+    return total

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from made import NAMES, SMALL, batch_of, both_models, close, fresh, ids_of, off, padded, small, tiny, words
+from made import NAMES, SMALL, batch_of, both_models, close, fresh, ids_of, objective, off, padded, small, tiny, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aia
@@ -14,6 +14,7 @@ import data
 import model
 import parts.kernels
 import train
+from formats.records import RECORD_TASKS
 from parts import decoding
 from parts.kernels import KERNELS, kernel_for, try_lse
 from parts.loss import CHUNK, next_token_loss
@@ -42,6 +43,7 @@ def chunks_of_256(device, monkeypatch):
 
 
 TARGETS = {task: aia.targets(2, task) for task in aia.TASKS}
+MIXED = ("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,16 +93,15 @@ def test_two_conditions_are_measured_under_any_mask(shared, past, gaps, lse, dev
             close(got, expected)
 
 
-@pytest.mark.parametrize("task", aia.TASKS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, task", [*((name, task) for name in NAMES for task in aia.TASKS),
+                                        *((name, "mixed") for name in MIXED)])
 def test_whole_models_agree_with_any_attention(name, task, lse, device):
     """Loss, intensities and all gradients of next-token prediction plus AIA are those of the written-out softmax."""
     results, batch = [], batch_of(model.PRESETS[name], task, device)
     for attention in model.ATTENTION:
         one = tiny(name, device, heads=4, kv_heads=2, attention=attention)
         out = one(batch)
-        target, delta = aia.targets(one.config.layers, task)
-        (out.ntp / out.tokens + 10 * aia.loss(out.intensity, target, delta, batch.aia_valid)).backward()
+        objective(out, batch).backward()
         grads = {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
         results.append({"ntp": out.ntp, "intensity": out.intensity, **grads})
     for result in results[1:]:
@@ -296,17 +297,19 @@ def test_fused_training_never_holds_a_map_nor_all_logits(attention, chunks_of_25
     assert seen.numel < limit / 2 if attention == "fused" else seen.numel >= t * t
 
 
-@pytest.mark.parametrize("name, how", [*((name, "checkpointed") for name in NAMES), ("tiny-emu3", "compiled")])
-@pytest.mark.parametrize("task", aia.TASKS)
+@pytest.mark.parametrize("name, how, task", [
+    *((name, "checkpointed", task) for name in NAMES for task in aia.TASKS),
+    *(("tiny-emu3", "compiled", task) for task in aia.TASKS), ("tiny-mixed-fork", "checkpointed", "mixed")])
 def test_recomputed_and_compiled_layers_give_the_same_numbers(name, task, how, device):
     """Loss, intensities and gradients, of which the mass is a part. Both models have the same layers to compile."""
     batch, results = batch_of(model.PRESETS[name], task, device), []
     for changed in (False, True):
-        one = tiny(name, device, **SMALL, checkpoint_activations=changed and how == "checkpointed").train()
-        for layer in one.lm.layers if changed and how == "compiled" else ():
+        sizes = SMALL | {"layers": 3} if "fork" in name else SMALL
+        one = tiny(name, device, **sizes, checkpoint_activations=changed and how == "checkpointed").train()
+        for layer in one.lm.all_layers() if changed and how == "compiled" else ():
             layer.compile(backend="aot_eager")
         out = one(batch)
-        (out.ntp / out.tokens + out.intensity.square().sum()).backward()
+        (objective(out, batch, 0.0) + out.intensity.square().sum()).backward()
         results.append({"ntp": out.ntp, "intensity": out.intensity,
                         **{key: p.grad for key, p in one.named_parameters() if p.grad is not None}})
     for result in results[1:]:
@@ -325,9 +328,10 @@ def forked(request, device):
 
 
 def test_equal_branches_are_the_shared_model(forked, device):
-    """Bit for bit, loss and intensities and what is drawn and said: a fork changes nothing until it is trained."""
+    """Bit for bit, loss and intensities and what is drawn and said, also in turn: a fork changes nothing until it is
+    trained."""
     m, f = forked
-    for task in aia.TASKS:
+    for task in RECORD_TASKS:
         batch = batch_of(m.config, task, device)
         one, two = m(batch), f(batch)
         assert torch.equal(one.ntp, two.ntp) and torch.equal(one.intensity, two.intensity)
@@ -335,6 +339,13 @@ def test_equal_branches_are_the_shared_model(forked, device):
     drawn = [x.generate_images(ids, guidance=1, temperature=0) for x in (m, f)]
     said = [x.generate_text(ids, max_new_tokens=4) for x in (m, f)]
     assert torch.equal(*drawn) and torch.equal(*said)
+    answers = []
+    for x in (m, f):
+        with torch.no_grad():
+            x.lm_head.weight[x.ids["boi"]] *= 9     # opens pictures often
+        parts = x.generate(ids, opening=(7, 8), max_new_tokens=8, max_pictures=2, code_temperature=0)
+        answers.append([[part.tolist() if torch.is_tensor(part) else part for part in row] for row in parts])
+    assert answers[0] == answers[1] and any(len(row) > 1 for row in answers[0])
 
 
 def test_each_task_trains_its_own_branch(forked, device):
@@ -349,6 +360,59 @@ def test_each_task_trains_its_own_branch(forked, device):
                     for parts in (("gen_layers", "gen_norm"), ("layers.1", "norm"))]
         own, other = branches if task == "gen" else branches[::-1]
         assert own <= moved and not other & moved and "layers.0.mlp.up_proj.weight" in moved
+
+
+@pytest.mark.parametrize("task", aia.TASKS)
+def test_a_mixed_batch_trains_each_branch_by_its_own_task(task, forked, device):
+    """Both run over all of its tokens, but codes are read off the one and words off the other."""
+    _, f = forked
+    i, out = aia.TASKS.index(task), f(batch_of(f.config, "mixed", device))
+    (out.ntp[i] + out.intensity[i].sum()).backward()
+    moved = {name for name, p in f.lm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    everything = {name for name, _ in f.lm.named_parameters()}
+    other = ("layers.1.", "norm.") if task == "gen" else ("gen_layers.", "gen_norm.")
+    assert moved == {name for name in everything if not name.startswith(other)}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_one_pass_over_a_mixed_batch_is_a_pass_for_each_task(name, device):
+    """The same tokens as a batch of one task, with its labels and masks alone and through its own branch: the losses,
+    what they are divided by, and the intensities of every layer."""
+    m = tiny(name, device)
+    batch = batch_of(m.config, "mixed", device)
+    out = m(batch)
+    assert out.ntp.shape == (2,) and out.intensity.shape == (2, 2, m.config.layers)
+    for i, task in enumerate(aia.TASKS):
+        alone = m(data.Batch(task, batch.tokens, batch.labels[i], batch.condition[i], batch.queries[i],
+                             batch.aia_valid[i], batch.pixels, None, batch.codes, batch.drawn))
+        close(out.ntp[i], alone.ntp)
+        close(out.intensity[i], alone.intensity)
+        assert out.tokens[i] == alone.tokens > 0 and (out.intensity[i] > 0).all()
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_gradient_of_a_mixed_batch_is_the_slope_of_its_loss(name):
+    """L_NTP + lambda L_AIA of both tasks in float64, against differences along a random direction in each part."""
+    m = tiny(name, layers=3, width=32, ffn=32).double()
+    batch = batch_of(m.config, "mixed").each(lambda x: x.double() if x.is_floating_point() else x)
+    objective(m(batch), batch).backward()
+    parts = {}
+    for key, p in m.named_parameters():
+        if p.grad is not None:
+            parts.setdefault(".".join(key.split(".")[:1 + key.startswith("lm.")]), []).append(p)
+    assert len(parts) == (9 if m.config.kind == "janus" else 6 if m.config.fork_layer else 4)
+    for key, weights in parts.items():
+        step = [1e-6 * torch.randn_like(p) for p in weights]
+        ends = []
+        with torch.no_grad():
+            for sign in (1, -2):                    # from where it is one step up, from there two down
+                for p, part in zip(weights, step, strict=True):
+                    p += sign * part
+                ends.append(objective(m(batch), batch))
+            for p, part in zip(weights, step, strict=True):
+                p += part
+        slope = sum((p.grad * part).sum() for p, part in zip(weights, step, strict=True))
+        assert (ends[0] - ends[1]) / 2 == pytest.approx(slope.item(), rel=1e-5), key
 
 
 def test_a_branch_of_its_own_is_drawn_with(forked, device):
@@ -477,18 +541,19 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter", "m
          "_index_put_impl_ by a mask"}
 
 
-@pytest.mark.parametrize("name, task", [("tiny-emu3", "gen"), ("tiny-janus", "und"), ("tiny-janus", "gen"),
-                                        ("tiny-unifork", "und")])
+@pytest.mark.parametrize("name, task", [
+    ("tiny-emu3", "gen"), ("tiny-janus", "und"), ("tiny-janus", "gen"), ("tiny-unifork", "und"),
+    ("tiny-mixed", "mixed"), ("tiny-mixed-janus", "mixed"), ("tiny-mixed-fork", "mixed")])
 @pytest.mark.parametrize("attention", ["fused", "lse"])
 def test_a_micro_batch_never_waits_for_the_device(attention, name, task, monkeypatch):
     """No operation of forward and backward needs a number on the host; of a step only metrics_of asks for some."""
-    m = small(name, attention=attention, **({"layers": 3} if name == "tiny-unifork" else {}))
-    targets = {task: aia.targets(m.config.layers, task)}
+    m = small(name, attention=attention, **({"layers": 3} if "fork" in name else {}))
+    targets = {one: aia.targets(m.config.layers, one) for one in aia.TASKS}
     batches = [batch_of(m.config, task, valid=(True, False))] * 2
     total = train.counts(batches)
     monkeypatch.setattr(train, "counts", lambda batches: total)                 # from batches that are on the CPU
     assert try_lse("cpu", torch.float32, m.config.heads, 1, m.config.head_dim)[0]
-    for weights in ({task: 5.0}, None):
+    for weights in ({"gen": 5.0, "und": 5.0}, None):
         with Operations() as seen:
             sums = train.accumulate(m, batches, targets, weights)
             norm = torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1.0)
@@ -499,7 +564,8 @@ def test_a_micro_batch_never_waits_for_the_device(attention, name, task, monkeyp
     assert "_local_scalar_dense" in seen.names      # the names above are those that this version uses
     if attention == "fused":                        # on meta tensors, which have no numbers, copies to the CPU fail too
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: False)
-        train.accumulate(m.to("meta"), batches, {task: [x.to("meta") for x in targets[task]]}, {task: 5.0})
+        train.accumulate(m.to("meta"), batches, {one: [x.to("meta") for x in pair] for one, pair in targets.items()},
+                         {"gen": 5.0, "und": 5.0})
         with pytest.raises((NotImplementedError, RuntimeError)):
             m.lm.norm.weight.cpu()
 
