@@ -92,6 +92,10 @@ class Emu3Template:
         """What stands between begin-of-image and the first code: height*width of the code grid, image token."""
         return [*self.text.encode(f"{h}*{w}"), self.ids["img"]]
 
+    def stretch(self, text):
+        """Text of an answer, between pictures."""
+        return self.text.encode(text)
+
     def prompt(self, prompt, size, dropped=False):
         """Generation, up to the first code."""
         return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT),
@@ -118,7 +122,7 @@ class Emu3Template:
                 if not isinstance(part, str):
                     pieces += self.block(pictures[part], GIVEN if part in given else DRAWN)
                 elif not dropped:
-                    pieces.append((self.text.encode(part), ANSWER))
+                    pieces.append((self.stretch(part), ANSWER))
             if answer is not None:
                 pieces.append(([self.ids["eos"]], CONTROL if dropped else ANSWER))
         return pieces
@@ -164,9 +168,12 @@ class JanusTemplate:
         """Nothing stands between begin-of-image and the first code."""
         return []
 
-    def words(self, text, dropped, role=TEXT):
+    def stretch(self, text):
+        """Text of an answer, between pictures: a message follows ": " in this template."""
+        return self.text.encode(" " + text)
+
+    def blanked(self, ids, role, dropped):
         """A piece of text; dropped: as many pads, which are attended."""
-        ids = self.text.encode(text)
         return ([self.ids["pad"]] * len(ids), TEXT) if dropped else (ids, role)
 
     def conversation(self, turns, pictures, given=(), dropped=False):
@@ -180,13 +187,13 @@ class JanusTemplate:
                 if isinstance(part, str):
                     before += part
                 else:
-                    pieces += [self.words(before, dropped), *self.seen()]
+                    pieces += [self.blanked(self.text.encode(before), TEXT, dropped), *self.seen()]
                     before = "\n" if i + 1 < len(asked) else ""
-            pieces += [self.words(before + JANUS_TURN, dropped), (self.assistant, TEXT),
+            pieces += [self.blanked(self.text.encode(before + JANUS_TURN), TEXT, dropped), (self.assistant, TEXT),
                        (self.text.encode(JANUS_ASSISTANT), TEXT)]
-            for part in answer or ():                # a non-empty message follows ": " in this template
+            for part in answer or ():
                 if isinstance(part, str):
-                    pieces.append(self.words(" " + part, dropped, ANSWER))
+                    pieces.append(self.blanked(self.stretch(part), ANSWER, dropped))
                 else:
                     pieces += self.block(pictures[part], GIVEN if part in given else DRAWN)
             if answer is not None:

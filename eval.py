@@ -132,10 +132,16 @@ def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **lim
 
     said = m.generate(ids, mask=mask, drawn=left_padded(drawn, False, device)[0], guidance=guidance, size=size,
                       opening=preparer.template.opening(*size), watch=watch, **pictures, **limits)
-    codes = [part for parts in said for part in parts if torch.is_tensor(part)]
+    return finished(m, text, said)
+
+
+def finished(m, text, answers):
+    """What m.generate gave, token ids and codes, as [text or Drawn, ...] of each row."""
+    codes = [part for parts in answers for part in parts if torch.is_tensor(part)]
+    device = next(m.parameters()).device
     decoded = iter(m.decode_images(torch.stack(codes).to(device)) if codes else ())
     return [[text.decode(part).strip() if isinstance(part, list) else Drawn(part, to_picture(next(decoded)))
-             for part in parts] for parts in said]
+             for part in parts] for parts in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,18 @@ def plan_of(scene, prompt):
     return describe(sorted(scene, key=lambda thing: prompt.find(thing.shape)))
 
 
+def scene_of(plan):
+    """The scene that a full description speaks of, None if it is none: the inverse of parts.world.describe."""
+    things = []
+    for part in plan.split(" and "):
+        article, colour, shape, *cell = [*part.split(), "", ""]
+        where = " ".join(cell).strip()
+        if article != "a" or where not in CELL_WORDS:
+            return None
+        things.append(Thing(shape, colour, CELL_WORDS.index(where)))
+    return in_order(things)
+
+
 def story_about(world, scene, rng, kind=None):
     """A conversation for training that begins with a scene; none of its pictures shows a held-out combination. kind:
     one of STORIES, by chance if not given."""
