@@ -615,6 +615,7 @@ class Export:
     POSITIONAL = ("folder",)
     folder: str = opt("", "folder to write; must be empty or new")
     n: int = opt(200, "records, half of each task")
+    mixed: bool = opt(False, "a third of them conversations with pictures in answers")
     seed: int = opt(0, "world and order")
     shapes: int = opt(4, "shapes of the world, 4 to 8")
     colours: int = opt(4, "colours of the world, 4 to 8")
@@ -634,13 +635,19 @@ def export(settings):
     (folder / "pictures").mkdir(parents=True)
     source = WorldSource(world, settings.n, settings.seed)
     lines = []
+    tasks = RECORD_TASKS if settings.mixed else aia.TASKS
     for i in range(settings.n):
-        record = source.record(aia.TASKS[i % 2], i, stream(settings.seed, "export", i))
-        path = f"pictures/{i:05d}.png"
-        Image.fromarray(source.pictures[i]).save(folder / path)
+        rng = stream(settings.seed, "export", i)
+        record = source.record(tasks[i % len(tasks)], i, rng)
+        while record.given:                         # a file cannot say that a picture is not to be learned
+            record = source.record("mixed", i, rng)
+        paths = [f"pictures/{i:05d}{f'-{number}' if number else ''}.png" for number in range(len(record.pictures))]
+        for path, picture in zip(paths, record.pictures, strict=True):
+            Image.fromarray(picture).save(folder / path)
         said = [{"from": who, "value": text} for turn in record.turns for who, text in zip(("human", "gpt"), turn,
                                                                                            strict=True)]
-        lines.append(json.dumps({"id": f"{i:05d}", "image": path, "conversations": said}))
+        image = paths if len(paths) > 1 else paths[0]
+        lines.append(json.dumps({"id": f"{i:05d}", "image": image, "conversations": said}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{settings.n} records in {folder / 'train.jsonl'}")
 
