@@ -43,6 +43,7 @@ import model
 from formats import checkpoints
 from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, open_sources, parse_ratio, square_pictures
+from formats.records import RECORD_TASKS
 from parts import settings
 from parts.lock import owned
 from parts.pictures import drawn_at
@@ -564,8 +565,9 @@ class Run:
         counts = {task: self.source.count(task) for task in aia.TASKS}
         self.records = first_decides(self.source.identity) if config.data else counts
         if self.manifest and self.manifest["records"] not in (self.records, counts):            # older runs: counts
-            raise InputError(f"{self.folder} was started with other records than these {sum(counts.values())}: resume "
-                             "with the same data, wherever they lie now, or choose another --out")
+            found = sum(map(self.source.count, RECORD_TASKS))
+            raise InputError(f"{self.folder} was started with other records than these {found}: resume with the same "
+                             "data, wherever they lie now, or choose another --out")
         data.check_tasks(self.source, parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
@@ -919,8 +921,8 @@ def check_finite(norm, metrics, phase, step, batches, run):
 
 
 def held_batches(run):
-    """Up to 64 records of --val, always the same."""
-    ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
+    """Up to 32 records of --val for each task, and as many mixed ones, always the same."""
+    ratio = [min(run.val.count(task), 32) for task in RECORD_TASKS]
     schedule = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, run.config.micro_batch, 0.0,
                              run.config.on_bad_record, rank(), processes())
     batches = schedule.step(0)
