@@ -182,7 +182,7 @@ SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
          replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
-MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=3300, fork=True), TUNE)
+MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=4000, fork=True), TUNE)
 PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double": TINY,
          "tiny-janus": (TOKENIZER, ANSWERS, JOINT, replace(TUNE, frozen=("vq", "vision"))),
          "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL,
