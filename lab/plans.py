@@ -4,7 +4,9 @@ The same weights draw the same held-out prompts plainly, with the plan that they
 plan of another scene; then layer by layer with the plan, or the prompt, hidden from the picture. Beside it stands Eq. 1
 of the codes on either: is attention paid where it is needed?
 
-    python -m lab.plans runs/tiny-mixed-seed0 runs/tiny-mixed-seed1 --out plans.json
+Of several runs it also tells what a story costs them, beside the first: their seconds are measured in turn.
+
+    python -m lab.plans runs/tiny-mixed-seed0 runs/tiny-mixed-janus-seed0 --out plans.json
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import aia
 import data
 import eval as evaluation
 from formats.records import conversation
+from lab.speed import interleaved
 from parts.settings import InputError, at_least, check_out, machine, opt, parse, run_command, stream, tell, write_json
 from parts.stories import PLAN, plan_of, scene_of
 from parts.world import describe, draw_scenes, prompt_text, world_of
@@ -42,20 +45,27 @@ def plans(settings):
     check_out(settings.out)
     if not settings.runs:
         raise InputError("plans needs run folders: python -m lab.plans runs/tiny-mixed-seed0")
+    opened = {run: opened_run(run, settings.device) for run in settings.runs}
     rows = {}
-    for run in settings.runs:
-        rows[run] = plans_of(run, settings)
+    for run, one in opened.items():
+        rows[run] = plans_of(*one, settings)
         print_run(run, rows[run])
-        write_json({"runs": rows, "n": settings.n, "seed": settings.seed, "machine": machine()}, settings.out)
+    costs = story_costs(opened)
+    content = {"runs": rows, "costs": costs, "n": settings.n, "seed": settings.seed, "machine": machine()}
+    write_json(content, settings.out)
     return {run: {way: row["skills"][way]["all"] for way in row["skills"]} for run, row in rows.items()}
 
 
-def plans_of(run, settings):
-    """All measurements of one run, JSON-ready."""
-    m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=run, device=settings.device))
+def opened_run(run, device):
+    """Model, tokenizer and world of a run."""
+    m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=run, device=device))
     if made is None:
         raise InputError(f"{run} never saw the built-in world: give the folder of a run")
-    world = world_of(made)
+    return m, text, world_of(made)
+
+
+def plans_of(m, text, world, settings):
+    """All measurements of one run, JSON-ready."""
     rng = stream(settings.seed, "plans of runs")
     items = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
     goals = [goal for _, goal in items]
@@ -170,6 +180,31 @@ def attention_paid(m, text, scenes, prompts, given, world):
             out = m(replace(batch, condition=condition, rectangle=()).to(device))
             sums[name] += out.intensity[aia.TASKS.index("gen")].sum(0).cpu()    # (L,)
     return {name: (value / len(prompts)).tolist() for name, value in sums.items()}
+
+
+def story_costs(opened, n=12, repeats=5):
+    """What n stories of four turns cost each run: seconds of one, the ratio to the first run, positions that run
+    through the decoder (a fork runs some layers twice; each turn reads all before it again), and parameters. Medians;
+    the runs take turns."""
+    def tell(m, text, world):
+        return evaluation.score_stories(m, text, world, n, np.random.default_rng(0))
+
+    def seen(counted):
+        return lambda layer, given: counted.append(len(given[0]))
+    seconds = interleaved({run: lambda one=one: tell(*one) for run, one in opened.items()}, repeats)
+    costs = {}
+    for run, (m, text, world) in opened.items():
+        counted = []
+        hooks = [layer.register_forward_pre_hook(seen(counted)) for layer in m.lm.all_layers()]
+        tell(m, text, world)
+        for hook in hooks:
+            hook.remove()
+        costs[run] = {"seconds": seconds[run] / n, "ratio": seconds[run] / seconds[next(iter(opened))],
+                      "positions": sum(counted) / m.config.layers / n,
+                      "parameters": sum(p.numel() for p in m.parameters())}
+        print(f"a story of {run}: {costs[run]['seconds']:.3f} s, {costs[run]['ratio']:.2f} of the first run's, "
+              f"{costs[run]['positions']:.0f} positions, {costs[run]['parameters']:,} parameters")
+    return costs
 
 
 def print_run(run, row):
