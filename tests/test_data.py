@@ -62,11 +62,6 @@ def check(task, pieces, *expected, labels=None):
     assert batch.queries[0].tolist() == [mark == "q" for mark in marks]
 
 
-def answered(turns, n_images):
-    """Turns as the templates take them: each answer is one text."""
-    return [(asked, answer[0]) for asked, answer in conversation_parts(turns, n_images)]
-
-
 def test_masks_of_emu3_generation(texts):
     """Keys are BOS and prompt, queries the codes that predict a code; size (height first), tags and ends are neither.
 
@@ -87,8 +82,8 @@ def test_masks_of_emu3_understanding(texts):
     Question and template belong to neither; the template itself adds the full stop after the question.
     """
     ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
-    turns = answered([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
-    v, pieces = ids["visual"], data.Emu3Template(PRESET["emu3"], texts["emu3"]).understanding(
+    turns = conversation_parts([("is it red?", "yes"), ("how many crosses?", "two or three")], 1)
+    v, pieces = ids["visual"], data.Emu3Template(PRESET["emu3"], texts["emu3"]).conversation(
         turns, [torch.tensor([[5, 9], [7, 2]])])
     check("und", pieces, (ids["bos"], "."), (e("You are a helpful assistant. USER: "), "."),
           (ids["boi"], "."), (e("2*2"), "."), (ids["img"], "."), ([v + 5, v + 9], "k"), (ids["eol"], "."),
@@ -103,7 +98,7 @@ def test_text_between_pictures_is_encoded_in_one_piece(tmp_path):
     ranks = [*BYTES, b"?.", b" W", b" Wh", b" USER"]
     text = Text(rank_file(tmp_path, ranks), "emu3")
     template = data.Emu3Template(PRESET["emu3"], text)
-    pieces = template.understanding([(["What?"], "x"), (["What?"], None)], [])
+    pieces = template.conversation([(["What?"], ["x"]), (["What?"], None)], [])
     first = text.encode("You are a helpful assistant. USER: What?. ASSISTANT:")
     flat = [text.ids["bos"], *first, *text.encode("x"), text.ids["eos"], *text.encode(" USER: What?. ASSISTANT:")]
     assert [i for ids, _ in pieces for i in ids] == flat and ranks.index(b"?.") in first
@@ -122,10 +117,10 @@ def test_masks_of_janus_generation(texts):
 def test_masks_of_janus_understanding(texts):
     """As in Emu3: keys are the image tokens of all pictures, queries the answers; no BOS within the conversation."""
     ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
-    turns = answered([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
+    turns = conversation_parts([("<image>\nand <image>\nred?", "yes"), ("how many crosses?", "two or three")], 2)
     config = replace(PRESET["janus"], image_size=2 * PRESET["janus"].vit_patch)              # 2 x 2 image tokens
     picture = [(ids["boi"], "."), ([ids["placeholder"]] * 4, "k"), (ids["eoi"], ".")]
-    check("und", data.JanusTemplate(config, texts["janus"]).understanding(turns, None),
+    check("und", data.JanusTemplate(config, texts["janus"]).conversation(turns, None),
           (ids["bos"], "."), (ids["user"], "."), (e(": "), "."), *picture, (e("\nand "), "."), *picture,
           (e("\nred?\n\n"), "."), (ids["assistant"], "."), (e(":"), "."), (e(" yes"), "q"), (ids["eos"], "t"),
           (ids["user"], "."), (e(": how many crosses?\n\n"), "."), (ids["assistant"], "."), (e(":"), "."),
@@ -138,7 +133,7 @@ def test_janus_answers_with_its_system_text_and_trains_without(texts, preparers)
     m = SimpleNamespace(config=replace(PRESET["janus"], system=system), vq=preparers["janus"].m.vq)
     for training, expected in ((True, ()), (False, texts["janus"].encode(system + "\n\n"))):
         template = data.Preparer(m, texts["janus"], training).template
-        (first, role), *_ = template.understanding([(["hi"], None)], [])
+        (first, role), *_ = template.conversation([(["hi"], None)], [])
         assert first == [texts["janus"].ids["bos"], *expected] and role == data.TEXT
     assert PRESET["janus"].system == "" and system.startswith("You are a helpful language and vision assistant. ")
 
@@ -148,7 +143,7 @@ def test_janus_breaks_the_line_after_a_picture_only_before_words(texts):
     ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
     template = data.JanusTemplate(PRESET["janus"], texts["janus"])
     for asked, after in ((["what?", 0], "\n\n"), ([0, "what?"], "\nwhat?\n\n")):
-        flat = [i for part, _ in template.understanding([(asked, None)], [None]) for i in part]
+        flat = [i for part, _ in template.conversation([(asked, None)], [None]) for i in part]
         assert flat[flat.index(ids["eoi"]) + 1:] == [*e(after), ids["assistant"], *e(":")]
     flat = [i for part, _ in template.prompt("") for i in part]
     assert flat == [ids["bos"], ids["user"], *e(":"), ids["assistant"], *e(":"), ids["boi"]]
