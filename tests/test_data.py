@@ -178,7 +178,7 @@ def world_records(task, n, turns=4):
 # Conversations in text and pictures
 # ---------------------------------------------------------------------------------------------------------------------
 STORY = [("a red cross", "<image>"), ("make it blue", "it is: <image>"), ("is it blue?", "yes it is")]
-WIDE, FLAT = torch.tensor([[5, 9], [7, 2]]), torch.tensor([[1, 3]])               # codes of its two pictures
+TWO_ROWS, ONE_ROW = torch.tensor([[5, 9], [7, 2]]), torch.tensor([[1, 3]])               # codes of its two pictures
 
 
 def emu3_block(ids, text, codes, first, query, last):
@@ -204,12 +204,13 @@ def test_masks_of_a_story_in_emu3(texts):
     decoding forces (size, row ends, the end) is not trained. A stretch of an answer ends with EOS or a picture.
     """
     ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
-    pieces = data.Emu3Template(PRESET["emu3"], texts["emu3"]).conversation(conversation_parts(STORY, 2), [WIDE, FLAT])
-    wide, flat = (emu3_block(ids, texts["emu3"], codes, ".t", "qk", "tk") for codes in (WIDE, FLAT))
-    check("mixed", pieces, (ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."),
-          (e("a red cross"), "k."), (e(". ASSISTANT:"), "k."), *wide, (ids["eos"], "kt"),
+    template = data.Emu3Template(PRESET["emu3"], texts["emu3"])
+    first, second = (emu3_block(ids, texts["emu3"], codes, ".t", "qk", "tk") for codes in (TWO_ROWS, ONE_ROW))
+    check("mixed", template.conversation(conversation_parts(STORY, 2), [TWO_ROWS, ONE_ROW]),
+          (ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."), (e("a red cross"), "k."),
+          (e(". ASSISTANT:"), "k."), *first, (ids["eos"], "kt"),
           (e(" USER: "), "k."), (e("make it blue"), "k."), (e(". ASSISTANT:"), "k."),
-          (e("it is:")[:-1], "kq"), (e("it is:")[-1], "kt"), *flat, (ids["eos"], "kt"),
+          (e("it is:")[:-1], "kq"), (e("it is:")[-1], "kt"), *second, (ids["eos"], "kt"),
           (e(" USER: "), "k."), (e("is it blue?"), "k."), (e(". ASSISTANT:"), "k."),
           (e("yes it is"), "kq"), (ids["eos"], "kt"))
 
@@ -236,15 +237,15 @@ def test_words_before_any_picture_are_no_queries(texts):
     trained and looked at like all words, and those behind the picture ask as ever."""
     text, e = texts["emu3"], lambda text: list(texts["emu3"].encode(text))
     turns = conversation_parts([("a cross", "one cross: <image> it is red")], 1)
-    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [FLAT]), (text.ids["bos"], "k."),
+    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [ONE_ROW]), (text.ids["bos"], "k."),
           (e("You are a helpful assistant. USER: "), "k."), (e("a cross"), "k."), (e(". ASSISTANT:"), "k."),
-          (e("one cross:"), "kt"), *emu3_block(text.ids, text, FLAT, ".t", "qk", "tk"), (e("it is red"), "kq"),
+          (e("one cross:"), "kt"), *emu3_block(text.ids, text, ONE_ROW, ".t", "qk", "tk"), (e("it is red"), "kq"),
           (text.ids["eos"], "kt"))
     text, e = texts["janus"], lambda text: list(texts["janus"].encode(text))
-    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, [FLAT]), (text.ids["bos"], "k."),
+    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, [ONE_ROW]), (text.ids["bos"], "k."),
           (text.ids["user"], "k."), (e(": a cross\n\n"), "k."), (text.ids["assistant"], "k."), (e(":"), "k."),
           (e(" one cross:"), "kt"), *janus_block(text.ids, 2, ".t", "qk", "tk"), (e(" it is red"), "kq"),
-          (text.ids["eos"], "kt"), codes=FLAT)
+          (text.ids["eos"], "kt"), codes=ONE_ROW)
 
 
 def test_a_given_picture_is_looked_at_and_not_learned(texts):
@@ -252,8 +253,8 @@ def test_a_given_picture_is_looked_at_and_not_learned(texts):
     turns = conversation_parts([("a cross", "<image> it is red <image>")], 2)
     text, e = texts["emu3"], lambda text: list(texts["emu3"].encode(text))
     given, mended = (emu3_block(text.ids, text, codes, *marks) for codes, marks in (
-        (WIDE, ("..", ".k", ".k")), (FLAT, (".t", "qk", "tk"))))
-    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [WIDE, FLAT], (0,)),
+        (TWO_ROWS, ("..", ".k", ".k")), (ONE_ROW, (".t", "qk", "tk"))))
+    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [TWO_ROWS, ONE_ROW], (0,)),
           (text.ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."), (e("a cross"), "k."),
           (e(". ASSISTANT:"), "k."), *given, (e("it is red")[:-1], "kq"), (e("it is red")[-1], "kt"), *mended,
           (text.ids["eos"], "kt"))
@@ -272,20 +273,20 @@ def test_a_conversation_without_its_words_keeps_tags_and_pictures(texts):
     turns = conversation_parts([("see <image>", "so: <image> done"), ("red?", "yes")], 2)
     text, e = texts["emu3"], lambda text: list(texts["emu3"].encode(text))
     seen, drawn = (emu3_block(text.ids, text, codes, *marks) for codes, marks in (
-        (WIDE, ("..", ".k", ".k")), (FLAT, ("..", "qk", "tk"))))
-    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [WIDE, FLAT], dropped=True),
+        (TWO_ROWS, ("..", ".k", ".k")), (ONE_ROW, ("..", "qk", "tk"))))
+    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [TWO_ROWS, ONE_ROW], dropped=True),
           (text.ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."), *seen,
           (e(". ASSISTANT:"), "k."), *drawn, (text.ids["eos"], ".."), (e(" USER: "), "k."), (e(". ASSISTANT:"), "k."),
           (text.ids["eos"], ".."), valid=False)
     text = texts["janus"]
     ids, pads = text.ids, lambda said: [text.ids["pad"]] * len(text.encode(said))
     seen = [(ids["boi"], ".."), ([ids["placeholder"]] * 4, ".k"), (ids["eoi"], "..")]
-    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, {1: FLAT[0]}, dropped=True),
+    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, {1: ONE_ROW[0]}, dropped=True),
           (ids["bos"], "k."), (ids["user"], "k."), (pads(": see "), "k."), *seen, (pads("\n\n"), "k."),
           (ids["assistant"], "k."), (list(text.encode(":")), "k."), (pads(" so:"), "k."),
           *janus_block(ids, 2, "..", "qk", "tk"), (pads(" done"), "k."), (ids["eos"], ".."),
           (ids["user"], "k."), (pads(": red?\n\n"), "k."), (ids["assistant"], "k."), (list(text.encode(":")), "k."),
-          (pads(" yes"), "k."), (ids["eos"], ".."), codes=FLAT, valid=False)
+          (pads(" yes"), "k."), (ids["eos"], ".."), codes=ONE_ROW, valid=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -567,8 +568,9 @@ def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, 
 
 
 def test_a_second_look_takes_its_codes_from_a_store_and_looks_itself(saved, album, texts, tmp_path):
-    """Stored features are those of whole pictures, a drawn one is seen as it was drawn: the batch is that without."""
-    (m, init), file = saved("janus"), album(MIXED)
+    """Stored features are those of whole pictures, a drawn one is seen as it was drawn, even if it has features since
+    another record asks about it: the batch is that without a store."""
+    (m, init), file = saved("janus"), album(MIXED, entry("c.png", ("red?", "no")))
     encode(tmp_path / "codes", file, init, "--features")
     plain, stored = data.Preparer(m, texts["janus"]), data.Preparer(m, texts["janus"], encoded=Encoded(
         tmp_path / "codes", m))
