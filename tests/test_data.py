@@ -33,7 +33,7 @@ import data
 import formats.datasets
 import model
 from formats.datasets import Encoded, FileSource, Mixture, picture_key
-from formats.records import RECORD_TASKS, Record, conversation_parts
+from formats.records import RECORD_TASKS, Record, conversation_parts, pictures_asked
 from parts.kernels import span
 from parts.pictures import janus_picture, load_picture, siglip_picture
 from parts.settings import InputError
@@ -404,9 +404,11 @@ def test_a_conversation_is_the_same_alone_and_beside_others(name, texts):
     assert out.tokens == tuple(map(sum, zip(*(one.tokens for one in own), strict=True)))
     assert out.intensity.shape == (2, len(records), 2) and (out.intensity[together.aia_valid] > 0).all()
     assert len({batch.lengths for batch in each}) > 2 and together.aia_valid.any(1).all()
-    for field in ("codes", "pixels") if p.config.kind == "janus" else ():
-        parts = [part for batch in each if (part := getattr(batch, field)) is not None]
-        assert torch.equal(getattr(together, field), torch.cat(parts))
+    if p.config.kind == "janus":
+        assert torch.equal(together.codes, torch.cat([batch.codes for batch in each]))
+        seen = [batch.pixels for record, batch in zip(records, each, strict=True)
+                if p.config.see == "both" or pictures_asked(record)]
+        assert torch.equal(together.pixels, torch.cat(seen))
 
 
 @both_kinds
@@ -455,6 +457,19 @@ def test_janus_sees_again_the_part_of_a_picture_that_it_has_drawn(texts):
     p = mixed_preparer("tiny-mixed-codes", texts)
     batch = p.batch([Record("edit", "mixed", (("<image>make it red", "<image>"),), (photo, photo))])
     assert torch.equal(batch.pixels, asked[None])
+
+
+def test_a_conversation_without_a_picture_to_see_runs_the_same_modules(texts):
+    """Processes that share out weights sum the gradients of the same modules, and another one may have a picture to
+    see: what no token stands for leaves the loss as it is, and has gradients of zero. Answering needs no such thing."""
+    p, (picture,) = mixed_preparer("tiny-mixed-codes", texts), draw_scenes(training_scenes(1))
+    record = Record("draw", "mixed", (("a cross", "<image>"), ("is it red?", "no")), (picture,))
+    batch = p.batch([record])
+    out = p.m(batch)
+    out.ntp.sum().backward()
+    assert batch.pixels.shape[0] == 1 and all(weight.grad.eq(0).all() for weight in p.m.aligner.parameters())
+    assert torch.equal(out.ntp, p.m(replace(batch, pixels=None)).ntp)
+    assert data.Preparer(p.m, p.text, training=False).pieces([record])[1]["pixels"] is None
 
 
 def test_attention_on_other_keys_is_looked_for_where_they_are(preparers):
