@@ -24,19 +24,22 @@ import aia
 import data
 import formats.weights
 from formats import checkpoints
-from formats.datasets import FileSource
+from formats.datasets import FileSource, parse_ratio
 from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.decoding import finite
 from parts.pictures import Drawn, grid_for, load_picture, to_picture, to_tensor
 from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
 from parts.settings import InputError, aside, opt, read_json, stream, write_json
+from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick
 from parts.terminal import Typist, converse
 from parts.text import TOKENIZERS, Text
 from parts.world import (
     combinations,
+    describe,
     draw_scenes,
     held_out_questions,
+    make_question,
     prompt_text,
     questions_about,
     read_scenes,
@@ -113,7 +116,7 @@ def ask(preparer, records):
 
 def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **limits):
     """Conversations, mixed ones too, that end with a None answer -> their answers: [text or parts.pictures.Drawn, ...].
-    guidance other than 1: towards what is said. watch(row, text of a token or Drawn), limits: as in m.generate."""
+    guidance other than 1: towards what is said. watch, limits: as in m.generate."""
     if len(records) > batch:
         parts = [records[start:start + batch] for start in range(0, len(records), batch)]
         return [one for part in parts for one in reply(m, text, part, guidance, size, batch, watch, **limits)]
@@ -127,13 +130,18 @@ def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **lim
     pictures = {name: value if value is None else value.to(device) for name, value in pictures.items()}
     size = size or m.config.grid
 
-    def finished(part):
-        return Drawn(part, to_picture(m.decode_images(part[None].to(device))[0])) if torch.is_tensor(part) else part
     said = m.generate(ids, mask=mask, drawn=left_padded(drawn, False, device)[0], guidance=guidance, size=size,
-                      opening=preparer.template.opening(*size),
-                      watch=watch and (lambda row, part: watch(row, finished(part))), **pictures, **limits)
-    return [[text.decode(part).strip() if isinstance(part, list) else finished(part) for part in parts]
-            for parts in said]
+                      opening=preparer.template.opening(*size), watch=watch, **pictures, **limits)
+    return finished(m, text, said)
+
+
+def finished(m, text, answers):
+    """What m.generate gave, token ids and codes, as [text or Drawn, ...] of each row."""
+    codes = [part for parts in answers for part in parts if torch.is_tensor(part)]
+    device = next(m.parameters()).device
+    decoded = iter(m.decode_images(torch.stack(codes).to(device)) if codes else ())
+    return [[text.decode(part).strip() if isinstance(part, list) else Drawn(part, to_picture(next(decoded)))
+             for part in parts] for parts in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +208,153 @@ def score_tokenizer(m, world, n, seed=0):
     error = ((drawn.astype(np.float32) - again) ** 2).mean((1, 2, 3))
     right = [bool(ok) and a == b for a, b, ok in zip(scenes, back, clear, strict=True)]
     return {"psnr": float((10 * np.log10(255**2 / np.maximum(error, 1e-6))).mean()), "reader": float(np.mean(right))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of pictures and text in turn
+# ---------------------------------------------------------------------------------------------------------------------
+def rated(right, n):
+    """Share of n items for which right(item, its own reference) holds, and beside it chance: with those of others."""
+    others = np.random.default_rng(0).permutation(n).tolist()
+    return {"score": float(np.mean([right(i, i) for i in range(n)])),
+            "chance": float(np.mean([right(i, other) for i, other in enumerate(others)]))}
+
+
+def seen_in(answers, world, which=-1):
+    """What the reader sees in one picture of each answer, by default the last: a scene, or None where there is no
+    picture, or an unclear one."""
+    pictures = [[part.pixels for part in parts if isinstance(part, Drawn)][which:][:1] for parts in answers]
+    scenes, clear = read_scenes(np.stack(sum(pictures, [draw_scenes([()], world.cell_side)[0]])), world)
+    found = iter([scene if ok else None for scene, ok in zip(scenes[1:], clear[1:], strict=True)])
+    return [next(found) if own else None for own in pictures]
+
+
+def turn_of(asked, parts):
+    """A turn of a conversation in which a model said these parts, and the pictures among them."""
+    said = " ".join(part if isinstance(part, str) else "<image>" for part in parts)
+    return (asked, said), tuple(part for part in parts if isinstance(part, Drawn))
+
+
+def shows(goal, scene):
+    return scene is not None and goal in combinations(scene)
+
+
+LIKELIEST = {"code_temperature": 0.0, "temperature": 0.0}
+MIXED_SCORES = ("edit", "stayed", "consistent", "right", "plan", "plain", "third", "judges", "mended")
+
+
+def score_edits(m, text, world, n, rng):
+    """n edits of each kind, whose result shows a held-out combination: the reader sees exactly that; and of what was
+    not to change, all is seen to have stayed."""
+    items = [held_out_edit(world, kind, rng) for kind in EDITS for _ in range(n)]
+    pictures = draw_scenes([before for before, _, _ in items], world.cell_side)
+    asked = [conversation([(f"<image>{said}", None)], (picture,))
+             for (_, said, _), picture in zip(items, pictures, strict=True)]
+    seen = seen_in(reply(m, text, asked, max_new_tokens=8, max_pictures=1, **LIKELIEST), world)
+    right = [scene == result for scene, (_, _, result) in zip(seen, items, strict=True)]
+    kept = [(scene, set(before) & set(result)) for scene, (before, _, result) in zip(seen, items, strict=True)]
+    return {"edit": rated(lambda i, j: seen[i] == items[j][2], len(items)),
+            "edit_by_kind": {kind: float(np.mean(right[i * n:(i + 1) * n])) for i, kind in enumerate(EDITS)},
+            "stayed": float(np.mean([scene is not None and same <= set(scene) for scene, same in kept if same]))}
+
+
+def score_plans(m, text, world, n, rng):
+    """n held-out prompts of each skill, drawn plainly, with a plan before the picture, and checked after it: skills of
+    each, and of the mended picture; judges: it says rightly whether its own picture is right."""
+    goals = [world.held_out_scene(skill, rng)[1] for skill in world.skills for _ in range(n)]
+    prompts = [prompt_text(goal, rng) for goal in goals]
+    found = {}
+
+    def ask_for(before):
+        asked = [conversation([(before + prompt, None)], ()) for prompt in prompts]
+        return reply(m, text, asked, max_new_tokens=64, max_pictures=2, **LIKELIEST)
+
+    def add(name, seen):
+        right = [shows(goal, scene) for goal, scene in zip(goals, seen, strict=True)]
+        found[name] = rated(lambda i, j: shows(goals[j], seen[i]), len(goals))
+        found[f"{name}_by_skill"] = {skill: float(np.mean(right[i * n:(i + 1) * n]))
+                                     for i, skill in enumerate(world.skills)}
+        return right
+    add("plain", seen_in(ask_for(""), world))
+    add("plan", seen_in(ask_for(PLAN), world))
+    checked = ask_for(MEND)
+    first = add("first", seen_in(checked, world, 0))
+    add("mended", seen_in(checked, world))
+    said = [any(isinstance(part, str) and part.endswith(RIGHT) for part in parts) for parts in checked]
+    return found | {"judges": rated(lambda i, j: said[i] == first[j], len(goals))}
+
+
+def score_telling(m, text, world, n, rng):
+    """n held-out scenes for each skill, described completely, drawn, and asked about twice in the same stream. right:
+    the answer is what the description decides. consistent: what the reader sees in the drawing, unclear ones wrong."""
+    scenes = [world.held_out_scene(skill, rng)[0] for skill in world.skills for _ in range(n)]
+    prompts = [describe(scene) for scene in scenes]
+    drawn = reply(m, text, [conversation([(prompt, None)], ()) for prompt in prompts], max_new_tokens=8,
+                  max_pictures=1, **LIKELIEST)
+    seen = seen_in(drawn, world)
+    said = {}
+    for name in ("right", "consistent"):
+        about = [one if name == "consistent" and one else scene for scene, one in zip(scenes, seen, strict=True)]
+        asked = [make_question(world, one, world.topics[i % len(world.topics)], rng) for i, one in enumerate(about)]
+        turns = [turn_of(prompt, parts) for prompt, parts in zip(prompts, drawn, strict=True)]
+        replies = reply(m, text, [conversation([turn, (question.text, None)], pictures)
+                                  for (turn, pictures), question in zip(turns, asked, strict=True)],
+                        max_new_tokens=8, max_pictures=0, temperature=0.0)
+        known = [name == "right" or bool(one) for one in seen]
+        said[name] = rated(lambda i, j, known=known, replies=replies, asked=asked:
+                           known[i] and replies[i] == [asked[j].answer], len(scenes))
+    return said
+
+
+def score_stories(m, text, world, n, rng):
+    """n stories: draw a held-out prompt, edit twice, answer. Right by number in the stream: the first picture shows the
+    prompt, each further one the instruction applied to what the reader sees before it, the answer what it sees last;
+    what follows an unclear picture is wrong -> scores, and [(asked, said, right), ...] of each story."""
+    starts = [world.held_out_scene(world.skills[i % len(world.skills)], rng) for i in range(n)]
+    scenes, wanted = (list(part) for part in zip(*starts, strict=True))
+    asked = [prompt_text(goal, rng) for goal in wanted]
+    turns, pictures, sure = [[] for _ in starts], [() for _ in starts], [True for _ in starts]
+    rows = [[] for _ in starts]
+    for number in range(4):
+        answers = reply(m, text, [conversation([*before, (one, None)], shown) for before, one, shown
+                                  in zip(turns, asked, pictures, strict=True)],
+                        max_new_tokens=8, max_pictures=int(number < 3), **LIKELIEST)
+        looks = seen_in(answers, world) if number < 3 else [" ".join(map(str, parts)) for parts in answers]
+        for i, (parts, look) in enumerate(zip(answers, looks, strict=True)):
+            right = shows(wanted[i], look) if number == 0 else sure[i] and look == wanted[i]
+            rows[i].append((asked[i], parts[0] if parts else "", right))
+            turn, drawn = turn_of(asked[i], parts)
+            turns[i].append(turn)
+            pictures[i] += drawn
+            if number == 3:
+                continue
+            sure[i] = bool(look) and any(edits(world, look).values())
+            scene = look if sure[i] else scenes[i]              # something is asked also after an unclear picture
+            if number == 2:
+                question = make_question(world, scene, pick(rng, world.topics), rng)
+                asked[i], wanted[i] = question.text, question.answer
+            else:
+                asked[i], wanted[i] = pick(rng, [one for some in edits(world, scene).values() for one in some.items()])
+                scenes[i] = wanted[i]
+    shares = [float(np.mean([row[number][2] for row in rows])) for number in range(4)]
+    return {"story": shares, "third": shares[2]}, rows
+
+
+def score_mixed(m, text, world, n, seed=0):
+    """All scores of pictures and text in turn, printed; each in a fresh order of its own -> scores, stories."""
+    scores = {}
+    for name, score in (("edits", score_edits), ("plans", score_plans), ("telling", score_telling)):
+        scores |= score(m, text, world, n, stream(seed, name))
+    told, stories = score_stories(m, text, world, 2 * n, stream(seed, "stories"))
+    scores |= told
+    chance = {name: value["chance"] for name, value in scores.items() if isinstance(value, dict) and "chance" in value}
+    scores = {name: value["score"] if name in chance else value for name, value in scores.items()}
+    print("in turn              " + "   ".join(f"{name} {scores[name]:.2f}" for name in MIXED_SCORES))
+    for name in ("plain", "plan", "mended"):
+        print(f"  {name:19s}{scores[name]:.3f}   " + "   ".join(
+            f"{skill} {value:.2f}" for skill, value in scores[f"{name}_by_skill"].items()))
+    print("  right by number in a story " + " ".join(f"{share:.2f}" for share in scores["story"]))
+    return scores | {"chance": chance}, stories
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,25 +543,33 @@ def plot_curves(result, file):
     save_figure(figure, panels, file)
 
 
-def plot_samples(samples, skills, file, per_skill=4):
-    """Drawn pictures under their prompts, a row per skill; framed green and ticked if right, red and crossed if not."""
+def plot_samples(samples, skills, file, per_skill=4, stories=()):
+    """Drawn pictures under their prompts, a row per skill, then a row per story, whose last panel is an answer; framed
+    green and ticked if right, red and crossed if not."""
     from matplotlib.figure import Figure
     prompts, pictures, right = samples
     n = len(prompts) // len(skills)
-    per_skill = min(per_skill, n)
-    figure = Figure((2.2 * per_skill, 2.35 * len(skills)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(skills), per_skill, squeeze=False)
-    for row, skill in enumerate(skills):
-        for column in range(per_skill):
-            i = row * n + column
-            panel = panels[row, column]
-            panel.imshow(pictures[i], interpolation="nearest")
-            colour, mark = (GREEN, "\N{CHECK MARK}") if right[i] else (VERMILION, "\N{BALLOT X}")
-            panel.set_title(f"{textwrap.fill(prompts[i], 26)}\n{mark}", fontsize=8, color=colour)
+    rows = [(skill, list(zip(prompts, pictures, right, strict=True))[i * n:(i + 1) * n][:per_skill])
+            for i, skill in enumerate(skills)]
+    rows += [("a story", [(asked, part.pixels if isinstance(part, Drawn) else part, good)
+                          for asked, part, good in story]) for story in stories]
+    width = max(len(shown) for _, shown in rows)
+    figure = Figure((2.2 * width, 2.35 * len(rows)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(rows), width, squeeze=False)
+    for row, (name, shown) in zip(panels, rows, strict=True):
+        for panel, (asked, part, good) in zip(row, shown, strict=False):
+            if isinstance(part, str):
+                panel.text(0.5, 0.5, part, ha="center", va="center", fontsize=14, transform=panel.transAxes)
+            else:
+                panel.imshow(part, interpolation="nearest")
+            colour, mark = (GREEN, "\N{CHECK MARK}") if good else (VERMILION, "\N{BALLOT X}")
+            panel.set_title(f"{textwrap.fill(asked, 26)}\n{mark}", fontsize=8, color=colour)
             panel.set(xticks=[], yticks=[])
             for spine in panel.spines.values():
                 spine.set(color=colour, linewidth=2)
-        panels[row, 0].set_ylabel(skill, fontsize=9)
+        for panel in row[len(shown):]:
+            panel.axis("off")
+        row[0].set_ylabel(name, fontsize=9)
     save_figure(figure, (), file)
 
 
@@ -441,8 +604,10 @@ def load_run(config):
 
 @dataclass(frozen=True)
 class Generate(Loaded):
-    """Draw pictures from prompts. Several lie in a sheet, with a row for each prompt, and in a file each beside it."""
+    """Draw pictures from prompts, or edit pictures as a prompt says. Several lie in a sheet, with a row for each
+    prompt, and in a file each beside it."""
 
+    image: tuple = opt((), "pictures that the prompt speaks of: it is an instruction to change them")
     prompt: tuple = opt(("a red circle above a blue square",), "what to draw; several texts are several prompts")
     prompts: str = opt("", "UTF-8 file with a prompt in each line, in place of --prompt")
     n: int = opt(1, "pictures for each prompt, with seeds that follow --seed")
@@ -474,9 +639,9 @@ def generate(config):
     for row, prompt in enumerate(prompts):
         for column in range(config.n):
             seed = config.seed + column             # one at a time: each can be drawn again alone
-            pixels = draw(m, text, [prompt], seed, config.guidance or None, config.temperature, grid,
-                          config.negative or None)[0]
-            picture = Image.fromarray(to_picture(pixels))
+            picture = Image.fromarray(edited(m, text, config, prompt, seed, grid) if config.image else to_picture(
+                draw(m, text, [prompt], seed, config.guidance or None, config.temperature, grid,
+                     config.negative or None)[0]))
             scale = config.scale or max(240 // max(picture.size), 1)
             if picture.width * picture.height * scale**2 > Image.MAX_IMAGE_PIXELS:
                 raise InputError(f"--scale {scale} makes a picture of over {Image.MAX_IMAGE_PIXELS} pixels: give less")
@@ -495,11 +660,25 @@ def generate(config):
     return {"out": config.out, "width": sheet.width, "height": sheet.height}
 
 
+def edited(m, text, config, prompt, seed, grid):
+    """The picture that a model draws when it is shown others and told what to change -> (H, W, 3) uint8."""
+    marks = "" if "<image>" in prompt else "<image>" * len(config.image)
+    generator = torch.Generator(next(m.parameters()).device).manual_seed(seed)
+    said, = reply(m, text, [conversation([(marks + prompt, None)], config.image)], config.guidance or m.config.guidance,
+                  grid, max_pictures=1, code_temperature=config.temperature, generator=generator)
+    pictures = [part for part in said if isinstance(part, Drawn)]
+    if not pictures:
+        raise InputError(f"the model answered {' '.join(said)!r} and drew nothing: it has not learned to edit; train "
+                         "it on conversations (train.py --ratio, formats/README.md)")
+    return pictures[-1].pixels
+
+
 @dataclass(frozen=True)
 class Chat(Loaded):
-    """Answer a question about pictures; without a question, talk."""
+    """Answer a question about pictures, in words and pictures; without a question, talk."""
 
     image: tuple = opt((), "picture files")
+    out: str = opt("picture.png", "PNG file for a picture in an answer; more of them are NAME-2, NAME-3")
     question: str = opt("", "what to ask; empty: a conversation in the terminal")
     max_new_tokens: int = opt(512, "longest answer in tokens")
     temperature: float = opt(0.0, "0 is greedy")
@@ -512,21 +691,34 @@ def chat(config):
     settings.at_least(config, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top-p {config.top_p}: give a share above 0, at most 1")
+    settings.check_out(config.out)
     m, text, _ = load_run(config)
-    preparer = data.Preparer(m, text, training=False)
     generator = torch.Generator(next(m.parameters()).device).manual_seed(config.seed)
     for path in config.image:
         load_picture(path, m.config.kind)
 
-    def reply(turns, pictures):
-        ids, mask, pixels = ask(preparer, [conversation(turns, pictures)])[1:]
-        typist = Typist(text)
-        m.generate_text(ids, pixels, mask, config.max_new_tokens, config.temperature, config.top_p, generator,
-                        typist)
-        return typist.end()
+    out, saved = Path(config.out), []
+
+    def save(codes):
+        file = out.with_stem(f"{out.stem}-{len(saved) + 1}") if saved else out
+        saved.append(file)
+        pixels = to_picture(m.decode_images(codes[None].to(generator.device))[0])
+        with aside(file) as part:
+            Image.fromarray(pixels).save(part, "png")
+        return str(file)
+
+    def say(turns, pictures):
+        typist = Typist(text, save)
+        said, = reply(m, text, [conversation(turns, pictures)], max_new_tokens=config.max_new_tokens,
+                      temperature=config.temperature, top_p=config.top_p, generator=generator,
+                      watch=lambda row, part: typist(part))
+        typist.end()
+        return turn_of("", said)
     if config.question:
-        return {"answer": reply([(config.question, None)], config.image)}
-    return {"turns": converse(reply, m.config.kind, list(config.image))}
+        marks = "" if "<image>" in config.question else "<image>" * len(config.image)
+        (_, said), _ = say([(marks + config.question, None)], config.image)
+        return {"answer": said} | ({"pictures": list(map(str, saved))} if saved else {})
+    return {"turns": converse(say, m.config.kind, list(config.image))}
 
 
 @dataclass(frozen=True)
@@ -604,6 +796,8 @@ def score_world(config):
                          "they cannot be read: score it on a benchmark (eval.py score --help)")
     scores, _ = score_both(m, text, world, config.n, config.seed)
     scores |= score_tokenizer(m, world, 2 * config.n, config.seed)
+    if parse_ratio(run["ratio"])[2]:
+        scores |= score_mixed(m, text, world, config.n, config.seed)[0]
     if config.out:
         write_json(scores, config.out)
     return scores

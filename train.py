@@ -43,6 +43,7 @@ import model
 from formats import checkpoints
 from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, open_sources, parse_ratio, square_pictures
+from formats.records import RECORD_TASKS
 from parts import settings
 from parts.lock import owned
 from parts.pictures import drawn_at
@@ -126,7 +127,8 @@ class TrainConfig:
 
 
 OTHER_COMMANDS = """other commands: python eval.py (draw, chat, score, curves); python data.py (export, index, encode);
-python -m lab.study, lab.dry_run, lab.figures, lab.report, lab.alignment, lab.references, lab.speed, lab.gpu"""
+python -m lab.study, lab.plans, lab.dry_run, lab.figures, lab.report, lab.alignment, lab.references, lab.speed,
+lab.gpu"""
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,7 @@ SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
          replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
-MIXED = (TOKENIZER, ANSWERS, replace(JOINT, ratio="1:1"), replace(JOINT, name="mixed", steps=2000, order=2, lr=1e-3),
-         replace(TUNE, steps=400))
+MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=4000, fork=True), TUNE)
 PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double": TINY,
          "tiny-janus": (TOKENIZER, ANSWERS, JOINT, replace(TUNE, frozen=("vq", "vision"))),
          "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL,
@@ -564,8 +565,9 @@ class Run:
         counts = {task: self.source.count(task) for task in aia.TASKS}
         self.records = first_decides(self.source.identity) if config.data else counts
         if self.manifest and self.manifest["records"] not in (self.records, counts):            # older runs: counts
-            raise InputError(f"{self.folder} was started with other records than these {sum(counts.values())}: resume "
-                             "with the same data, wherever they lie now, or choose another --out")
+            found = sum(map(self.source.count, RECORD_TASKS))
+            raise InputError(f"{self.folder} was started with other records than these {found}: resume with the same "
+                             "data, wherever they lie now, or choose another --out")
         data.check_tasks(self.source, parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
@@ -919,8 +921,8 @@ def check_finite(norm, metrics, phase, step, batches, run):
 
 
 def held_batches(run):
-    """Up to 64 records of --val, always the same."""
-    ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
+    """Up to 32 records of --val for each task, and as many mixed ones, always the same."""
+    ratio = [min(run.val.count(task), 32) for task in RECORD_TASKS]
     schedule = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, run.config.micro_batch, 0.0,
                              run.config.on_bad_record, rank(), processes())
     batches = schedule.step(0)
@@ -998,6 +1000,7 @@ def finish(run):
         scores = {name: score_arm(run, name, m) for name, m in evaluation.arms(run.folder, m)}
         scores |= scores.pop("after") | evaluation.score_tokenizer(m, run.world, 4 * config.eval_n, config.seed)
         result |= {key: scores[key] for key in ("und", "gen", "reader", "psnr")}
+        result |= {key: scores[key] for key in evaluation.MIXED_SCORES if key in scores}
         settings.write_json(scores, run.folder / "scores.json")
     result |= {f"val_ntp_{task}": last[task] and last[task]["ntp"] for task in aia.TASKS}
     result |= {f"aia_{task}": last[task] and last[task]["aia"] for task in aia.TASKS}
@@ -1028,9 +1031,13 @@ def curves_of(run, m):
 def score_arm(run, name, m):
     """Held-out scores of one arm; draws samples.png of the final weights."""
     print("-- " + (evaluation.final_label(run.folder) if name == "after" else evaluation.LABEL[name]))
-    scores, samples = evaluation.score_both(m, run.text, run.world, run.config.eval_n, run.config.seed)
+    config, stories = run.config, []
+    scores, samples = evaluation.score_both(m, run.text, run.world, config.eval_n, config.seed)
+    if parse_ratio(config.ratio)[2]:
+        more, stories = evaluation.score_mixed(m, run.text, run.world, config.eval_n, config.seed)
+        scores |= more
     if name == "after":
-        evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png")
+        evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png", stories=stories[:2])
     return scores
 
 

@@ -10,8 +10,8 @@ HELP = "/image FILE shows a picture with your next question, /new starts over, /
 
 
 def converse(reply, kind, waiting):
-    """Questions from the terminal, answered by reply(turns, pictures), until it ends -> their number. The pictures
-    `waiting` belong to the next question."""
+    """Questions from the terminal, answered by reply(turns, pictures) -> (turn, pictures in it), until it ends -> their
+    number. The pictures `waiting` belong to the next question."""
     print(HELP)
     turns, pictures, answered = [], [], 0
     while True:
@@ -37,9 +37,9 @@ def converse(reply, kind, waiting):
                 if marks not in (0, len(waiting)):
                     raise InputError(f"{marks} <image> marks for {len(waiting)} new pictures: write one each, or none")
                 asked = line if marks else "<image>" * len(waiting) + line
-                said = reply([*turns, (asked, None)], [*pictures, *waiting])
+                (_, said), drawn = reply([*turns, (asked, None)], [*pictures, *waiting])
                 turns = [*turns, (asked, said)]
-                pictures = [*pictures, *waiting]
+                pictures = [*pictures, *waiting, *drawn]
                 waiting = []
                 answered = answered + 1
         except InputError as error:                  # of one line: the conversation goes on
@@ -49,20 +49,26 @@ def converse(reply, kind, waiting):
 
 
 class Typist:
-    """Prints an answer as its tokens come; a character of several tokens appears when it is whole."""
+    """Prints an answer as it comes: tokens, of which a character of several appears when it is whole, and pictures,
+    each saved by save(codes) under the name that is shown."""
 
-    def __init__(self, text):
-        self.text, self.ids, self.shown = text, [], ""
+    def __init__(self, text, save):
+        self.text, self.save, self.ids, self.shown = text, save, [], ""
 
-    def __call__(self, token):
-        self.ids.append(int(token[0]))
+    def __call__(self, part):
+        if not isinstance(part, int):
+            self.end()
+            print(f"[picture: {self.save(part)}]", flush=True)
+            return
+        self.ids.append(part)
         now = self.text.decode(self.ids).strip()
         if not now.endswith("\ufffd"):
             print(now[len(self.shown):], end="", flush=True)
             self.shown = now
 
     def end(self):
-        """Print what is left, end the line -> the whole answer."""
+        """Print what is left of a stretch of text, and end its line."""
         now = self.text.decode(self.ids).strip()
-        print(now[len(self.shown):], flush=True)
-        return now
+        if now:
+            print(now[len(self.shown):], flush=True)
+        self.ids, self.shown = [], ""
