@@ -37,7 +37,7 @@ from formats.records import RECORD_TASKS, Record, conversation_parts, pictures_a
 from parts.kernels import span
 from parts.pictures import janus_picture, load_picture, siglip_picture
 from parts.settings import InputError
-from parts.stories import STORIES, story_about, story_sentences
+from parts.stories import MEND, PLAN, STORIES, scene_of, story_about, story_sentences
 from parts.text import Text
 from parts.world import World, combinations, draw_scenes, read_scenes
 
@@ -530,6 +530,23 @@ def test_an_export_is_read_back_to_the_same_pictures(cell, tmp_path, capsys):
             assert np.array_equal(load_picture(record.pictures[0], "emu3"), drawn.pictures[2 * i + offset])
             assert all(fits(asked, scene) if task == "gen" else answer_of(asked, scene) == answer
                        for asked, answer in record.turns)
+
+
+def test_an_export_may_hold_conversations(tmp_path, capsys):
+    """A third of the records, with all pictures that they show, in the order of their marks. Drawings that are to be
+    checked are left out: a file cannot say that a picture is not to be learned."""
+    data.main(["export", str(tmp_path / "world"), "--n", "60", "--mixed"])
+    source, world = FileSource(tmp_path / "world/train.jsonl", "emu3"), World(0)
+    assert [source.count(task) for task in RECORD_TASKS] == [20, 20, 20] and "60 records" in capsys.readouterr().out
+    told = source.records["mixed"]
+    assert {len(record.pictures) for record in told} == {1, 2, 3}
+    assert len([*(tmp_path / "world/pictures").iterdir()]) == 40 + sum(len(record.pictures) for record in told)
+    for record in told:
+        scenes, clear = read_scenes(np.stack([np.asarray(load_picture(one, "emu3")) for one in record.pictures]), world)
+        plan = scene_of(record.turns[0][1].removesuffix(" <image>"))            # None without one
+        assert clear.all() and not any(combinations(scene) & world.held_out for scene in scenes)
+        assert plan in (None, scenes[0]) and MEND not in record.turns[0][0]
+    assert sum(PLAN in record.turns[0][0] for record in told) > 1
 
 
 def use(file, p, on_bad_record):

@@ -17,6 +17,7 @@ from parts.stories import (
     held_out_edit,
     in_order,
     mistaken,
+    scene_of,
     story_about,
     story_sentences,
 )
@@ -147,15 +148,18 @@ def test_the_same_seed_tells_the_same_story(kind):
     assert once == again and len({*once}) > 4
 
 
-def test_every_kind_of_story_is_told_as_often_as_another():
-    """A fifth of the conversations each, if none is asked for."""
+def test_kinds_of_stories_have_their_shares():
+    """Of nine conversations, if no kind is asked for."""
     world = World(0)
     found = [story_about(world, world.scene(random(0, i)), random(1, i)) for i in range(500)]
-    shares = [sum(rule(story) for story in found) / 500 for rule in (
-        lambda story: story.turns[0][0].startswith("<image>"), lambda story: story.turns[0][0].startswith(PLAN),
-        lambda story: story.turns[0][0].startswith(MEND),
-        lambda story: len(story.turns) == 3 and len(story.scenes) == 1, lambda story: len(story.scenes) == 3)]
-    assert shares == pytest.approx([1 / 5] * 5, abs=0.06) and sum(shares) == 1
+    told_by = {"edit": lambda story: story.turns[0][0].startswith("<image>"),
+               "tell": lambda story: len(story.turns) == 3 and len(story.scenes) == 1,
+               "plan": lambda story: story.turns[0][0].startswith(PLAN),
+               "mend": lambda story: story.turns[0][0].startswith(MEND),
+               "story": lambda story: len(story.scenes) == 3}
+    shares = {kind: sum(map(is_one, found)) / 500 for kind, is_one in told_by.items()}
+    assert shares == pytest.approx({kind: share / 9 for kind, share in STORIES.items()}, abs=0.05)
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_an_edit_starts_from_a_picture_of_the_user():
@@ -175,13 +179,34 @@ def test_what_is_told_of_a_drawing_is_so():
         assert all(answer_of(question, scene) == answer for question, answer in asked)
 
 
-def test_a_plan_names_every_thing_and_then_draws_it():
-    """Colour, shape and cell of each, whatever the prompt leaves open."""
-    for _, story in told("plan"):
-        (asked, answer), = story.turns
-        scene, = story.scenes
-        assert asked.startswith(PLAN) and fits(asked.removeprefix(PLAN), scene)
-        assert answer == f"{answer_of('what is there?', scene)} <image>"
+@worlds
+def test_a_plan_names_every_thing_and_then_draws_it(size):
+    """Colour, shape and cell of each, whatever the prompt leaves open, in its order: what it says is copied."""
+    for _, story in told("plan", size=size):
+        ((asked, answer),), (scene,) = story.turns, story.scenes
+        assert asked.startswith(PLAN) and fits(asked.removeprefix(PLAN), scene) and answer.endswith(" <image>")
+        plan = answer.removesuffix(" <image>")
+        things = re.findall(f"a {COLOUR} {SHAPE} {PLACE}", plan)
+        assert {Thing(shape, colour, CELL_WORDS.index(place)) for colour, shape, place in things} == {*scene}
+        assert plan == " and ".join("a " + " ".join(thing) for thing in things) and len(things) == len(scene)
+        named = [shape for _, shape in re.findall(f"a (?:{COLOUR} )?{SHAPE}", asked)]
+        assert [shape for _, shape, _ in things][:len(named)] == named
+
+
+@worlds
+def test_a_plan_is_read_back_to_its_scene(size):
+    """In whatever order it speaks of the things."""
+    world = World(0, *size)
+    for i in range(100):
+        scene = world.scene(random(i))
+        assert scene_of(describe(scene)) == scene_of(describe(scene[::-1])) == scene
+
+
+@pytest.mark.parametrize("plan", ["", "a", "a red circle", "red circle at the top left", "a red circle on the top left",
+                                  "a red circle at the top left and ", "a red circle at the top left and a"])
+def test_words_that_are_no_plan_have_no_scene(plan):
+    """A model may write anything, or nothing."""
+    assert scene_of(plan) is None
 
 
 @worlds
