@@ -373,6 +373,9 @@ class Preparer:
         again = self.config.see == "both"
         looks = [(picture, number in own) for record, own in zip(records, drawn, strict=True)
                  for number, picture in enumerate(record.pictures) if again or number not in own]
+        if self.training and records[0].task == "mixed" and not looks:
+            # All processes have to run the same modules: it sees one for which no token stands.
+            looks = [(records[0].pictures[0], True)]
         found = {}
         if records[0].task != "gen":
             found = self.seen(*map(list, zip(*looks, strict=True))) if looks else self.seen([])

@@ -226,7 +226,7 @@ def ask_group(settings, preparer, items):
         if janus and settings.prompt_style == "vlmevalkit":
             prompt = prompt.removeprefix("\n")      # the template puts this line break behind the picture itself
         own = [codes[i]] if codes else None
-        samples.append(preparer.template.understanding([([0, prompt], None)], own))
+        samples.append(preparer.template.conversation([([0, prompt], None)], own))
     device = next(m.parameters()).device
     ids, mask = evaluation.left_padded(samples, preparer.text.ids["pad"], device)
     pixels = preparer.seen(pictures)["pixels"].to(device) if janus else None

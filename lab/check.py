@@ -197,7 +197,7 @@ def chat_template(s):
     theirs = list(Text(s.text.file, s.config.kind, allow_special=True).encode(theirs))
     ours = []
     codes = torch.zeros(1, 1, dtype=torch.long)
-    for ids, role in data.TEMPLATES[s.config.kind](s.config, s.text).understanding([([0, QUESTION], None)], [codes]):
+    for ids, role in data.TEMPLATES[s.config.kind](s.config, s.text).conversation([([0, QUESTION], None)], [codes]):
         ours += [] if role == data.IMAGE else ids
     begin, end = ours.index(s.text.ids["boi"]), ours.index(s.text.ids["eoi"])
     ours[begin:end + 1] = [s.text.ids["placeholder"]]

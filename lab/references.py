@@ -127,12 +127,12 @@ def hf_ids(file, codes, vocab):
         image = torch.tensor([[token in codes for token in ids]])               # (1, T)
         before = image.cumsum(1)                                                # codes up to each token (1, T)
         if task == "gen":
-            words, role = before == 0, data.TEXT
+            words, role, shown = before == 0, data.TEXT, data.DRAWN
         else:
             words = (before == before[:, -1:]) & (torch.arange(len(ids)) >= (start or 0))
-            role = data.ANSWER
+            role, shown = data.ANSWER, data.IMAGE
         other = torch.where(words, role, data.CONTROL)
-        yield task, origin, {"input_ids": torch.tensor([ids])}, torch.where(image, data.IMAGE, other)
+        yield task, origin, {"input_ids": torch.tensor([ids])}, torch.where(image, shown, other)
 
 
 def good_ids(ids, start, codes, vocab):

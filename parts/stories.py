@@ -135,7 +135,7 @@ def scene_of(plan):
     """The scene that a full description speaks of, None if it is none: the inverse of parts.world.describe."""
     things = []
     for part in plan.split(" and "):
-        article, colour, shape, *cell = [*part.split(), "", ""]
+        article, colour, shape, *cell = [*part.split(), "", "", ""]
         where = " ".join(cell).strip()
         if article != "a" or where not in CELL_WORDS:
             return None
