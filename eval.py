@@ -343,9 +343,9 @@ def score_stories(m, text, world, n, rng):
 def score_mixed(m, text, world, n, seed=0):
     """All scores of pictures and text in turn, printed; each in a fresh order of its own -> scores, stories."""
     scores = {}
-    for name, score in (("edits", score_edits), ("plans", score_plans), ("telling", score_telling)):
-        scores |= score(m, text, world, n, stream(seed, name))
-    told, stories = score_stories(m, text, world, 2 * n, stream(seed, "stories"))
+    for number, score in enumerate((score_edits, score_plans, score_telling)):
+        scores |= score(m, text, world, n, stream(seed, "in turn", number))
+    told, stories = score_stories(m, text, world, 2 * n, stream(seed, "in turn", 3))
     scores |= told
     chance = {name: value["chance"] for name, value in scores.items() if isinstance(value, dict) and "chance" in value}
     scores = {name: value["score"] if name in chance else value for name, value in scores.items()}

@@ -66,7 +66,7 @@ def opened_run(run, device):
 
 def plans_of(m, text, world, settings):
     """All measurements of one run, JSON-ready."""
-    rng = stream(settings.seed, "plans of runs")
+    rng = stream(settings.seed, "in turn", 4)
     items = [world.held_out_scene(skill, rng) for skill in world.skills for _ in range(settings.n)]
     goals = [goal for _, goal in items]
     prompts = [prompt_text(goal, rng) for goal in goals]
