@@ -92,6 +92,10 @@ class Emu3Template:
         """What stands between begin-of-image and the first code: height*width of the code grid, image token."""
         return [*self.text.encode(f"{h}*{w}"), self.ids["img"]]
 
+    def stretch(self, text):
+        """Text of an answer, between pictures."""
+        return self.text.encode(text)
+
     def prompt(self, prompt, size, dropped=False):
         """Generation, up to the first code."""
         return [([self.ids["bos"], *self.text.encode("" if dropped else prompt)], TEXT),
@@ -118,7 +122,7 @@ class Emu3Template:
                 if not isinstance(part, str):
                     pieces += self.block(pictures[part], GIVEN if part in given else DRAWN)
                 elif not dropped:
-                    pieces.append((self.text.encode(part), ANSWER))
+                    pieces.append((self.stretch(part), ANSWER))
             if answer is not None:
                 pieces.append(([self.ids["eos"]], CONTROL if dropped else ANSWER))
         return pieces
@@ -164,9 +168,12 @@ class JanusTemplate:
         """Nothing stands between begin-of-image and the first code."""
         return []
 
-    def words(self, text, dropped, role=TEXT):
+    def stretch(self, text):
+        """Text of an answer, between pictures: a message follows ": " in this template."""
+        return self.text.encode(" " + text)
+
+    def blanked(self, ids, role, dropped):
         """A piece of text; dropped: as many pads, which are attended."""
-        ids = self.text.encode(text)
         return ([self.ids["pad"]] * len(ids), TEXT) if dropped else (ids, role)
 
     def conversation(self, turns, pictures, given=(), dropped=False):
@@ -180,13 +187,13 @@ class JanusTemplate:
                 if isinstance(part, str):
                     before += part
                 else:
-                    pieces += [self.words(before, dropped), *self.seen()]
+                    pieces += [self.blanked(self.text.encode(before), TEXT, dropped), *self.seen()]
                     before = "\n" if i + 1 < len(asked) else ""
-            pieces += [self.words(before + JANUS_TURN, dropped), (self.assistant, TEXT),
+            pieces += [self.blanked(self.text.encode(before + JANUS_TURN), TEXT, dropped), (self.assistant, TEXT),
                        (self.text.encode(JANUS_ASSISTANT), TEXT)]
-            for part in answer or ():                # a non-empty message follows ": " in this template
+            for part in answer or ():
                 if isinstance(part, str):
-                    pieces.append(self.words(" " + part, dropped, ANSWER))
+                    pieces.append(self.blanked(self.stretch(part), ANSWER, dropped))
                 else:
                     pieces += self.block(pictures[part], GIVEN if part in given else DRAWN)
             if answer is not None:
@@ -366,6 +373,9 @@ class Preparer:
         again = self.config.see == "both"
         looks = [(picture, number in own) for record, own in zip(records, drawn, strict=True)
                  for number, picture in enumerate(record.pictures) if again or number not in own]
+        if self.training and records[0].task == "mixed" and not looks:
+            # All processes have to run the same modules: it sees one for which no token stands.
+            looks = [(records[0].pictures[0], True)]
         found = {}
         if records[0].task != "gen":
             found = self.seen(*map(list, zip(*looks, strict=True))) if looks else self.seen([])
@@ -608,6 +618,7 @@ class Export:
     POSITIONAL = ("folder",)
     folder: str = opt("", "folder to write; must be empty or new")
     n: int = opt(200, "records, half of each task")
+    mixed: bool = opt(False, "a third of them conversations with pictures in answers")
     seed: int = opt(0, "world and order")
     shapes: int = opt(4, "shapes of the world, 4 to 8")
     colours: int = opt(4, "colours of the world, 4 to 8")
@@ -627,13 +638,19 @@ def export(settings):
     (folder / "pictures").mkdir(parents=True)
     source = WorldSource(world, settings.n, settings.seed)
     lines = []
+    tasks = RECORD_TASKS if settings.mixed else aia.TASKS
     for i in range(settings.n):
-        record = source.record(aia.TASKS[i % 2], i, stream(settings.seed, "export", i))
-        path = f"pictures/{i:05d}.png"
-        Image.fromarray(source.pictures[i]).save(folder / path)
+        rng = stream(settings.seed, "export", i)
+        record = source.record(tasks[i % len(tasks)], i, rng)
+        while record.given:                         # a file cannot say that a picture is not to be learned
+            record = source.record("mixed", i, rng)
+        paths = [f"pictures/{i:05d}{f'-{number}' if number else ''}.png" for number in range(len(record.pictures))]
+        for path, picture in zip(paths, record.pictures, strict=True):
+            Image.fromarray(picture).save(folder / path)
         said = [{"from": who, "value": text} for turn in record.turns for who, text in zip(("human", "gpt"), turn,
                                                                                            strict=True)]
-        lines.append(json.dumps({"id": f"{i:05d}", "image": path, "conversations": said}))
+        image = paths if len(paths) > 1 else paths[0]
+        lines.append(json.dumps({"id": f"{i:05d}", "image": image, "conversations": said}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{settings.n} records in {folder / 'train.jsonl'}")
 

@@ -132,10 +132,16 @@ def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **lim
 
     said = m.generate(ids, mask=mask, drawn=left_padded(drawn, False, device)[0], guidance=guidance, size=size,
                       opening=preparer.template.opening(*size), watch=watch, **pictures, **limits)
-    codes = [part for parts in said for part in parts if torch.is_tensor(part)]
+    return finished(m, text, said)
+
+
+def finished(m, text, answers):
+    """What m.generate gave, token ids and codes, as [text or Drawn, ...] of each row."""
+    codes = [part for parts in answers for part in parts if torch.is_tensor(part)]
+    device = next(m.parameters()).device
     decoded = iter(m.decode_images(torch.stack(codes).to(device)) if codes else ())
     return [[text.decode(part).strip() if isinstance(part, list) else Drawn(part, to_picture(next(decoded)))
-             for part in parts] for parts in said]
+             for part in parts] for parts in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,9 +343,9 @@ def score_stories(m, text, world, n, rng):
 def score_mixed(m, text, world, n, seed=0):
     """All scores of pictures and text in turn, printed; each in a fresh order of its own -> scores, stories."""
     scores = {}
-    for name, score in (("edits", score_edits), ("plans", score_plans), ("telling", score_telling)):
-        scores |= score(m, text, world, n, stream(seed, name))
-    told, stories = score_stories(m, text, world, 2 * n, stream(seed, "stories"))
+    for number, score in enumerate((score_edits, score_plans, score_telling)):
+        scores |= score(m, text, world, n, stream(seed, "in turn", number))
+    told, stories = score_stories(m, text, world, 2 * n, stream(seed, "in turn", 3))
     scores |= told
     chance = {name: value["chance"] for name, value in scores.items() if isinstance(value, dict) and "chance" in value}
     scores = {name: value["score"] if name in chance else value for name, value in scores.items()}

@@ -43,6 +43,7 @@ import model
 from formats import checkpoints
 from formats.checkpoints import Saver
 from formats.datasets import Encoded, FileSource, bad_report, open_sources, parse_ratio, square_pictures
+from formats.records import RECORD_TASKS
 from parts import settings
 from parts.lock import owned
 from parts.pictures import drawn_at
@@ -126,7 +127,8 @@ class TrainConfig:
 
 
 OTHER_COMMANDS = """other commands: python eval.py (draw, chat, score, curves); python data.py (export, index, encode);
-python -m lab.study, lab.dry_run, lab.figures, lab.report, lab.alignment, lab.references, lab.speed, lab.gpu"""
+python -m lab.study, lab.plans, lab.dry_run, lab.figures, lab.report, lab.alignment, lab.references, lab.speed,
+lab.gpu"""
 
 
 @dataclass(frozen=True)
@@ -180,18 +182,19 @@ SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
          replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
-MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=3300, fork=True), TUNE)
+# Pictures and text in turn: all sorts of samples from the beginning of joint training on.
+MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=4000, fork=True), TUNE)
+TURNS = ("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork")
 PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double": TINY,
          "tiny-janus": (TOKENIZER, ANSWERS, JOINT, replace(TUNE, frozen=("vq", "vision"))),
          "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL,
-         **dict.fromkeys(("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork"), MIXED)}
+         **dict.fromkeys(TURNS, MIXED)}
 LARGE = (Phase("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), aia=True, start="before"),)
 # Defaults of a preset: its world, a micro-batch that holds one task of a step, and so many pictures that training draws
 # each about twenty times.
 SETTINGS_OF = {"small-emu3": {"shapes": 6, "colours": 6, "objects": 3, "cell": 16, "pool": 32_000, "calibration": 10,
                               "micro_batch": 128},
-               **dict.fromkeys(("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork"),
-                               {"ratio": "1:1:2"})}
+               **dict.fromkeys(TURNS, {"ratio": "1:1:2"})}
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and how weights
 # are sharded; Janus-Pro's other values are those of the authors' code. Chosen here: four epochs of 256 samples a step
 # for both, lambda by rho; Emu3, whose code was not released, takes the rest from Emu3's own fine-tuning script.
@@ -563,8 +566,9 @@ class Run:
         counts = {task: self.source.count(task) for task in aia.TASKS}
         self.records = first_decides(self.source.identity) if config.data else counts
         if self.manifest and self.manifest["records"] not in (self.records, counts):            # older runs: counts
-            raise InputError(f"{self.folder} was started with other records than these {sum(counts.values())}: resume "
-                             "with the same data, wherever they lie now, or choose another --out")
+            found = sum(map(self.source.count, RECORD_TASKS))
+            raise InputError(f"{self.folder} was started with other records than these {found}: resume with the same "
+                             "data, wherever they lie now, or choose another --out")
         data.check_tasks(self.source, parse_ratio(config.ratio))
         if config.encoded and not config.init:
             raise InputError("--encoded needs --init: without it the picture tokenizer is yet to be trained")
@@ -668,12 +672,8 @@ class Run:
             store_tokenizer(Text(self.m.tokenizer_file, self.m.config.kind), self.folder)
         else:
             world = world_of(asdict(self.config) | {"seed": 0})                 # the same words for every seed
-            mixed = any(self.ratio_of(phase)[2] for phase in self.phases)
+            mixed = any(parse_ratio(phase.ratio or self.config.ratio)[2] for phase in self.phases)
             data.train_tokenizer(self.folder / "tokenizer.json", self.m.config, world, mixed)
-
-    def ratio_of(self, phase):
-        """Samples for generation, understanding and mixed ones in a phase."""
-        return parse_ratio(phase.ratio or self.config.ratio)
 
     def save(self, index, step, optimizer, lambdas):
         """Everything that --resume needs, in the background. The order of data follows from the seed and the step."""
@@ -811,7 +811,7 @@ class Progress:
         """The samples of every step. Both arms meet the same ones, the phases before them others of the same seed."""
         run, phase = self.run, self.phase           # 3 seed + order: no two seeds share an order
         return data.Schedule(run.source, run.preparer, 3 * run.config.seed + phase.order, phase.batch_size,
-                             run.ratio_of(phase), run.config.micro_batch,
+                             parse_ratio(phase.ratio or run.config.ratio), run.config.micro_batch,
                              on_bad_record=run.config.on_bad_record, rank=rank(), processes=processes(), mix=mix)
 
     def calibrate(self):
@@ -918,8 +918,8 @@ def check_finite(norm, metrics, phase, step, batches, run):
 
 
 def held_batches(run):
-    """Up to 64 records of --val, always the same."""
-    ratio = [min(run.val.count(task), 32) for task in aia.TASKS]
+    """Up to 32 records of --val for each task, and as many mixed ones, always the same."""
+    ratio = [min(run.val.count(task), 32) for task in RECORD_TASKS]
     schedule = data.Schedule(run.val, run.preparer, 0, sum(ratio), ratio, run.config.micro_batch, 0.0,
                              run.config.on_bad_record, rank(), processes())
     batches = schedule.step(0)

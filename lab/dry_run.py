@@ -276,6 +276,36 @@ def print_prediction(config, rows, row, seconds, days):
           f"{config.tflops:g} TFLOP/s x {config.utilisation:g}: {seconds:.2f} s a step, {days:.1f} days")
 
 
+def made_batch(c, task, samples, tokens, prompt):
+    """A batch as training makes it, of equally long samples of random words and codes. Emu3 draws after a prompt of so
+    many tokens, all labelled; Janus-Pro draws at the end, or (task "und") sees a picture and gives a long answer."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(5, min(400, c.vocab), (samples, tokens), generator=generator)     # (B, T), no special ids
+    position = torch.arange(tokens).expand(samples, -1)                                     # (B, T)
+    common = {"aia_valid": torch.ones(samples, dtype=torch.bool), "lengths": (tokens,) * samples}
+    if task == "mixed":                             # Emu3: prompt, picture, answer
+        parts = [(position >= i * tokens // 3) & (position < (i + 1) * tokens // 3) for i in range(3)]
+        labels = torch.stack([torch.where(part, words, -100) for part in parts[1:]])            # (2, B, T)
+        queries = torch.stack([part & part.roll(-1, 1) for part in parts[1:]])
+        return data.Batch(task, words, labels, torch.stack(parts[:2]), queries,
+                          **common | {"aia_valid": torch.ones(2, samples, dtype=torch.bool)})
+    if c.kind == "emu3":
+        condition = position < prompt
+        return data.Batch("gen", words, words, condition, ~condition, **common)
+    placeholder = c.ids["placeholder"]
+    if task == "und":
+        seen = position < c.picture_tokens
+        pixels = torch.rand(samples, 3, c.image_size, c.image_size, generator=generator)
+        return data.Batch("und", words.masked_fill(seen, placeholder), words.masked_fill(seen, -100), seen, ~seen,
+                          pixels=pixels, **common)
+    count = c.grid[0] * c.grid[1]
+    drawn = position >= tokens - count
+    codes = torch.randint(c.codebook, (samples, count), generator=generator)
+    labels = torch.full_like(words, -100).masked_scatter(drawn, codes)
+    queries = drawn & (position < tokens - 1)                                               # those that predict a code
+    return data.Batch("gen", words.masked_fill(drawn, placeholder), labels, ~drawn, queries, codes=codes, **common)
+
+
 def main(argv=None):
     config = train.settings_from(argv, DryRun, "python -m lab.dry_run", DRY)
     try:

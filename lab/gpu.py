@@ -30,8 +30,8 @@ import parts.decoding
 import train
 from formats.checkpoints import read_tensors, save_checkpoint, tensors_of
 from formats.weights import public_files
-from lab.dry_run import DryRun, rehearse
-from lab.speed import made_batch, released_loss, step_flops
+from lab.dry_run import DryRun, made_batch, rehearse
+from lab.speed import released_loss, step_flops
 from parts.kernels import kernel_for, try_lse
 from parts.settings import (
     InputError,

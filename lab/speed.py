@@ -28,6 +28,7 @@ import formats.weights
 import model
 import train
 from formats.datasets import FileSource, shuffled
+from lab.dry_run import made_batch
 from parts.loss import next_token_loss
 from parts.settings import machine, opt, parse, run_command, tell, write_json
 from parts.text import special_ids, token_ids
@@ -193,41 +194,19 @@ def compared(rivals, settings):
 TRAINED = {**WIDE, "vocab": 8000, "init_std": 0.02, "embed_std": 0.02, "context": 10_000}
 STEP_VARIANTS = {"plain": "next-token prediction", "aia": "NTP + AIA, fused",
                  "checkpointed": "NTP + AIA, recomputing layers", "explicit": "NTP + AIA, explicit attention",
-                 "released": "the released recipe"}
+                 "released": "the released recipe", "mixed": "next-token prediction, text and picture in turn",
+                 "mixed-aia": "NTP + AIA of both tasks"}
 # {tokens: variants that are timed several times, in turn}. One step in a fresh process gives the memory of every
 # variant, and the time of the others. At 8,192 tokens the two with maps do not fit: they are extrapolated.
-INTERLEAVED = {512: ("plain", "aia", "explicit", "released"), 1576: ("plain", "aia", "explicit", "released"),
+INTERLEAVED = {512: ("plain", "aia", "explicit", "released"),
+               1576: ("plain", "aia", "mixed", "mixed-aia", "explicit", "released"),
                3000: ("plain", "aia", "released"), 8192: ()}
 WITH_MAPS = ("explicit", "released")
 COSTS = ("seconds", "peak_gb", "above_weights_gb")
 
 
-def made_batch(c, task, samples, tokens, prompt):
-    """A batch as training makes it, of equally long samples of random words and codes. Emu3 draws after a prompt of so
-    many tokens, all labelled; Janus-Pro draws at the end, or (task "und") sees a picture and gives a long answer."""
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(5, min(400, c.vocab), (samples, tokens), generator=generator)     # (B, T), no special ids
-    position = torch.arange(tokens).expand(samples, -1)                                     # (B, T)
-    common = {"aia_valid": torch.ones(samples, dtype=torch.bool), "lengths": (tokens,) * samples}
-    if c.kind == "emu3":
-        condition = position < prompt
-        return data.Batch("gen", words, words, condition, ~condition, **common)
-    placeholder = c.ids["placeholder"]
-    if task == "und":
-        seen = position < c.picture_tokens
-        pixels = torch.rand(samples, 3, c.image_size, c.image_size, generator=generator)
-        return data.Batch("und", words.masked_fill(seen, placeholder), words.masked_fill(seen, -100), seen, ~seen,
-                          pixels=pixels, **common)
-    count = c.grid[0] * c.grid[1]
-    drawn = position >= tokens - count
-    codes = torch.randint(c.codebook, (samples, count), generator=generator)
-    labels = torch.full_like(words, -100).masked_scatter(drawn, codes)
-    queries = drawn & (position < tokens - 1)                                               # those that predict a code
-    return data.Batch("gen", words.masked_fill(drawn, placeholder), labels, ~drawn, queries, codes=codes, **common)
-
-
 class Step:
-    """One training step of train.py on one sample of `length` tokens, in one of five variants."""
+    """One training step of train.py on one sample of `length` tokens, in one of STEP_VARIANTS."""
 
     def __init__(self, variant, length, config=None):
         torch.manual_seed(0)
@@ -238,15 +217,16 @@ class Step:
         self.m = model.from_config(config).train()
         self.optimizer = train.make_optimizer(self.m, train.LARGE[0])
         self.targets = {task: aia.targets(config.layers, task) for task in aia.TASKS}
-        self.batch = made_batch(config, "gen", 1, length, length // 3)
-        self(made_batch(config, "gen", 1, 16, 5))    # makes the moments, warms up
+        task = "mixed" if variant.startswith("mixed") else "gen"
+        self.batch = made_batch(config, task, 1, length, length // 3)
+        self(made_batch(config, task, 1, 16, 5))     # makes the moments, warms up
 
     def __call__(self, batch=None):
         batch = batch or self.batch
         if self.variant == "released":
             released_loss(self.m, batch, *self.targets["gen"], weight=5.0).backward()
         else:
-            lambdas = None if self.variant == "plain" else {"gen": 5.0}
+            lambdas = None if self.variant in ("plain", "mixed") else {"gen": 5.0, "und": 5.0}
             train.accumulate(self.m, [batch], self.targets, lambdas)
         with train.updating(self.m, self.optimizer, 1.0):
             pass
@@ -283,7 +263,7 @@ def released_loss(m, batch, target, delta, weight):
 
 
 def bench_train(settings):
-    """Training steps in five variants, against transformers and matrix products; the loss head; padding."""
+    """Training steps in STEP_VARIANTS, against transformers and matrix products; the loss head; padding."""
     rows = step_costs(settings)
     cost = {(row["variant"], row["tokens"]): row for row in rows}
     exponent = {name: memory_exponent(rows, name) for name in STEP_VARIANTS}
@@ -294,6 +274,7 @@ def bench_train(settings):
     padding = padding_shares()
     plain, tuned, released = (cost[name, 3000] for name in ("plain", "aia", "released"))
     result = {"aia_time_1576": cost["aia", 1576]["seconds"] / cost["plain", 1576]["seconds"],
+              "mixed_aia_time_1576": cost["mixed-aia", 1576]["seconds"] / cost["mixed", 1576]["seconds"],
               "aia_time_3000": tuned["seconds"] / plain["seconds"],
               "aia_memory_3000": tuned["peak_gb"] / plain["peak_gb"],
               "released_time_3000": released["seconds"] / tuned["seconds"],

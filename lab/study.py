@@ -15,7 +15,7 @@ import numpy as np
 
 import aia
 import train
-from eval import ARMS, distance
+from eval import ARMS, MIXED_SCORES, distance
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
 from lab.figures import correlation
@@ -40,6 +40,7 @@ OFF = {"aia_weight": "off"}
 SETTINGS = {"half": {"preset": "tiny-half"}, "janus": {"preset": "tiny-janus"}, "words": {"shapes": 8, "colours": 8},
             "crowd": {"shapes": 6, "colours": 6, "objects": 4}}
 SETTINGS |= {f"{one}-crowd": SETTINGS[one] | SETTINGS["crowd"] for one in ("half", "janus")}
+MIXED_RATIO = train.SETTINGS_OF["tiny-mixed"]["ratio"]
 EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("und", "0:1"))}
 
 
@@ -80,7 +81,13 @@ def all_rows():
     for name, flags in SETTINGS.items():
         groups = {"half": "56", "janus": "46"}.get(name, "6")
         rows |= setting_rows(name, flags, groups)
-    return rows
+    # Pictures and text in turn, all from the beginning: what AIA, a second encoder and a fork make of it.
+    mixed = {name: {"preset": f"tiny-{name}", "ratio": MIXED_RATIO} for name in (
+        "mixed", "mixed-janus", "mixed-codes", "mixed-fork")}
+    rows |= arms_of("mixed", "7", mixed["mixed"], "", "")
+    rows["mixed+aia"] = replace(rows["mixed+aia"], start="mixed/before")
+    baselines = {"mixed-janus": "", "mixed-codes": "mixed-janus", "mixed-fork": "mixed"}
+    return rows | {name: Row("7", mixed[name] | OFF, "", base) for name, base in baselines.items()}
 
 
 ROWS = all_rows()
@@ -100,7 +107,7 @@ class Study:
     """Run the rows of the study that are not finished, and write tables of all finished ones. Stop it at any time; the
     same command goes on."""
 
-    rows: tuple = opt(("1", "2"), "groups 1 to 6, or names of rows")
+    rows: tuple = opt(("1", "2"), "groups 1 to 7, or names of rows")
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
     quick: bool = opt(False, "five rows of one seed: shows how it works, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
@@ -138,7 +145,7 @@ def chosen_rows(settings):
     if not settings.quick:
         names = [name for name, row in ROWS.items() if {name, *row.groups} & {*settings.rows}]
     if unknown or not names:
-        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 6, or some of {', '.join(ROWS)}")
+        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 7, or some of {', '.join(ROWS)}")
     if not (settings.seeds and all(seed.isdecimal() for seed in settings.seeds)):
         raise InputError(f"--seeds {' '.join(settings.seeds)}: give whole numbers")
     check_out(settings.out)
@@ -275,7 +282,8 @@ def mean_score(row):
 
 
 MEASURES = ("ntp", "aia_before", "aia", "distance")                             # of each task
-DETAILS = ("und_by_topic", "gen_by_skill", "reader", "psnr", "rss_gb")          # of a run; older ones may lack some
+DETAILS = ("und_by_topic", "gen_by_skill", "reader", "psnr", "rss_gb",          # of a run; some have not all
+           *MIXED_SCORES, "plain_by_skill", "plan_by_skill", "edit_by_kind", "story", "chance")
 COMPARED = {key: itemgetter(key) for key in ("und", "gen", "ntp_und", "ntp_gen")} | {"both": mean_score}
 
 
@@ -356,6 +364,19 @@ def between(experts, shared):
     return [und, -gen]
 
 
+def in_turn(row):
+    """Mean of the scores of pictures and text in turn."""
+    return float(np.mean([row[name] for name in ("edit", "consistent", "plan", "third")]))
+
+
+def planned(row):
+    """What a plan adds to colour attribution, and to the mean of all skills."""
+    skill = "colour attribution"
+    return [row["plan_by_skill"][skill] - row["plain_by_skill"][skill], row["plan"] - row["plain"]]
+
+
+MARGIN = 0.02                                   # a smaller loss counts as none
+
 # Claim, the rows it needs, and their number for each seed, above zero if the claim holds; or several such numbers.
 CLAIMS = (
     ("the two tasks' curves correlate negatively", ("unified",),
@@ -384,6 +405,15 @@ CLAIMS = (
     ("at half width forked beats shared", ("half+fork", "half"), better),
     ("forked beats shared", ("unifork-2", "unified"), better),
     ("forked beats shared of the same size", ("unifork", "wide"), better),
+    ("a plan improves colour attribution", ("mixed",), lambda row: planned(row)[0]),
+    ("a plan improves colour attribution (Janus-Pro)", ("mixed-janus",), lambda row: planned(row)[0]),
+    ("a plan improves the mean of all skills", ("mixed",), lambda row: planned(row)[1]),
+    ("AIA keeps what is done in turn (it loses less than 0.02)", ("mixed", "mixed+aia"),
+     lambda plain, tuned: in_turn(tuned) - in_turn(plain) + MARGIN),
+    ("a second encoder has to look again", ("mixed-janus", "mixed-codes"),
+     lambda looking, blind: in_turn(looking) - in_turn(blind)),
+    ("a fork costs what is done in turn", ("mixed", "mixed-fork"),
+     lambda shared, forked: in_turn(shared) - in_turn(forked)),
 )
 
 

@@ -46,6 +46,7 @@ class Cache:
 
     def __init__(self, lm, mask, new):
         c, like, device = lm.config, lm.embed_tokens.weight, mask.device
+        self.rotations = lm.rotations
         self.mask = F.pad(mask, (0, new), value=True)                           # (B, U): who is real in each column
         self.even = bool(mask.all())                # no row has a masked column so far: attention needs no mask
         self.used = 0                               # columns in use
@@ -53,11 +54,24 @@ class Cache:
         self.now, self.columns = None, None         # where the step under way writes: (first, end), and (new,)
         self.column = torch.zeros((), dtype=torch.long, device=device)          # the next one, where `whole`
         self.position = torch.zeros(len(mask), dtype=torch.long, device=device)         # of each row's next token
-        self.shape = (len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)
         # Of the layers that a task runs through, made when the prompts do. Zeros: a masked column weighs nothing, but
         # nothing times whatever lay in memory may be NaN.
-        self.k, self.v = (collections.defaultdict(lambda: like.new_zeros(self.shape)) for _ in range(2))
-        self.rope = lm.rotations(torch.arange(self.shape[2], device=device)[None])              # (1, 1, U, D) each
+        self.k, self.v = (collections.defaultdict(lambda: like.new_zeros(
+            len(mask), c.kv_heads, self.mask.shape[1], c.head_dim)) for _ in range(2))
+        self.rope = self.turns()
+
+    def turns(self):
+        """Rotations of as many positions as there are columns: (1, 1, U, D) each."""
+        return self.rotations(torch.arange(self.mask.shape[1], device=self.mask.device)[None])
+
+    def grow(self, used, more):
+        """Make room for more columns; `used` of those so far are in use. Recorded steps end here."""
+        self.used = used
+        self.mask = F.pad(self.mask, (0, more), value=True)
+        for held in (self.k, self.v):
+            for layer, columns in held.items():
+                held[layer] = F.pad(columns, (0, 0, 0, more))
+        self.rope = self.turns()
 
     def enter(self, new, moving=None):
         """Take the next `new` columns -> rotations (B or 1, 1, new, D), and who sees whom, as attention takes it.
@@ -208,6 +222,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # Pictures, words, or both in turn
 # ---------------------------------------------------------------------------------------------------------------------
 CLOSING = {"emu3": ("eof", "eoi"), "janus": ("eoi",)}           # what ends a picture, behind its last code or row end
+GROWTH = 256                                    # columns that a cache grows by
 ASK_EVERY = 4                                   # on a GPU: tokens between checks whether all answers have ended
 REPLAYED = ("cuda",)                            # devices on which a step is recorded once, then replayed ...
 REPLAY_FROM = 64                                # ... if an answer or a picture may have this many steps
@@ -291,24 +306,28 @@ class Decoding:
         return most - given
 
     def steps(self, mask, new, task, moving=None):
-        """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of up to `new`
-        tokens -> the last hidden state (rows, C), of a fork and task "mixed" of each branch. moving (rows,) bool: where
-        it is false when the function is called, a row stands still. After the prompts CUDA replays the function: a step
-        is 1,000 small kernels."""
+        """A function of embeddings (rows, T, C), first those of prompts with mask (rows, T) bool, then of `new` tokens,
+        or more -> the last hidden state (rows, C), of a fork and task "mixed" of each branch. moving (rows,) bool:
+        where it is false when the function is called, a row stands still. After the prompts CUDA replays the function:
+        a step is 1,000 small kernels."""
         cache = Cache(self.lm, mask, new)
-        replayed = None
+        used, replayed = 0, None
 
         def step(x):
             moves = moving if cache.used else None              # a prompt has a mask of its own
             return self.lm(x, cache=cache, moving=moves, task=task)[0][..., -1, :]              # (rows, C)
 
         def run(x):
-            nonlocal replayed
-            if replayed is None and cache.used and new >= REPLAY_FROM:
+            nonlocal used, replayed
+            if used + x.shape[1] > cache.mask.shape[1]:         # text and pictures in turn: who knows how many
+                cache.grow(used, max(GROWTH, x.shape[1]))
+                replayed = None
+            if replayed is None and used and new >= REPLAY_FROM and x.device.type in REPLAYED:
                 replayed = cache.recorded(step)
+            used += x.shape[1]
             with no_planning(x.device.type):
                 return (replayed or step)(x)
-        return run if mask.device.type in REPLAYED else step
+        return run
 
     def script(self, parts, size, opening, words, pictures, room, watch):
         """One answer of `generate`, written down as it would be read: yields "word" or "code", which is then drawn from
@@ -365,19 +384,15 @@ class Decoding:
         guided = 2 if guidance != 1 else 1
         top_k = self.config.top_k if top_k is None else top_k
         size = size or self.config.grid
-        look = self.config.picture_tokens + 2
-        self.room(mask, 1)
+        new = min(max_new_tokens, self.room(mask, 1))
         rows = len(ids) // guided
         answers = [[] for _ in range(rows)]
         scripts = [self.script(parts, size, opening, max_new_tokens, max_pictures,
                                self.config.context - int(mask[row * guided].sum()),
                                functools.partial(watch, row) if watch else lambda part: None)
                    for row, parts in enumerate(answers)]
-        longest = max_new_tokens + max_pictures * (len(opening) + size[0] * (size[1] + 1) + 2 + look)
-        longest = min(longest, self.config.context - int(mask.sum(1).min()))
         moving = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        # While some rows look at a picture, others wait.
-        step = self.steps(mask, longest + (rows - 1) * max_pictures * look, "mixed", moving if len(ids) > 1 else None)
+        step = self.steps(mask, new, "mixed", moving if len(ids) > 1 else None)
         x = self.embed_text(ids, pixels, codes, drawn)                          # (rows, T, C)
         wanted = [resume(script) for script in scripts]                         # what comes next in each row
         last = torch.zeros((), device=ids.device)

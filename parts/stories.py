@@ -23,7 +23,8 @@ from parts.world import (
     shown_combination,
 )
 
-STORIES = ("edit", "tell", "plan", "mend", "story")
+# The kinds of conversations, and how many of nine each has in training: edits take longest to learn.
+STORIES = {"edit": 3, "tell": 1, "plan": 2, "mend": 1, "story": 2}
 PLAN = "plan and draw: "                        # before a prompt: first say what will be drawn, then draw it
 MEND = "draw and check: "                       # before a prompt: draw, say what is there, draw again if it is wrong
 RIGHT, WRONG = ": yes", ": no"                  # what is said of a drawing, behind its description
@@ -130,6 +131,18 @@ def plan_of(scene, prompt):
     return describe(sorted(scene, key=lambda thing: prompt.find(thing.shape)))
 
 
+def scene_of(plan):
+    """The scene that a full description speaks of, None if it is none: the inverse of parts.world.describe."""
+    things = []
+    for part in plan.split(" and "):
+        article, colour, shape, *cell = [*part.split(), "", "", ""]
+        where = " ".join(cell).strip()
+        if article != "a" or where not in CELL_WORDS:
+            return None
+        things.append(Thing(shape, colour, CELL_WORDS.index(where)))
+    return in_order(things)
+
+
 def story_about(world, scene, rng, kind=None):
     """A conversation for training that begins with a scene; none of its pictures shows a held-out combination. kind:
     one of STORIES, by chance if not given."""
@@ -139,7 +152,7 @@ def story_about(world, scene, rng, kind=None):
     def question(of):
         asked = make_question(world, of, pick(rng, TOPICS), rng)
         return asked.text, asked.answer
-    kind = kind or pick(rng, STORIES)
+    kind = kind or pick(rng, [one for one, share in STORIES.items() for _ in range(share)])
     if kind == "plan":
         prompt = caption(scene, rng)
         return Story(((PLAN + prompt, f"{plan_of(scene, prompt)} <image>"),), (scene,))

@@ -16,6 +16,7 @@ from made_data import (
     ASKED,
     BYTES,
     DRAWN,
+    MIXED,
     PRESET,
     answer_of,
     both_kinds,
@@ -32,9 +33,11 @@ import data
 import formats.datasets
 import model
 from formats.datasets import Encoded, FileSource, Mixture, picture_key
-from formats.records import Record, conversation_parts
-from parts.pictures import load_picture
+from formats.records import RECORD_TASKS, Record, conversation_parts, pictures_asked
+from parts.kernels import span
+from parts.pictures import janus_picture, load_picture, siglip_picture
 from parts.settings import InputError
+from parts.stories import MEND, PLAN, STORIES, scene_of, story_about, story_sentences
 from parts.text import Text
 from parts.world import World, combinations, draw_scenes, read_scenes
 
@@ -48,18 +51,25 @@ def texts(both_texts):
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates and masks
 # ---------------------------------------------------------------------------------------------------------------------
-def check(task, pieces, *expected, labels=None):
+def check(task, pieces, *expected, codes=None, given=(), valid=True):
     """Compare one sample with its tokens written by hand: (token or tokens, mark) in order.
 
-    Marks: k key (condition), q trained and query, t trained only, . none of them.
+    Marks: k key (condition), q trained and query, t trained only, . none of them. Those of a mixed sample have two
+    letters, for generation and for understanding. codes (n, N): what Janus-Pro draws, all learned but those given.
     """
     flat = [(i, mark) for part, mark in expected for i in (part if isinstance(part, list) else [part])]
-    (ids, marks), batch = zip(*flat, strict=True), data.collate(task, [pieces], torch.tensor([True]), 0, codes=labels)
-    answer = iter(ids if labels is None else [None] * marks.index("q") + labels[0].tolist())
-    assert batch.tokens[0].tolist() == list(ids)
-    assert batch.labels[0].tolist() == [i if mark in "qt" else -100 for i, mark in zip(answer, marks, strict=True)]
-    assert batch.condition[0].tolist() == [mark == "k" for mark in marks]
-    assert batch.queries[0].tolist() == [mark == "q" for mark in marks]
+    (ids, marks), batch = zip(*flat, strict=True), data.collate(task, [pieces], torch.tensor([valid]), 0, codes=codes)
+    assert batch.tokens[0].tolist() == list(ids) and batch.aia_valid.any() == valid
+    for i, name in enumerate(batch.tasks):
+        labels, condition, queries = (batch.per_task(x)[i][0].tolist() for x in (
+            batch.labels, batch.condition, batch.queries))
+        own = [mark[i] for mark in marks]
+        right = [token for token, mark in zip(ids, own, strict=True) if mark in "qt"]
+        if name == "gen" and codes is not None:
+            right = [code for n, picture in enumerate(codes.tolist()) if n not in given for code in picture]
+        assert [label for label in labels if label != -100] == right
+        assert [label != -100 for label in labels] == [mark in "qt" for mark in own]
+        assert condition == [mark == "k" for mark in own] and queries == [mark == "q" for mark in own]
 
 
 def test_masks_of_emu3_generation(texts):
@@ -111,7 +121,7 @@ def test_masks_of_janus_generation(texts):
     pieces = data.JanusTemplate(PRESET["janus"], texts["janus"]).generation(" a red cross ", codes[0])
     check("gen", pieces, (ids["bos"], "k"), (ids["user"], "k"), (e(": a red cross\n\n"), "k"),
           (ids["assistant"], "k"), (e(":"), "k"), (ids["boi"], "."),
-          ([ids["placeholder"]] * 3, "q"), (ids["placeholder"], "t"), labels=codes)
+          ([ids["placeholder"]] * 3, "q"), (ids["placeholder"], "t"), codes=codes)
 
 
 def test_masks_of_janus_understanding(texts):
@@ -164,6 +174,124 @@ def world_records(task, n, turns=4):
     return [replace(record, turns=record.turns[:turns]) for record in records]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations in text and pictures
+# ---------------------------------------------------------------------------------------------------------------------
+STORY = [("a red cross", "<image>"), ("make it blue", "it is: <image>"), ("is it blue?", "yes it is")]
+TWO_ROWS, ONE_ROW = torch.tensor([[5, 9], [7, 2]]), torch.tensor([[1, 3]])               # codes of its two pictures
+
+
+def emu3_block(ids, text, codes, first, query, last):
+    """A picture of Emu3 by hand, with the marks of its begin, of its codes, and of the last one of each row."""
+    h, w = codes.shape
+    yield from ((ids["boi"], first), (list(text.encode(f"{h}*{w}")), ".."), (ids["img"], ".."))
+    for row in (codes + ids["visual"]).tolist():
+        yield from ((row[:-1], query), (row[-1], last), (ids["eol"], ".."))
+    yield [ids["eof"], ids["eoi"]], ".."
+
+
+def janus_block(ids, n, first, query, last, see="both"):
+    """A drawn picture of n codes of Janus-Pro by hand, and the second look at it: four tokens, keys of text alone."""
+    hole = ids["placeholder"]
+    drawn = [(ids["boi"], first), ([hole] * (n - 1), query), (hole, last), (ids["eoi"], "..")]
+    return drawn + [(ids["boi"], ".."), ([hole] * 4, ".k"), (ids["eoi"], "..")] * (see == "both")
+
+
+def test_masks_of_a_story_in_emu3(texts):
+    """Drawn codes ask about all words and are asked about by those that follow; both are trained.
+
+    Begin-of-image is trained, since the model decides to draw; it asks nothing, nor does the word before it. What
+    decoding forces (size, row ends, the end) is not trained. A stretch of an answer ends with EOS or a picture.
+    """
+    ids, e = texts["emu3"].ids, lambda text: list(texts["emu3"].encode(text))
+    template = data.Emu3Template(PRESET["emu3"], texts["emu3"])
+    first, second = (emu3_block(ids, texts["emu3"], codes, ".t", "qk", "tk") for codes in (TWO_ROWS, ONE_ROW))
+    check("mixed", template.conversation(conversation_parts(STORY, 2), [TWO_ROWS, ONE_ROW]),
+          (ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."), (e("a red cross"), "k."),
+          (e(". ASSISTANT:"), "k."), *first, (ids["eos"], "kt"),
+          (e(" USER: "), "k."), (e("make it blue"), "k."), (e(". ASSISTANT:"), "k."),
+          (e("it is:")[:-1], "kq"), (e("it is:")[-1], "kt"), *second, (ids["eos"], "kt"),
+          (e(" USER: "), "k."), (e("is it blue?"), "k."), (e(". ASSISTANT:"), "k."),
+          (e("yes it is"), "kq"), (ids["eos"], "kt"))
+
+
+@pytest.mark.parametrize("see", ["both", "codes"])
+def test_masks_of_a_story_in_janus(see, texts):
+    """As in Emu3, with codes for the labels of generation. The second look stands directly behind a drawn picture, and
+    is no more than keys; without it the codes are all that later text can look at. A space begins each stretch."""
+    ids, e = texts["janus"].ids, lambda text: list(texts["janus"].encode(text))
+    codes = torch.tensor([[5, 9, 7], [2, 1, 3]])
+    template = data.JanusTemplate(replace(PRESET["janus"], see=see), texts["janus"])
+    picture = janus_block(ids, 3, ".t", "qk", "tk", see)
+    check("mixed", template.conversation(conversation_parts(STORY, 2), codes),
+          (ids["bos"], "k."), (ids["user"], "k."), (e(": a red cross\n\n"), "k."), (ids["assistant"], "k."),
+          (e(":"), "k."), *picture, (ids["eos"], "kt"),
+          (ids["user"], "k."), (e(": make it blue\n\n"), "k."), (ids["assistant"], "k."), (e(":"), "k."),
+          (e(" it is:")[:-1], "kq"), (e(" it is:")[-1], "kt"), *picture, (ids["eos"], "kt"),
+          (ids["user"], "k."), (e(": is it blue?\n\n"), "k."), (ids["assistant"], "k."), (e(":"), "k."),
+          (e(" yes it is"), "kq"), (ids["eos"], "kt"), codes=codes)
+
+
+def test_words_before_any_picture_are_no_queries(texts):
+    """A plan has no picture to look at: its intensity is 0 whatever the model does, and would pull down the mean. It is
+    trained and looked at like all words, and those behind the picture ask as ever."""
+    text, e = texts["emu3"], lambda text: list(texts["emu3"].encode(text))
+    turns = conversation_parts([("a cross", "one cross: <image> it is red")], 1)
+    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [ONE_ROW]), (text.ids["bos"], "k."),
+          (e("You are a helpful assistant. USER: "), "k."), (e("a cross"), "k."), (e(". ASSISTANT:"), "k."),
+          (e("one cross:"), "kt"), *emu3_block(text.ids, text, ONE_ROW, ".t", "qk", "tk"), (e("it is red"), "kq"),
+          (text.ids["eos"], "kt"))
+    text, e = texts["janus"], lambda text: list(texts["janus"].encode(text))
+    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, [ONE_ROW]), (text.ids["bos"], "k."),
+          (text.ids["user"], "k."), (e(": a cross\n\n"), "k."), (text.ids["assistant"], "k."), (e(":"), "k."),
+          (e(" one cross:"), "kt"), *janus_block(text.ids, 2, ".t", "qk", "tk"), (e(" it is red"), "kq"),
+          (text.ids["eos"], "kt"), codes=ONE_ROW)
+
+
+def test_a_given_picture_is_looked_at_and_not_learned(texts):
+    """A wrong drawing that is to be mended must not teach to draw wrongly: neither its codes nor its begin."""
+    turns = conversation_parts([("a cross", "<image> it is red <image>")], 2)
+    text, e = texts["emu3"], lambda text: list(texts["emu3"].encode(text))
+    given, mended = (emu3_block(text.ids, text, codes, *marks) for codes, marks in (
+        (TWO_ROWS, ("..", ".k", ".k")), (ONE_ROW, (".t", "qk", "tk"))))
+    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [TWO_ROWS, ONE_ROW], (0,)),
+          (text.ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."), (e("a cross"), "k."),
+          (e(". ASSISTANT:"), "k."), *given, (e("it is red")[:-1], "kq"), (e("it is red")[-1], "kt"), *mended,
+          (text.ids["eos"], "kt"))
+    text, e = texts["janus"], lambda text: list(texts["janus"].encode(text))
+    codes = torch.tensor([[5, 9, 7], [2, 1, 3]])
+    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, codes, (0,)),
+          (text.ids["bos"], "k."), (text.ids["user"], "k."), (e(": a cross\n\n"), "k."), (text.ids["assistant"], "k."),
+          (e(":"), "k."), *janus_block(text.ids, 3, "..", ".k", ".k"),
+          (e(" it is red")[:-1], "kq"), (e(" it is red")[-1], "kt"), *janus_block(text.ids, 3, ".t", "qk", "tk"),
+          (text.ids["eos"], "kt"), codes=codes, given=(0,))
+
+
+def test_a_conversation_without_its_words_keeps_tags_and_pictures(texts):
+    """For guidance, the words of both sides go: Emu3 leaves them out, Janus-Pro has as many pads, which are attended.
+    Of what is left only the codes are learned."""
+    turns = conversation_parts([("see <image>", "so: <image> done"), ("red?", "yes")], 2)
+    text, e = texts["emu3"], lambda text: list(texts["emu3"].encode(text))
+    seen, drawn = (emu3_block(text.ids, text, codes, *marks) for codes, marks in (
+        (TWO_ROWS, ("..", ".k", ".k")), (ONE_ROW, ("..", "qk", "tk"))))
+    check("mixed", data.Emu3Template(PRESET["emu3"], text).conversation(turns, [TWO_ROWS, ONE_ROW], dropped=True),
+          (text.ids["bos"], "k."), (e("You are a helpful assistant. USER: "), "k."), *seen,
+          (e(". ASSISTANT:"), "k."), *drawn, (text.ids["eos"], ".."), (e(" USER: "), "k."), (e(". ASSISTANT:"), "k."),
+          (text.ids["eos"], ".."), valid=False)
+    text = texts["janus"]
+    ids, pads = text.ids, lambda said: [text.ids["pad"]] * len(text.encode(said))
+    seen = [(ids["boi"], ".."), ([ids["placeholder"]] * 4, ".k"), (ids["eoi"], "..")]
+    check("mixed", data.JanusTemplate(PRESET["janus"], text).conversation(turns, {1: ONE_ROW[0]}, dropped=True),
+          (ids["bos"], "k."), (ids["user"], "k."), (pads(": see "), "k."), *seen, (pads("\n\n"), "k."),
+          (ids["assistant"], "k."), (list(text.encode(":")), "k."), (pads(" so:"), "k."),
+          *janus_block(ids, 2, "..", "qk", "tk"), (pads(" done"), "k."), (ids["eos"], ".."),
+          (ids["user"], "k."), (pads(": red?\n\n"), "k."), (ids["assistant"], "k."), (list(text.encode(":")), "k."),
+          (pads(" yes"), "k."), (ids["eos"], ".."), codes=ONE_ROW, valid=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
 @both_kinds
 def test_a_dropped_prompt_is_invalid_for_aia_but_trained(kind, preparers):
     """Guidance needs pictures without a prompt. Emu3: an empty caption. Janus-Pro: pads from BOS to begin-of-image."""
@@ -226,12 +354,122 @@ def test_padding_changes_neither_labels_nor_masks(kind, task, preparers):
 
 
 @both_kinds
-@pytest.mark.parametrize("task", ["gen", "und"])
+@pytest.mark.parametrize("task", RECORD_TASKS)
 def test_a_batch_of_nothing_trains_nothing(kind, task, preparers):
-    """It only keeps a process in step with others: no label, no target, nothing valid, no sample to count."""
+    """It only keeps a process in step with others: no label, no target, nothing valid, no sample to count. But it runs
+    the modules that the others run: a mixed one draws and sees."""
     batch = preparers[kind].nothing(task)
     assert batch.task == task and (batch.labels == -100).all() and not batch.aia_valid.any()
     assert len(batch.targets) == len(batch.predicting) == sum(batch.lengths) == len(batch.origins) == 0
+    assert sum(batch.labelled) == 0 and len(batch.labelled) == len(batch.tasks)
+    if kind == "janus":
+        assert (batch.codes is not None, batch.pixels is not None) == (task != "und", task != "gen")
+
+
+MIXED_PRESETS = ("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork")
+
+
+def mixed_preparer(name, texts, **changes):
+    """A preparer for a tiny model of random weights that takes conversations."""
+    torch.manual_seed(0)
+    sizes = {"layers": 2, "width": 32, "fork_layer": int(name == "tiny-mixed-fork")}
+    m = model.build(name, **sizes | changes)
+    return data.Preparer(m, texts[m.config.kind])
+
+
+def story_records():
+    """A conversation of each kind about the drawn world."""
+    world = World(0)
+    stories = [story_about(world, world.scene(random(i)), random(i), kind) for i, kind in enumerate(STORIES)]
+    return [Record(kind, "mixed", story.turns, tuple(draw_scenes(story.scenes)), given=story.given)
+            for kind, story in zip(STORIES, stories, strict=True)]
+
+
+@pytest.mark.parametrize("name", MIXED_PRESETS)
+def test_a_conversation_is_the_same_alone_and_beside_others(name, texts):
+    """Beside longer ones it keeps its tokens, labels and masks for both tasks, and what it sees and draws; in the model
+    it has the same intensities, and losses are sums over samples."""
+    p, records = mixed_preparer(name, texts), story_records()
+    together, each = p.batch(records), [p.batch([record]) for record in records]
+    with torch.inference_mode():
+        out, own = p.m(together), [p.m(batch) for batch in each]
+    for i, alone in enumerate(each):
+        n = alone.tokens.shape[1]
+        for field, empty in (("tokens", p.text.ids["pad"]), ("labels", -100), ("condition", False), ("queries", False)):
+            row, other = getattr(together, field)[..., i, :], getattr(alone, field)[..., 0, :]
+            assert torch.equal(row[..., :n], other) and (row[..., n:] == empty).all(), field
+        assert torch.equal(together.aia_valid[:, i], alone.aia_valid[:, 0])
+        torch.testing.assert_close(out.intensity[:, i], own[i].intensity[:, 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.ntp, sum(one.ntp for one in own), rtol=1e-5, atol=0)
+    assert out.tokens == tuple(map(sum, zip(*(one.tokens for one in own), strict=True)))
+    assert out.intensity.shape == (2, len(records), 2) and (out.intensity[together.aia_valid] > 0).all()
+    assert len({batch.lengths for batch in each}) > 2 and together.aia_valid.any(1).all()
+    if p.config.kind == "janus":
+        assert torch.equal(together.codes, torch.cat([batch.codes for batch in each]))
+        seen = [batch.pixels for record, batch in zip(records, each, strict=True)
+                if p.config.see == "both" or pictures_asked(record)]
+        assert torch.equal(together.pixels, torch.cat(seen))
+
+
+@both_kinds
+def test_a_conversation_counts_for_both_tasks(kind, texts):
+    """Codes are generation's labels; words, ends and the begin of each picture are understanding's. A sample may be
+    valid for the one alone: nothing is said about the only picture of a plan."""
+    p = mixed_preparer({"emu3": "tiny-mixed", "janus": "tiny-mixed-janus"}[kind], texts)
+    pictures = draw_scenes(training_scenes(2))
+    plan = Record("plan", "mixed", (("a cross", "one cross: <image>"),), (pictures[1],))
+    batch = p.batch([Record("story", "mixed", tuple(STORY), tuple(pictures)), plan])
+    said = ["it is:", "yes it is", "one cross:"]
+    words = sum(len(p.text.encode(" " * (kind == "janus") + text)) for text in said)
+    assert batch.labelled == (3 * 16, words + 4 + 3)                            # ends of answers, begins of pictures
+    assert batch.aia_valid.tolist() == [[True, True], [True, False]] and batch.tasks == ("gen", "und")
+    codes = torch.cat([one.flatten() for one in p.codes([*pictures, pictures[1]])]) + p.text.ids.get("visual", 0)
+    drawn, spoken = batch.targets.split(batch.labelled)
+    assert torch.equal(drawn, codes)
+    assert torch.equal(spoken, batch.tokens.flatten()[batch.predicting[-len(spoken):] + 1])
+    assert batch.rectangle == tuple((*span(q), *span(k)) for q, k in zip(batch.queries, batch.condition, strict=True))
+
+
+@both_kinds
+def test_a_dropped_conversation_learns_its_pictures_alone(kind, texts):
+    """Guidance needs pictures that follow nothing but pictures; what it means for words, or for AIA, nobody asks."""
+    p = mixed_preparer({"emu3": "tiny-mixed", "janus": "tiny-mixed-janus"}[kind], texts)
+    records = story_records()
+    full, dropped = (p.batch(records, [random(i) for i in range(len(records))], drop) for drop in (0.0, 1.0))
+    assert full.aia_valid.any(1).all() and not dropped.aia_valid.any()
+    assert dropped.labelled == (full.labelled[0], 0)
+    assert torch.equal(dropped.targets, full.targets[:full.labelled[0]])
+    if kind == "janus":
+        assert dropped.lengths == full.lengths and torch.equal(dropped.pixels, full.pixels)
+
+
+def test_janus_sees_again_the_part_of_a_picture_that_it_has_drawn(texts):
+    """The picture tokenizer crops a photo to a square; a second look at the whole of it would show what the codes do
+    not, and what no drawing will ever have. A picture in a question is seen whole, on grey."""
+    p = mixed_preparer("tiny-mixed-janus", texts)
+    photo = random(0).integers(256, size=(40, 60, 3)).astype(np.uint8)
+    batch = p.batch([Record("edit", "mixed", (("<image>make it red", "<image>"),), (photo, photo))])
+    asked, again = batch.pixels
+    assert torch.equal(again, janus_picture(Image.fromarray(photo), p.config))
+    assert torch.equal(batch.codes, p.m.encode_images(again[None]))
+    assert torch.equal(asked, siglip_picture(Image.fromarray(photo), p.config))
+    assert not torch.equal(asked, again)
+    p = mixed_preparer("tiny-mixed-codes", texts)
+    batch = p.batch([Record("edit", "mixed", (("<image>make it red", "<image>"),), (photo, photo))])
+    assert torch.equal(batch.pixels, asked[None])
+
+
+def test_a_conversation_without_a_picture_to_see_runs_the_same_modules(texts):
+    """Processes that share out weights sum the gradients of the same modules, and another one may have a picture to
+    see: what no token stands for leaves the loss as it is, and has gradients of zero. Answering needs no such thing."""
+    p, (picture,) = mixed_preparer("tiny-mixed-codes", texts), draw_scenes(training_scenes(1))
+    record = Record("draw", "mixed", (("a cross", "<image>"), ("is it red?", "no")), (picture,))
+    batch = p.batch([record])
+    out = p.m(batch)
+    out.ntp.sum().backward()
+    assert batch.pixels.shape[0] == 1 and all(weight.grad.eq(0).all() for weight in p.m.aligner.parameters())
+    assert torch.equal(out.ntp, p.m(replace(batch, pixels=None)).ntp)
+    assert data.Preparer(p.m, p.text, training=False).pieces([record])[1]["pixels"] is None
 
 
 def test_attention_on_other_keys_is_looked_for_where_they_are(preparers):
@@ -294,6 +532,23 @@ def test_an_export_is_read_back_to_the_same_pictures(cell, tmp_path, capsys):
                        for asked, answer in record.turns)
 
 
+def test_an_export_may_hold_conversations(tmp_path, capsys):
+    """A third of the records, with all pictures that they show, in the order of their marks. Drawings that are to be
+    checked are left out: a file cannot say that a picture is not to be learned."""
+    data.main(["export", str(tmp_path / "world"), "--n", "60", "--mixed"])
+    source, world = FileSource(tmp_path / "world/train.jsonl", "emu3"), World(0)
+    assert [source.count(task) for task in RECORD_TASKS] == [20, 20, 20] and "60 records" in capsys.readouterr().out
+    told = source.records["mixed"]
+    assert {len(record.pictures) for record in told} == {1, 2, 3}
+    assert len([*(tmp_path / "world/pictures").iterdir()]) == 40 + sum(len(record.pictures) for record in told)
+    for record in told:
+        scenes, clear = read_scenes(np.stack([np.asarray(load_picture(one, "emu3")) for one in record.pictures]), world)
+        plan = scene_of(record.turns[0][1].removesuffix(" <image>"))            # None without one
+        assert clear.all() and not any(combinations(scene) & world.held_out for scene in scenes)
+        assert plan in (None, scenes[0]) and MEND not in record.turns[0][0]
+    assert sum(PLAN in record.turns[0][0] for record in told) > 1
+
+
 def use(file, p, on_bad_record):
     """Read a file and make a step of it, in which every record takes part: (bad records, places in the batches)."""
     source = FileSource(file, p.config.kind, on_bad_record)
@@ -326,14 +581,14 @@ def test_pictures_are_encoded_a_few_at_a_time(texts, monkeypatch):
 @both_kinds
 def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, saved, album, texts, tmp_path, capsys):
     """Frozen towers say the same each time: once stored, codes and features take the towers' place, bit for bit."""
-    (m, init), file = saved(kind), album(*ALBUM)
+    (m, init), file = saved(kind, see="codes"), album(*ALBUM, MIXED)
     encode(tmp_path / "codes", file, init, *["--features"] * (kind == "janus"))
     assert re.findall(r"(\w+): (\d) pictures encoded", capsys.readouterr().out) == \
-        ([("codes", "3")] if kind == "emu3" else [("codes", "1"), ("features", "2")])
+        ([("codes", "3")] if kind == "emu3" else [("codes", "2"), ("features", "2")])
     plain, stored = data.Preparer(m, texts[kind]), data.Preparer(m, texts[kind], encoded=Encoded(
         tmp_path / "codes", m))
     records = FileSource(file, kind).records
-    expected = {task: plain.batch(records[task]) for task in ("gen", "und")}
+    expected = {task: plain.batch(records[task]) for task in RECORD_TASKS}
     losses = {task: m(batch) for task, batch in expected.items()}
     m.encode_images = None                                      # whoever calls a tower now fails
     if kind == "janus":
@@ -342,6 +597,22 @@ def test_encoded_pictures_give_the_batches_that_encoding_on_the_way_gives(kind, 
         again = stored.batch(records[task])
         assert torch.equal(again.tokens, batch.tokens) and torch.equal(again.labels, batch.labels)
         assert torch.equal(m(again).ntp, losses[task].ntp) and torch.equal(m(again).intensity, losses[task].intensity)
+
+
+def test_a_second_look_takes_its_codes_from_a_store_and_looks_itself(saved, album, texts, tmp_path):
+    """Stored features are those of whole pictures, a drawn one is seen as it was drawn, even if it has features since
+    another record asks about it: the batch is that without a store."""
+    (m, init), file = saved("janus"), album(MIXED, entry("c.png", ("red?", "no")))
+    encode(tmp_path / "codes", file, init, "--features")
+    plain, stored = data.Preparer(m, texts["janus"]), data.Preparer(m, texts["janus"], encoded=Encoded(
+        tmp_path / "codes", m))
+    records = FileSource(file, "janus").records["mixed"]
+    expected = plain.batch(records)
+    m.encode_images = None                                      # whoever calls it now fails
+    again = stored.batch(records)
+    assert again.features is None and again.pixels.shape[0] == 2
+    for name in ("tokens", "labels", "pixels", "codes", "drawn"):
+        assert torch.equal(getattr(again, name), getattr(expected, name)), name
 
 
 def test_pictures_are_read_once_where_nothing_is_stored_of_them(saved, album, texts, tmp_path, monkeypatch):
@@ -453,6 +724,50 @@ def test_the_ratio_is_honoured_over_any_window(ratio, preparers):
     assert sum(len(b.tokens) for b in made if b.task == "gen") == before[4] - before[3]
 
 
+RATIOS = [(1, 1, 2), (2, 1, 1), (1, 0, 3), (0, 1, 1), (0, 0, 1), (1, 1, 0)]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_third_share_is_honoured_over_any_window(ratio):
+    """All samples of a step are shared out, and no window is more than one sample away from the ratio."""
+    before = [data.samples_before(step, 5, ratio) for step in range(40)]
+    for first, last in itertools.combinations(range(40), 2):
+        made = [before[last][task] - before[first][task] for task in RECORD_TASKS]
+        assert sum(made) == 5 * (last - first)
+        assert all(abs(n - sum(made) * share / sum(ratio)) < 1 for n, share in zip(made, ratio, strict=True))
+
+
+@pytest.mark.parametrize("mix", ["both", "drawn"])
+def test_a_third_share_of_nothing_changes_nothing(mix, preparers):
+    """Two numbers or three, the same samples in the same order: older runs go on as they were."""
+    source = data.WorldSource(World(0), 10, 0)
+    steps = [[(b.task, b.origins, b.tokens.tolist(), b.aia_valid.tolist()) for step in range(4) for b in data.Schedule(
+        source, preparers["emu3"], 0, 6, ratio, 2, 0.3, mix=mix).step(step)] for ratio in ((2, 1), (2, 1, 0))]
+    assert steps[0] == steps[1] and len(steps[0]) > 4
+
+
+@pytest.mark.parametrize("ratio", [(1, 1, 2), (0, 1, 3), (1, 0, 0)])
+def test_a_step_of_one_sort_draws_it_with_the_odds_of_the_ratio(ratio):
+    """As the released code mixes its tasks, with a third one. Which one a step has is drawn once, whatever follows."""
+    before = [data.samples_before(step, 5, ratio, drawn=7) for step in range(401)]
+    made = [{task: now[task] - then[task] for task in now} for then, now in itertools.pairwise(before)]
+    assert all(sorted(step.values()) == [0, 0, 5] for step in made)
+    for task, share in zip(RECORD_TASKS, ratio, strict=True):
+        assert before[400][task] / 2000 == pytest.approx(share / sum(ratio), abs=0.06)
+    assert before[400] != data.samples_before(400, 5, ratio, drawn=8) or ratio == (1, 0, 0)
+
+
+@both_kinds
+def test_conversations_have_micro_batches_of_their_own_behind_the_others(kind, texts):
+    """One task after the other, since processes wait for one another; each batch is of records of one sort."""
+    p = mixed_preparer({"emu3": "tiny-mixed", "janus": "tiny-mixed-janus"}[kind], texts)
+    batches = schedule(p, batch_size=12, ratio=(1, 1, 2), micro_batch=2).step(1)
+    assert [batch.task for batch in batches] == ["gen"] * 2 + ["und"] * 2 + ["mixed"] * 3
+    assert all(batch.labels.shape == (2, *batch.tokens.shape) for batch in batches[4:])
+    assert all(batch.labels.shape == batch.tokens.shape for batch in batches[:4])
+    assert all(place.startswith("world conversation") for batch in batches[4:] for place in batch.origins)
+
+
 @pytest.mark.parametrize("kind, share", [("emu3", 0.05), ("janus", 0.10)])
 def test_a_model_drops_the_share_of_prompts_that_its_authors_dropped(kind, share, preparers):
     """Guidance needs some, AIA cannot use them. No setting says how many, so a schedule must know by itself."""
@@ -462,12 +777,13 @@ def test_a_model_drops_the_share_of_prompts_that_its_authors_dropped(kind, share
 
 
 @both_kinds
-def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, preparers):
+@pytest.mark.parametrize("size, ratio", [(12, (1, 1)), (24, (1, 1, 2))])
+def test_a_step_has_the_same_samples_whatever_the_micro_batch(kind, size, ratio, preparers):
     """Records, words and dropped prompts follow from seed and position alone, so memory can be traded for time."""
     def samples(micro_batch):
         return [(b.task, place, tokens[:1 + int((tokens != pad).nonzero().max())].tolist(), bool(valid))
-                for b in schedule(preparers[kind], batch_size=12, micro_batch=micro_batch).step(2)
-                for place, tokens, valid in zip(b.origins, b.tokens, b.aia_valid, strict=True)]
+                for b in schedule(preparers[kind], batch_size=size, ratio=ratio, micro_batch=micro_batch).step(2)
+                for place, tokens, valid in zip(b.origins, b.tokens, b.per_task(b.aia_valid)[0], strict=True)]
     pad = preparers[kind].text.ids["pad"]
     assert sorted(samples(1)) == sorted(samples(4)) == sorted(samples(64))
     assert {valid for task, *_, valid in samples(64) if task == "gen"} == {True, False}
@@ -499,12 +815,13 @@ def test_processes_share_out_a_step(processes, preparers):
     """Each sample is one process's, and all meet the same tasks in turn, with empty hands if need be: they wait for
     one another."""
     source = data.WorldSource(World(0), 10, 0)
-    plans = [data.Schedule(source, preparers["emu3"], 0, 10, (1, 1), 2, rank=rank, processes=processes)
+    plans = [data.Schedule(source, preparers["emu3"], 0, 13, (5, 5, 3), 2, rank=rank, processes=processes)
              for rank in range(processes)]
     shares = [plan.groups(3) for plan in plans]
     assert len({tuple(task for task, _ in share) for share in shares}) == 1
-    for task in ("gen", "und"):
-        assert sorted(i for share in shares for name, group in share if name == task for i in group) == [*range(15, 20)]
+    for task, n in zip(RECORD_TASKS, (5, 5, 3), strict=True):
+        mine = sorted(i for share in shares for name, group in share if name == task for i in group)
+        assert mine == [*range(3 * n, 4 * n)]
 
 
 def test_a_fault_in_preparation_names_its_records(preparers, monkeypatch):
@@ -523,7 +840,7 @@ def test_epochs_and_seeds_differ_in_order_and_words(preparers):
     draws (its words, whether its prompt is dropped) it shares with no other."""
     source, n = data.WorldSource(World(0), 20, 0), 20
     orders, numbers, words = [], [], []
-    for seed, task in itertools.product((0, 1), ("gen", "und")):
+    for seed, task in itertools.product((0, 1), RECORD_TASKS):
         plan, bare = (data.Schedule(one, preparers["emu3"], seed, 6, (1, 1), 64) for one in (source, Numbered("a", n)))
         met = [plan.record(task, position)[0] for position in range(3 * n)]
         numbers += [bare.record(task, position)[1].random() for position in range(3 * n)]
@@ -537,6 +854,18 @@ def test_epochs_and_seeds_differ_in_order_and_words(preparers):
     assert data.WorldSource(World(0), n, 1).scenes != source.scenes
 
 
+@pytest.mark.parametrize("cell", [8, 16])
+def test_conversations_about_the_world_show_what_they_tell(cell):
+    """The pictures of a story are drawn from its scenes, whichever scene of the pool it begins with."""
+    world = World(0, cell=cell)
+    source = data.WorldSource(world, 12, 0)
+    for i, scene in enumerate(source.scenes):
+        record, story = source.record("mixed", i, random(i)), story_about(world, scene, random(i))
+        assert (record.task, record.turns, record.given) == ("mixed", story.turns, story.given)
+        scenes, clear = read_scenes(np.stack(record.pictures), world)
+        assert scenes == [*story.scenes] and clear.all() and scene in scenes
+
+
 def test_the_picture_tokenizer_learns_from_fuller_scenes():
     """Pictures of one to four things in any cells, half as many as those to talk about, and none of them held out."""
     source = data.WorldSource(World(0), 200, 0)
@@ -544,6 +873,17 @@ def test_the_picture_tokenizer_learns_from_fuller_scenes():
     assert len(scenes) == 100 and clear.all() and {*map(len, scenes)} == {1, 2, 3, 4}
     assert max(len({(thing.shape, thing.colour) for thing in scene}) for scene in scenes) == 4
     assert not any(combinations(scene) & source.world.held_out for scene in scenes)
+
+
+def test_a_tokenizer_of_conversations_knows_their_words(texts, tmp_path):
+    """The plain one spells "make" and "move"; with pieces for them a conversation is a fifth shorter. Special tokens
+    keep their ids, so weights of either preset fit."""
+    mixed, plain = data.train_tokenizer(tmp_path / "mixed.json", PRESET["emu3"], mixed=True), texts["emu3"]
+    lines = [text for said in story_sentences(World(3), 100) for text in said]
+    assert sum(len(mixed.encode(text)) for text in lines) < 0.8 * sum(len(plain.encode(text)) for text in lines)
+    for text in ("make the", "plan and draw", " to the top"):
+        assert len(mixed.encode(text)) == 1 < len(plain.encode(text)), text
+    assert mixed.ids == plain.ids
 
 
 class Numbered:
@@ -603,4 +943,10 @@ def test_a_missing_task_is_named_with_its_ratio(album, preparers):
     source = FileSource(album(DRAWN), "emu3")
     with pytest.raises(InputError, match="no record for task 'und'.*--ratio 1:0"):
         data.Schedule(source, preparers["emu3"], 0, 4, (1, 1), 4)
+    with pytest.raises(InputError, match="no mixed record: add some, or train with --ratio 1:0$"):
+        data.Schedule(source, preparers["emu3"], 0, 4, (1, 0, 1), 4)
     assert {b.task for b in data.Schedule(source, preparers["emu3"], 0, 4, (1, 0), 4).step(0)} == {"gen"}
+    source = FileSource(album(DRAWN, MIXED), "emu3")
+    with pytest.raises(InputError, match="no record for task 'und': add some, or train with --ratio 1:0:1$"):
+        data.Schedule(source, preparers["emu3"], 0, 4, (1, 1, 1), 4)
+    assert {b.task for b in data.Schedule(source, preparers["emu3"], 0, 4, (1, 0, 1), 4).step(0)} == {"gen", "mixed"}
