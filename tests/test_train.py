@@ -54,9 +54,12 @@ from parts.vision import fill_codebook
 from parts.world import SHAPES, World
 
 ROOT = Path(__file__).parent.parent
+MIXED = {"tiny-mixed-janus": (1, 1, 2), "tiny-mixed-codes": (1, 1, 2), "tiny-mixed-fork": (1, 1, 2)}       # ratios
 SMALL = {name: replace(model.PRESETS[name], layers=2, width=64, ffn=64, heads=2, kv_heads=1, vit_width=32, vit_ffn=32,
-                       vit_layers=1) for name in NAMES}
+                       vit_layers=1) for name in (*NAMES, *MIXED)}
 SMALL["tiny-unifork"] = replace(SMALL["tiny-emu3"], layers=4, fork_layer=2)
+SMALL["tiny-mixed-fork"] = replace(SMALL["tiny-mixed-fork"], layers=4)
+each_mixed = pytest.mark.parametrize("name", MIXED)
 TRAIN_TOKENIZER = data.train_tokenizer
 
 
@@ -65,10 +68,11 @@ def texts(tmp_path_factory):
     """Tokenizers made once; while this module runs, the tiny presets are smaller and take these tokenizers."""
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
     for name, config in SMALL.items():
-        made[name] = data.train_tokenizer(folder / f"{name}.json", config)
+        made[name] = data.train_tokenizer(folder / f"{name}.json", config, mixed=name in MIXED)
 
     def ready_made(file, config, world=None, mixed=False):
-        return Text(shutil.copy(made[f"tiny-{config.kind}"].file, file), config.kind)
+        name = {"emu3": "tiny-mixed-fork", "janus": "tiny-mixed-janus"} if mixed else {}
+        return Text(shutil.copy(made[name.get(config.kind, f"tiny-{config.kind}")].file, file), config.kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "train_tokenizer", ready_made)
         for name, config in SMALL.items():
@@ -80,7 +84,7 @@ def progress(m, text, phase, **changes):
     """A phase at its first step."""
     run = SimpleNamespace(m=m, phases=[phase], source=data.WorldSource(World(0), 16, 0), targets=TARGETS, device="cpu",
                           preparer=data.Preparer(m, text), config=settings("none", **changes), sharded=lambda: False,
-                          autocast=contextlib.nullcontext, ratio_of=lambda phase: train.Run.ratio_of(run, phase))
+                          autocast=contextlib.nullcontext)
     return train.Progress(run, 0, None)
 
 
@@ -90,8 +94,8 @@ def unscored(monkeypatch):
     monkeypatch.setattr(train, "finish", lambda run: run)
 
 
-def schedule(m, text, batch_size=8, micro_batch=64, drop=0.0):
-    return data.Schedule(data.WorldSource(World(0), 16, 0), data.Preparer(m, text), 0, batch_size, (1, 1),
+def schedule(m, text, batch_size=8, micro_batch=64, drop=0.0, ratio=(1, 1)):
+    return data.Schedule(data.WorldSource(World(0), 16, 0), data.Preparer(m, text), 0, batch_size, ratio,
                          micro_batch, drop)
 
 
@@ -1259,7 +1263,8 @@ def test_aia_reaches_both_factors_of_lora(name, texts):
 LAYOUTS = [(4, "tiny-janus", "ddp", 0, 0), (4, "tiny-janus", "fsdp", 0, 0), (4, "tiny-janus", "hsdp", 2, 0),
            (2, "tiny-janus", "ddp", 0, 0), (2, "tiny-janus", "fsdp", 0, 0), (2, "tiny-emu3", "fsdp", 0, 0),
            (2, "tiny-janus", "fsdp", 0, 4), (2, "tiny-emu3", "ddp", 0, 4), (2, "tiny-unifork", "fsdp", 0, 0),
-           (2, "tiny-unifork", "ddp", 0, 0)]
+           (2, "tiny-unifork", "ddp", 0, 0), (4, "tiny-mixed-codes", "fsdp", 0, 0),
+           (2, "tiny-mixed-janus", "ddp", 0, 0), (2, "tiny-mixed-fork", "fsdp", 0, 0)]
 
 
 def gathered(x):
@@ -1281,18 +1286,18 @@ def shared_out(name, config, node=None):
     return m, net, train.make_optimizer(m, phase)
 
 
-def twenty_steps(m, net, optimizer, text):
+def twenty_steps(m, net, optimizer, text, ratio=(1, 1)):
     """Losses and AIA of ten steps of 7 samples and ten of one task each, the gradients of the first, and the weights
     at the end; all whole."""
     def plan(mix):
-        return data.Schedule(data.WorldSource(World(0), 16, 0), data.Preparer(m, text), 0, 7, (1, 1), 2, 0.3,
+        return data.Schedule(data.WorldSource(World(0), 16, 0), data.Preparer(m, text), 0, 7, ratio, 2, 0.3,
                              rank=rank(), processes=processes(), mix=mix)
     both, drawn, losses, first = plan("both"), plan("drawn"), [], None
     targets = {task: aia.targets(m.config.layers, task) for task in aia.TASKS}
     for step in range(20):
         sums = train.accumulate(net, (both if step < 10 else drawn).step(step), targets, {"gen": 20.0, "und": 30.0})
         metrics = train.metrics_of(sums)
-        losses.append([metrics.get(task, {}).get(key, 0.0) for task in aia.TASKS for key in ("ntp", "aia")])
+        losses.append([metrics.get(task, {}).get(key) or 0.0 for task in aia.TASKS for key in ("ntp", "aia")])
         first = first or {name: gathered(p.grad) for name, p in m.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
@@ -1309,10 +1314,11 @@ def one_of_several(rank, world, files, folder):
             config = train.TrainConfig(parallel=parallel, lora_rank=lora,
                                        checkpoint_activations=name == "tiny-emu3")
             m, net, optimizer = shared_out(name, config, node)
-            found = twenty_steps(m, net, optimizer, Text(Path(files[name]), model.PRESETS[name].kind))
+            text = Text(Path(files[name]), model.PRESETS[name].kind)
+            found = twenty_steps(m, net, optimizer, text, MIXED.get(name, (1, 1)))
             if rank == 0:
                 torch.save(found, f"{folder}/{world}-{name}-{parallel}-{lora}.pt")
-        if (n, world, parallel) == (4, 4, "fsdp"):
+        if (n, world, name, parallel) == (4, 4, "tiny-janus", "fsdp"):
             save_checkpoint(tensors_of(m, optimizer), {"config": vars(m.config), "dtype": "float32"},
                             Path(folder) / "four", group=dist.new_group(backend="gloo")).result()
     if world == 2:
@@ -1379,7 +1385,7 @@ def test_results_do_not_depend_on_the_layout(world, name, parallel, node, lora, 
     gradients without any error."""
     m, *rest = shared_out(name, train.TrainConfig(lora_rank=lora))
     moving, start = "lm.layers.0.self_attn.o_proj.lora_b" if lora else "lm.norm.weight", copy.deepcopy(m.state_dict())
-    losses, first, last = twenty_steps(m, *rest, texts[name])
+    losses, first, last = twenty_steps(m, *rest, texts[name], MIXED.get(name, (1, 1)))
     losses_here, first_here, last_here = torch.load(layouts / f"{world}-{name}-{parallel}-{lora}.pt")
     same_gradients(first_here, first, 1e-5)
     torch.testing.assert_close(losses_here, losses, rtol=1e-4, atol=0)
