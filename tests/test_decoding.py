@@ -129,14 +129,21 @@ def stand_in(monkeypatch):
     record, graphs = Recorded.record, []
 
     def recorded(self, x):
+        before = [part.clone() for part in self.state]
+
+        @contextlib.contextmanager
+        def recording(graph):                       # on a GPU nothing runs meanwhile: the same columns once more
+            for part, value in zip(self.state, before, strict=True):
+                part.copy_(value)
+            yield
+        monkeypatch.setattr(torch.cuda, "graph", recording)
         graph, given, out = record(self, x)
         graph.step, graph.ends = self.step, (given, out)
         graphs.append(tuple(x.shape))
         return graph, given, out
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
     for attribute, value in {"Stream": stream, "current_stream": stream, "CUDAGraph": Graph,
-                             "stream": lambda aside: contextlib.nullcontext(),
-                             "graph": lambda graph: contextlib.nullcontext()}.items():
+                             "stream": lambda aside: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, attribute, value)
     monkeypatch.setattr(Recorded, "record", recorded)
     return graphs
@@ -442,9 +449,10 @@ def test_text_and_pictures_in_turn_equal_full_passes(how, guidance):
 
 @each_mixed
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_each_row_of_a_batch_goes_on_as_it_would_alone(how, guidance):
-    """One writes while another draws or looks: whoever has nothing to do stands still."""
+def test_each_row_of_a_batch_goes_on_as_it_would_alone(how, guidance, monkeypatch):
+    """One writes while another draws or looks: whoever has nothing to do stands still. The cache grows meanwhile."""
     m = talker(how)
+    monkeypatch.setattr(decoding, "GROWTH", 3)
     together = said_by(m, TALKS, guidance)
     assert together == [said_by(m, [turns], guidance)[0] for turns in TALKS]
     kinds = [[isinstance(one, tuple) for one in in_turn(parts)] for parts in together]
@@ -520,16 +528,18 @@ def test_an_answer_without_pictures_is_that_of_generate_text(how):
 @each_mixed
 def test_recorded_steps_go_on_the_same(how, guidance, replayed, monkeypatch):
     """Which rows move is read anew in each of them; a second look, of which all columns come at once, has a recording
-    of its own."""
+    of its own. Where the cache grows, all are recorded anew."""
     m = talker(how)
     before = said_by(m, TALKS, guidance)
     graphs = stand_in(monkeypatch) if replayed else []
     monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
     monkeypatch.setattr(decoding, "REPLAY_FROM", 1)
+    monkeypatch.setattr(decoding, "GROWTH", 9)
     assert said_by(m, TALKS, guidance) == before
     rows = len(TALKS) * (2 if guidance != 1 else 1)
-    looks = [(rows, 6, 96)] if how in ("janus", "janus fork") else []
-    assert graphs == ([(rows, 1, 96), *looks] if replayed else [])
+    looks = {(rows, 6, 96)} if how in ("janus", "janus fork") else set()
+    assert {*graphs} == ({(rows, 1, 96)} | looks if replayed else set())
+    assert not replayed or graphs.count((rows, 1, 96)) > 1
 
 
 def test_the_second_look_sees_what_a_user_is_shown(monkeypatch):

@@ -45,6 +45,7 @@ from formats.checkpoints import (
     tensors_of,
 )
 from formats.datasets import FileSource
+from formats.records import RECORD_TASKS
 from parts.lock import held
 from parts.pictures import to_tensor
 from parts.processes import processes, rank
@@ -103,10 +104,14 @@ TARGETS = {task: aia.targets(2, task) for task in aia.TASKS}
 OFF = aia.LAMBDAS["off"]
 
 
+def targets_of(m):
+    return {task: aia.targets(m.config.layers, task) for task in aia.TASKS}
+
+
 def gradients(m, batches, weights):
     """{parameter: gradient} and metrics of one step."""
     m.zero_grad()
-    metrics = train.metrics_of(train.accumulate(m, batches, TARGETS, weights))
+    metrics = train.metrics_of(train.accumulate(m, batches, targets_of(m), weights))
     return {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}, metrics
 
 
@@ -153,6 +158,62 @@ def test_micro_batches_change_memory_not_the_gradient(name, texts):
         same_gradients(gradient, expected)
         for task in aia.TASKS:
             torch.testing.assert_close(again[task], metrics[task], rtol=1e-5, atol=0)       # float32 sums
+
+
+@each_mixed
+def test_micro_batches_of_conversations_change_memory_not_the_gradient(name, texts):
+    """They are samples of both tasks, and each task is divided by what the whole step has of it."""
+    start, results = fresh(name, embed_std=0.1), []
+    for micro_batch in (8, 3):
+        batches = schedule(start, texts[name], 16, micro_batch, 0.3, MIXED[name]).step(0)
+        assert [batch.task for batch in batches] == (
+            ["gen", "und", "mixed"] if micro_batch == 8 else ["gen"] * 2 + ["und"] * 2 + ["mixed"] * 3)
+        results.append(gradients(*exact(start, batches), {"gen": 20.0, "und": 30.0}))
+    (expected, metrics), (gradient, again) = results
+    same_gradients(gradient, expected)
+    for task in aia.TASKS:
+        torch.testing.assert_close(again[task], metrics[task], rtol=1e-5, atol=0)           # float32 sums
+
+
+@each_mixed
+def test_a_step_of_all_sorts_is_one_sum_for_each_task(name, texts):
+    """Whatever a sample is, its codes, words and intensities join those of the same task: a mean over label tokens, and
+    one over valid samples, written out sample by sample."""
+    start = fresh(name, embed_std=0.1)
+    m, batches = exact(start, schedule(start, texts[name], 16, 3, 0.3, MIXED[name]).step(0))
+    gradient, metrics = gradients(m, batches, {"gen": 20.0, "und": 30.0})
+    m.zero_grad()
+    for i, (task, weight) in enumerate({"gen": 20.0, "und": 30.0}.items()):
+        losses, tokens, pulls = [], 0, []
+        for batch in batches:
+            if batch.task not in (task, "mixed"):
+                continue
+            out, mixed = m(batch), batch.task == "mixed"
+            labels, valid, intensity = ((x[i] if mixed else x) for x in (batch.labels, batch.aia_valid, out.intensity))
+            losses.append(out.ntp[i] if mixed else out.ntp)
+            tokens += int((labels[:, 1:] != -100).sum())
+            pulls += [aia.loss(row[None], *targets_of(m)[task], torch.ones(1).bool()) for row in intensity[valid]]
+        ntp, pull = sum(losses) / tokens, sum(pulls) / len(pulls)
+        (ntp + weight * pull).backward()
+        assert metrics[task]["ntp"] == pytest.approx(ntp.item(), rel=1e-5)
+        assert metrics[task]["aia"] == pytest.approx(pull.item(), rel=1e-5)
+    same_gradients(gradient, {key: p.grad for key, p in m.named_parameters() if p.grad is not None})
+
+
+@each_mixed
+def test_conversations_without_aia_are_plain_next_token_prediction_bit_for_bit(name, texts):
+    """With weight 0, and where nothing is measured: codes by the head of codes, words by that of words, no more."""
+    m = fresh(name, attention="explicit")
+    batches = schedule(m, texts[name], 8, 2, 0.3, MIXED[name]).step(0)
+    total = train.counts(batches)
+    m.zero_grad()
+    for batch in batches:
+        out, loss = m(batch, intensity=False), 0.0
+        for i, task in enumerate(aia.TASKS if batch.task == "mixed" else [batch.task]):
+            loss = loss + (out.ntp[i] if batch.task == "mixed" else out.ntp) / total[task][0]
+        loss.backward()
+    plain = {key: p.grad.clone() for key, p in m.named_parameters() if p.grad is not None}
+    assert equal(gradients(m, batches, OFF)[0], plain) and equal(gradients(m, batches, None)[0], plain)
 
 
 @both_models
@@ -260,13 +321,15 @@ def test_aia_moves_the_intensity_towards_its_target(name, task, texts):
 # ---------------------------------------------------------------------------------------------------------------------
 # lambda and learning rate
 # ---------------------------------------------------------------------------------------------------------------------
-@both_models
-def test_calibration_gives_the_ratio_on_its_batches(name, texts):
-    """lambda = NTP / (rho AIA) with means over the batches that it measured; nothing is updated meanwhile."""
+@pytest.mark.parametrize("name, ratio", [*((name, (1, 1)) for name in NAMES), *MIXED.items(),
+                                         ("tiny-mixed-fork", (0, 0, 1))])
+def test_calibration_gives_the_ratio_on_its_batches(name, ratio, texts):
+    """lambda = NTP / (rho AIA) with means over the batches that it measured, of all sorts of samples together; nothing
+    is updated meanwhile."""
     m = fresh(name)
-    weights, plan = copy.deepcopy(m.state_dict()), schedule(m, texts[name], drop=0.3)
+    weights, plan = copy.deepcopy(m.state_dict()), schedule(m, texts[name], drop=0.3, ratio=ratio)
     config = train.TrainConfig(preset=name, calibration=3, rho=7.0)
-    found = train.calibrate(m, plan, TARGETS, config, torch.enable_grad)
+    found = train.calibrate(m, plan, targets_of(m), config, torch.enable_grad)
     assert equal(m.state_dict(), weights) and all(p.grad is None for p in m.parameters())
     rows = [gradients(m, plan.step(step), OFF)[1] for step in range(3)]
     for task in aia.TASKS:
@@ -583,6 +646,29 @@ def test_five_steps_resume_five_steps_equal_ten(whole, tmp_path, unscored, monke
     same_run(config.out, again.out)
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds)               # of training, those before a resume included
+
+
+@pytest.mark.parametrize("name, seed", [("tiny-mixed-fork", 0), ("tiny-mixed-codes", 1)])
+def test_a_run_on_conversations_stops_and_goes_on_the_same(name, seed, tmp_path, unscored, monkeypatch):
+    """In the middle of joint training, and of tuning with AIA: their order and words follow from seed and step too."""
+    given = {"name": name, "steps": 4, "batch_size": 8, "ratio": "1:1:2", "seed": seed}
+    seen, accumulate, report = [], train.accumulate, train.report_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate", lambda net, batches, *rest, **named: seen.append(
+            [batch.task for batch in batches]) or accumulate(net, batches, *rest, **named))
+        train.train(settings(tmp_path / "whole", **given))
+    assert seen == [["und"]] * 4 + [["gen", "und", "mixed"]] * (4 + 1 + 4)                  # one batch calibrates
+    for index in (2, 3):
+        def pressed(now, step, *rest, stop=(index, 1)):
+            if (now.index, step) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return report(now, step, *rest)
+        monkeypatch.setattr(train, "report_step", pressed)
+        with pytest.raises(train.Stop):
+            train.train(settings(tmp_path / "parts", **given, resume=index > 2))
+        assert newest_checkpoint(tmp_path / "parts")[1]["step"] == 2
+    train.train(settings(tmp_path / "parts", **given, resume=True))
+    same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_run_killed_between_stages_goes_on_the_same(whole, tmp_path, unscored, monkeypatch):
@@ -1293,7 +1379,7 @@ def twenty_steps(m, net, optimizer, text, ratio=(1, 1)):
         return data.Schedule(data.WorldSource(World(0), 16, 0), data.Preparer(m, text), 0, 7, ratio, 2, 0.3,
                              rank=rank(), processes=processes(), mix=mix)
     both, drawn, losses, first = plan("both"), plan("drawn"), [], None
-    targets = {task: aia.targets(m.config.layers, task) for task in aia.TASKS}
+    targets = targets_of(m)
     for step in range(20):
         sums = train.accumulate(net, (both if step < 10 else drawn).step(step), targets, {"gen": 20.0, "und": 30.0})
         metrics = train.metrics_of(sums)
@@ -1475,14 +1561,15 @@ def test_held_out_losses_come_every_so_often(own, tmp_path, unscored, capsys):
 
 @both_models
 def test_no_prompt_of_held_out_records_is_dropped(name, texts, monkeypatch):
-    """Losses are those of whole samples, the same each time: 32 of a task where there are so many."""
+    """Losses are those of whole samples, the same each time: 32 of each sort where there are so many."""
     monkeypatch.setattr(data, "DROP", dict.fromkeys(data.DROP, 1.0))
     config = train.TrainConfig(preset=name, micro_batch=16)
     run = SimpleNamespace(val=data.WorldSource(World(0), 40, 0), config=config, bad=[],
                           preparer=data.Preparer(fresh(name), texts[name]))
     batches = train.held_batches(run)
-    assert [(batch.task, len(batch.tokens)) for batch in batches] == [("gen", 16)] * 2 + [("und", 16)] * 2
-    assert all(batch.aia_valid.all() for batch in batches)
+    assert [(batch.task, len(batch.tokens)) for batch in batches] == [(task, 16) for task in RECORD_TASKS for _ in "12"]
+    assert all(batch.aia_valid.all() for batch in batches[:4])
+    assert all((batch.labels[1] != -100).any(1).all() for batch in batches[4:])         # dropped: codes only
 
 
 def test_a_bad_held_out_record_is_told_at_the_start(own, tmp_path, unscored):
