@@ -6,6 +6,7 @@ the manner of POPE, MME and MMBench. Everything is asked about held-out combinat
     python eval.py score    --checkpoint runs/tiny-emu3-seed0
     python eval.py generate --checkpoint runs/tiny-emu3-seed0 --prompt "a red circle above a blue square" --out red.png
     python eval.py chat     --checkpoint runs/tiny-emu3-seed0 --image red.png --question "is there a circle?"
+    python eval.py generate --checkpoint runs/tiny-mixed-seed0 --image red.png --prompt "make the circle blue"
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py check    Janus-Pro-7B              # does this code read a folder of public weights rightly?
     python eval.py score pope --data POPE --preds answers.jsonl --out scores/pope

@@ -28,9 +28,22 @@ import parts.terminal
 import train
 from formats.checkpoints import save_checkpoint, tensors_of
 from parts import decoding
-from parts.pictures import to_picture, to_tensor
+from parts.pictures import Drawn, to_picture, to_tensor
 from parts.settings import InputError, write_json
-from parts.world import CELL_SIDE, CELLS, GRID, TOPICS, Thing, World, combinations, draw_scenes, read_scenes
+from parts.stories import MEND, PLAN, RIGHT, edits, scene_of
+from parts.world import (
+    CELL_SIDE,
+    CELLS,
+    GRID,
+    TOPICS,
+    Thing,
+    World,
+    combinations,
+    describe,
+    draw_scenes,
+    make_question,
+    read_scenes,
+)
 
 
 def result_of(capsys):
@@ -483,7 +496,7 @@ def test_chat_prints_the_models_answer(name, runs, capsys):
     (("--temperature", 0.7, "--top-p", 0.4, "--seed", 5, "--max-new-tokens", 3), (3, 0.7, 0.4, 5))])
 def test_flags_of_a_chat_reach_the_model(flags, how, runs, monkeypatch):
     """How words are drawn: greedily, unless a flag asks for more."""
-    seen = watched(monkeypatch, model.Unified, "generate_text")
+    seen = watched(monkeypatch, model.Unified, "generate")
     command("chat", "--checkpoint", runs["tiny-emu3"], "--question", "what?", *flags)
     one, = seen
     assert (one.max_new_tokens, one.temperature, one.top_p, one.generator.initial_seed()) == how
@@ -712,3 +725,175 @@ def test_pictures_of_another_size_are_not_scored_on_the_world(runs, monkeypatch)
     monkeypatch.setattr(evaluation, "score_both", None)
     with pytest.raises(InputError, match="draws pictures of another size than those of the built-in world"):
         evaluation.score_world(evaluation.ScoreWorld(checkpoint=str(runs["tiny-emu3"])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and text in turn
+# ---------------------------------------------------------------------------------------------------------------------
+class Oracle:
+    """Does what it is asked in the drawn world, in place of evaluation.reply; `spoil` may change what it draws."""
+
+    def __init__(self, monkeypatch, world, spoil=lambda number, scene: scene):
+        self.world, self.spoil, self.goals, self.asked = world, spoil, {}, []
+        inner = evaluation.prompt_text
+
+        def remember(goal, rng):
+            text = inner(goal, rng)
+            self.goals[text] = goal
+            return text
+        monkeypatch.setattr(evaluation, "prompt_text", remember)
+        monkeypatch.setattr(evaluation, "reply", self.reply)
+
+    def scene_for(self, prompt):
+        """A scene that shows what a prompt asks for: one of the world's own, or one that is described completely."""
+        if prompt not in self.goals:
+            return scene_of(prompt)
+        rng = np.random.default_rng(0)
+        while True:
+            scene, goal = self.world.held_out_scene(self.goals[prompt][0], rng)
+            if goal == self.goals[prompt]:
+                return scene
+
+    def draw(self, number, scene):
+        return Drawn(torch.zeros(4, 4), draw_scenes([self.spoil(number, scene)])[0])
+
+    def reply(self, m, text, records, **how):
+        return [self.answer(record) for record in records]
+
+    def answer(self, record):
+        self.asked.append(record)
+        asked, number = record.turns[-1][0].removeprefix("<image>"), len(record.turns) - 1
+        shown = [one.pixels if isinstance(one, Drawn) else one for one in record.pictures]
+        before = read_scenes(np.stack(shown), self.world)[0][-1] if shown else ()
+        changed = {said: result for some in edits(self.world, before).values() for said, result in some.items()}
+        if asked in changed:
+            return [self.draw(number, changed[asked])]
+        if shown:
+            return [truth(self.world, before, asked) if before else "nothing to see"]
+        kind = next((one for one in (PLAN, MEND) if asked.startswith(one)), "")
+        scene = self.scene_for(asked.removeprefix(kind))
+        if kind == PLAN:
+            return [describe(scene), self.draw(number, scene)]
+        return [self.draw(number, scene), *([describe(scene) + RIGHT] if kind else [])]
+
+
+def truth(world, scene, asked):
+    """The answer to a question about a scene: what it is when the world asks the same."""
+    for seed in range(10_000):
+        rng = np.random.default_rng(seed)
+        question = make_question(world, scene, TOPICS[seed % len(TOPICS)], rng)
+        if question.text == asked:
+            return question.answer
+    raise AssertionError(asked)
+
+
+def test_who_does_all_that_is_asked_has_all_scores(monkeypatch):
+    """Edits, plans, answers about own drawings, stories: each score is 1 for what is right, and chance is far below."""
+    world = World(0)
+    Oracle(monkeypatch, world)
+    scores, stories = evaluation.score_mixed(None, None, world, 2)
+    assert {scores[name] for name in evaluation.MIXED_SCORES} == {1.0} and scores["story"] == [1.0] * 4
+    assert {*scores["edit_by_kind"].values(), *scores["plan_by_skill"].values()} == {1.0}
+    assert max(scores["chance"][name] for name in ("edit", "plan", "plain", "right")) < 0.5
+    assert len(stories) == 4 and [type(part) for _, part, _ in stories[0]] == [Drawn, Drawn, Drawn, str]
+
+
+def test_an_edit_counts_for_what_is_seen_before_it(monkeypatch):
+    """A wrong first picture costs its own score only; what is edited is what the reader sees there."""
+    world = World(0)
+    other = (Thing("circle", "red", 3),)
+    oracle = Oracle(monkeypatch, world, lambda number, scene: other if number == 0 and scene != other else scene)
+    scores, _ = evaluation.score_stories(None, None, world, 6, np.random.default_rng(0))
+    assert scores == {"story": [0.0, 1.0, 1.0, 1.0], "third": 1.0}
+    last = [record for record in oracle.asked if len(record.turns) == 4]
+    assert len(last) == 6 and all(len(record.pictures) == 3 and record.task == "mixed" for record in last)
+
+
+def test_what_follows_an_unclear_picture_is_wrong(monkeypatch):
+    """An empty picture cannot be edited or asked about; the story goes on, and the next picture may be clear again."""
+    world = World(0)
+    Oracle(monkeypatch, world, lambda number, scene: () if number == 1 else scene)
+    scores, _ = evaluation.score_stories(None, None, world, 6, np.random.default_rng(0))
+    assert scores["story"][:3] == [1.0, 0.0, 0.0]
+
+
+def test_an_edit_that_changes_more_than_it_should_has_not_stayed(monkeypatch):
+    """Two numbers, since a picture may be wrong in what was asked, or in what was not."""
+    world = World(0)
+    Oracle(monkeypatch, world, lambda number, scene: scene[:1])
+    scores = evaluation.score_edits(None, None, world, 6, np.random.default_rng(0))
+    assert 0 < scores["edit"]["score"] < 1 and scores["stayed"] < 1
+    Oracle(monkeypatch, world, lambda number, scene: ())
+    scores = evaluation.score_edits(None, None, world, 3, np.random.default_rng(0))
+    assert scores["edit"]["score"] == scores["stayed"] == 0
+
+
+def test_a_judge_that_always_says_yes_is_right_as_often_as_it_draws_right(monkeypatch):
+    """Its own first picture is what it judges, and the last what counts as mended."""
+    world = World(0)
+    Oracle(monkeypatch, world, lambda number, scene: scene[:1])
+    scores = evaluation.score_plans(None, None, world, 3, np.random.default_rng(0))
+    assert scores["judges"]["score"] == scores["first"]["score"] == scores["mended"]["score"] < 1
+
+
+def test_the_reader_sees_the_picture_that_is_meant():
+    """The first or the last of an answer; nothing where there is none, or where it is unclear."""
+    world = World(0)
+    a, b = (Thing("circle", "red", 0),), (Thing("square", "blue", 2),)
+    one, two = (Drawn(torch.zeros(4, 4), picture) for picture in draw_scenes([a, b]))
+    blur = Drawn(torch.zeros(4, 4), np.full((world.side, world.side, 3), 130, np.uint8))
+    answers = [["x", one, two], ["no picture"], [], [blur], [two]]
+    assert evaluation.seen_in(answers, world) == [b, None, None, None, b]
+    assert evaluation.seen_in(answers, world, 0) == [a, None, None, None, b]
+
+
+def drawing(monkeypatch):
+    """A model that opens a picture in place of the first word, and says nothing after it."""
+    def words_of(m, x, wanted, *_):
+        fresh = [row for row, want in enumerate(wanted) if want == "word"]
+        said = m.ids["boi"] if not getattr(m, "drew", False) else m.ids["eos"]
+        m.drew = True
+        return dict.fromkeys(fresh, said)
+    monkeypatch.setattr(model.Unified, "words_of", words_of)
+
+
+@both_models
+def test_a_picture_in_an_answer_is_saved_and_named(name, runs, capsys, monkeypatch, tmp_path):
+    """A terminal cannot show it: its file is printed, and part of the result."""
+    drawing(monkeypatch)
+    file = tmp_path / "said.png"
+    command("chat", "--checkpoint", runs[name], "--question", "draw", "--out", file)
+    printed, result = result_of(capsys)
+    side = opened(runs[name])[0].config.image_size
+    assert f"[picture: {file}]" in printed and result == {"answer": "<image>", "pictures": [str(file)]}
+    assert Image.open(file).size == (side, side)
+
+
+@both_models
+def test_generate_edits_the_pictures_it_is_given(name, runs, capsys, monkeypatch, tmp_path):
+    """The picture stands before the instruction; the drawing depends on it, and without learning to edit there is one
+    clear line."""
+    seen = watched(monkeypatch, model.Unified, "generate")
+    with monkeypatch.context() as patch:
+        drawing(patch)
+        command("generate", "--checkpoint", runs[name], "--image", runs[name] / "red.png", "--prompt", "make it blue",
+                "--out", tmp_path / "a.png", "--temperature", 0)
+    assert (tmp_path / "a.png").exists() and seen[0].code_temperature == 0 and seen[0].guidance == 1.2
+    capsys.readouterr()
+    monkeypatch.setattr(model.Unified, "words_of", lambda m, x, wanted, *_: {
+        row: m.ids["eos"] for row, want in enumerate(wanted) if want == "word"})
+    line = refused(capsys, "generate", "--checkpoint", runs[name], "--image", runs[name] / "red.png", "--prompt", "x",
+                   "--out", tmp_path / "b.png", main=evaluation.main)
+    assert "drew nothing: it has not learned to edit" in line and not (tmp_path / "b.png").exists()
+
+
+def test_samples_show_stories_in_rows_of_their_own(tmp_path):
+    """Three pictures, then what was answered."""
+    picture = draw_scenes([(Thing("circle", "red", 0),)])[0]
+    story = [("draw", Drawn(torch.zeros(1), picture), True)] * 3 + [("is it red?", "yes", False)]
+    heights = []
+    for stories in ((), [story, story]):
+        evaluation.plot_samples((["a"] * 2, [picture] * 2, [True, False]), ("one object",), tmp_path / "s.png",
+                                stories=stories)
+        heights.append(Image.open(tmp_path / "s.png").height)
+    assert heights[1] > 2.5 * heights[0]
