@@ -167,6 +167,7 @@ ANSWERS = Phase("answer", 1000, 24, 3e-3, 50, ("vq",), ratio="0:1", fresh=True, 
 JOINT = Phase("joint", 1300, 32, 3e-3, 50, ("vq",), fresh=True, order=1, weight_decay=0.3)
 # "before" is where both arms start, with and without AIA, and what curves and scores compare with.
 TUNE = Phase("tune", 400, 32, 1e-3, 30, ("vq",), aia=True, start="before", weight_decay=0.3)
+TUNE_JANUS = replace(TUNE, frozen=("vq", "vision"))             # what the authors freeze
 # UniFork's phases: first what leads into and out of the decoder (its projector and image head; here pictures are words
 # like any other, so embedding and head), then everything, then each branch alone, first drawing, then answering.
 INSIDE = ("vq", "lm.layers", "lm.gen_layers", "lm.norm", "lm.gen_norm")
@@ -184,17 +185,17 @@ SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
 # Pictures and text in turn: all sorts of samples from the beginning of joint training on.
 MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=4000, fork=True), TUNE)
-TURNS = ("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork")
 PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double": TINY,
-         "tiny-janus": (TOKENIZER, ANSWERS, JOINT, replace(TUNE, frozen=("vq", "vision"))),
+         "tiny-janus": (TOKENIZER, ANSWERS, JOINT, TUNE_JANUS),
          "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL,
-         **dict.fromkeys(TURNS, MIXED)}
+         **dict.fromkeys(("tiny-mixed", "tiny-mixed-fork"), MIXED),
+         **dict.fromkeys(("tiny-mixed-janus", "tiny-mixed-codes"), (*MIXED[:-1], TUNE_JANUS))}
 LARGE = (Phase("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), aia=True, start="before"),)
 # Defaults of a preset: its world, a micro-batch that holds one task of a step, and so many pictures that training draws
 # each about twenty times.
 SETTINGS_OF = {"small-emu3": {"shapes": 6, "colours": 6, "objects": 3, "cell": 16, "pool": 32_000, "calibration": 10,
                               "micro_batch": 128},
-               **dict.fromkeys(TURNS, {"ratio": "1:1:2"})}
+               **{name: {"ratio": "1:1:2"} for name, phases in PLANS.items() if phases[:-1] == MIXED[:-1]}}
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and how weights
 # are sharded; Janus-Pro's other values are those of the authors' code. Chosen here: four epochs of 256 samples a step
 # for both, lambda by rho; Emu3, whose code was not released, takes the rest from Emu3's own fine-tuning script.
