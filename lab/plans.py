@@ -10,7 +10,7 @@ Of several runs it also tells what a story costs them, beside the first: their s
 """
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -177,7 +177,7 @@ def attention_paid(m, text, scenes, prompts, given, world):
             condition = torch.zeros_like(batch.condition)                       # (2, B, T)
             for row, span in zip(condition[0], spans, strict=True):
                 row[slice(*span[name])] = True
-            out = m(replace(batch, condition=condition, rectangle=()).to(device))
+            out = m(batch.measuring(condition).to(device))
             sums[name] += out.intensity[aia.TASKS.index("gen")].sum(0).cpu()    # (L,)
     return {name: (value / len(prompts)).tolist() for name, value in sums.items()}
 
