@@ -689,7 +689,7 @@ class Chat(Loaded):
     """Answer a question about pictures, in words and pictures; without a question, talk."""
 
     image: tuple = opt((), "picture files")
-    out: str = opt("picture.png", "file for a picture in an answer; more of them are NAME-2, NAME-3")
+    out: str = opt("answer.png", "file for a picture in an answer; more of them are NAME-2, NAME-3")
     question: str = opt("", "what to ask; empty: a conversation in the terminal")
     max_new_tokens: int = opt(512, "longest answer in tokens")
     temperature: float = opt(0.0, "0 is greedy")

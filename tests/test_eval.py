@@ -892,6 +892,11 @@ def test_generate_edits_the_pictures_it_is_given(name, runs, capsys, monkeypatch
     assert not (tmp_path / "b.png").exists()
 
 
+def test_an_answer_is_not_saved_over_a_drawing_by_default():
+    """The drawing that `generate` left is often the picture that a chat is about, and is read again at each turn."""
+    assert evaluation.Chat().out != evaluation.Generate().out
+
+
 def test_an_error_within_an_answer_stands_in_a_line_of_its_own(runs, capsys, monkeypatch):
     """Words are there before the picture that does not fit is refused."""
     def breaks_off(m, text, records, watch, **_):
