@@ -617,7 +617,7 @@ class Export:
 
     POSITIONAL = ("folder",)
     folder: str = opt("", "folder to write; must be empty or new")
-    n: int = opt(200, "records, half of each task")
+    n: int = opt(200, "records, as many of each task")
     mixed: bool = opt(False, "a third of them conversations with pictures in answers")
     seed: int = opt(0, "world and order")
     shapes: int = opt(4, "shapes of the world, 4 to 8")
@@ -627,7 +627,7 @@ class Export:
 
 
 def export(settings):
-    """Write n records: pictures/NNNNN.png and train.jsonl."""
+    """Write n records: pictures/NNNNN.png, further ones of the same record NNNNN-1.png and so on, and train.jsonl."""
     folder = Path(settings.folder)
     at_least(settings, {"seed": 0})
     if not settings.folder or settings.n < 2:
@@ -722,7 +722,9 @@ def encode(settings):
     # Janus-Pro needs codes of drawn pictures only.
     store.fill("codes", source, RECORD_TASKS, preparer.codes, stop, pictures_drawn if janus else None)
     if settings.features:
-        store.fill("features", source, RECORD_TASKS, features, stop, pictures_asked)
+        # Features take the place of all pixels of a batch or of none, and a second look never has any.
+        tasks = RECORD_TASKS if m.config.see == "codes" else aia.TASKS
+        store.fill("features", source, tasks, features, stop, pictures_asked)
     if source.bad:
         print(datasets.bad_report(source.bad, [settings.data]))
 

@@ -31,7 +31,7 @@ from parts import settings
 from parts.decoding import finite
 from parts.pictures import Drawn, grid_for, load_picture, to_picture, to_tensor
 from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
-from parts.settings import InputError, aside, opt, read_json, stream, write_json
+from parts.settings import InputError, aside, opt, read_json, shortened, stream, write_json
 from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick
 from parts.terminal import Typist, converse
 from parts.text import TOKENIZERS, Text
@@ -160,12 +160,12 @@ def score_understanding(m, text, world, n, seed=0):
              in held_out_questions(world, n, stream(seed, "questions"))]
     said = answer(m, text, [(picture, question.text) for _, _, picture, question in asked], max_new_tokens=8)
     right = {}                                                                  # {measure: {number: [right or not]}}
-    for (measure, number, _, question), reply in zip(asked, said, strict=True):
-        right.setdefault(measure, {}).setdefault(number, []).append(reply == question.answer)
+    for (measure, number, _, question), words in zip(asked, said, strict=True):
+        right.setdefault(measure, {}).setdefault(number, []).append(words == question.answer)
     plain = {measure: float(np.mean(sum(groups.values(), []))) for measure, groups in right.items()}
     strict = {measure: float(np.mean([all(group) for group in groups.values()])) for measure, groups in right.items()}
     topics = {topic: plain[topic] for topic in world.topics}
-    pairs = [(reply == "yes", question.answer == "yes") for (measure, _, _, question), reply
+    pairs = [(words == "yes", question.answer == "yes") for (measure, _, _, question), words
              in zip(asked, said, strict=True) if measure == "existence"]
     hits = sum(claimed and true for claimed, true in pairs)
     circular = [all(right["choice"][number] + turned) for number, turned in right["turned"].items()]
@@ -232,7 +232,8 @@ def seen_in(answers, world, which=-1):
 
 def turn_of(asked, parts):
     """A turn of a conversation in which a model said these parts, and the pictures among them."""
-    said = " ".join(part if isinstance(part, str) else "<image>" for part in parts)
+    # A mark that it wrote itself stands for no picture: counted as one, it would spoil the rest of the conversation.
+    said = " ".join(part.replace("<image>", "< image>") if isinstance(part, str) else "<image>" for part in parts)
     return (asked, said), tuple(part for part in parts if isinstance(part, Drawn))
 
 
@@ -286,8 +287,8 @@ def score_plans(m, text, world, n, rng):
 
 
 def score_telling(m, text, world, n, rng):
-    """n held-out scenes for each skill, described completely, drawn, and asked about twice in the same stream. right:
-    the answer is what the description decides. consistent: what the reader sees in the drawing, unclear ones wrong."""
+    """n held-out scenes a skill, described completely, drawn, and asked about, each time right after the drawing.
+    right: the answer is what the description decides. consistent: what the reader sees, unclear drawings wrong."""
     scenes = [world.held_out_scene(skill, rng)[0] for skill in world.skills for _ in range(n)]
     prompts = [describe(scene) for scene in scenes]
     drawn = reply(m, text, [conversation([(prompt, None)], ()) for prompt in prompts], max_new_tokens=8,
@@ -621,14 +622,22 @@ class Generate(Loaded):
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
 
 
+def picture_form(out):
+    """The form that a picture file is to have by its name, as Pillow calls it."""
+    form = Image.registered_extensions().get(Path(out).suffix.lower())
+    settings.check_out(out)
+    if form not in Image.SAVE:
+        raise InputError(f"--out {out} cannot be written: give a file that ends in .png")
+    return form
+
+
 def generate(config):
     """Write one picture, or a sheet of several and a file for each, NAME-PROMPT-SEED."""
     out = Path(config.out)
     settings.at_least(config, {"n": 1, "seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
-    form = Image.registered_extensions().get(out.suffix.lower())
-    settings.check_out(out)
-    if form not in Image.SAVE:
-        raise InputError(f"--out {out} cannot be written: give a file that ends in .png")
+    form = picture_form(out)
+    if config.image and config.negative:
+        raise InputError("--negative acts on drawings from a prompt alone: leave it out, or --image")
     prompts = config.prompt
     if config.prompts:
         prompts = [line for _, line in settings.text_lines(config.prompts)]
@@ -640,7 +649,8 @@ def generate(config):
     for row, prompt in enumerate(prompts):
         for column in range(config.n):
             seed = config.seed + column             # one at a time: each can be drawn again alone
-            picture = Image.fromarray(edited(m, text, config, prompt, seed, grid) if config.image else to_picture(
+            shown = config.image or "<image>" in prompt         # a mark without a picture is refused there
+            picture = Image.fromarray(edited(m, text, config, prompt, seed, grid) if shown else to_picture(
                 draw(m, text, [prompt], seed, config.guidance or None, config.temperature, grid,
                      config.negative or None)[0]))
             scale = config.scale or max(240 // max(picture.size), 1)
@@ -669,8 +679,8 @@ def edited(m, text, config, prompt, seed, grid):
                   grid, max_pictures=1, code_temperature=config.temperature, generator=generator)
     pictures = [part for part in said if isinstance(part, Drawn)]
     if not pictures:
-        raise InputError(f"the model answered {' '.join(said)!r} and drew nothing: it has not learned to edit; train "
-                         "it on conversations (train.py --ratio, formats/README.md)")
+        raise InputError(f"the model answered {shortened(' '.join(said))!r} and drew nothing: say what to change, or "
+                         "first train it on conversations (train.py --ratio, formats/README.md)")
     return pictures[-1].pixels
 
 
@@ -679,7 +689,7 @@ class Chat(Loaded):
     """Answer a question about pictures, in words and pictures; without a question, talk."""
 
     image: tuple = opt((), "picture files")
-    out: str = opt("picture.png", "PNG file for a picture in an answer; more of them are NAME-2, NAME-3")
+    out: str = opt("answer.png", "file for a picture in an answer; more of them are NAME-2, NAME-3")
     question: str = opt("", "what to ask; empty: a conversation in the terminal")
     max_new_tokens: int = opt(512, "longest answer in tokens")
     temperature: float = opt(0.0, "0 is greedy")
@@ -692,12 +702,11 @@ def chat(config):
     settings.at_least(config, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top-p {config.top_p}: give a share above 0, at most 1")
-    settings.check_out(config.out)
+    form = picture_form(config.out)
     m, text, _ = load_run(config)
     generator = torch.Generator(next(m.parameters()).device).manual_seed(config.seed)
     for path in config.image:
         load_picture(path, m.config.kind)
-
     out, saved = Path(config.out), []
 
     def save(codes):
@@ -705,15 +714,17 @@ def chat(config):
         saved.append(file)
         pixels = to_picture(m.decode_images(codes[None].to(generator.device))[0])
         with aside(file) as part:
-            Image.fromarray(pixels).save(part, "png")
+            Image.fromarray(pixels).save(part, form)
         return str(file)
 
     def say(turns, pictures):
         typist = Typist(text, save)
-        said, = reply(m, text, [conversation(turns, pictures)], max_new_tokens=config.max_new_tokens,
-                      temperature=config.temperature, top_p=config.top_p, generator=generator,
-                      watch=lambda row, part: typist(part))
-        typist.end()
+        try:
+            said, = reply(m, text, [conversation(turns, pictures)], max_new_tokens=config.max_new_tokens,
+                          temperature=config.temperature, top_p=config.top_p, generator=generator,
+                          watch=lambda row, part: typist(part))
+        finally:
+            typist.end()                            # an error stands in a line of its own
         return turn_of("", said)
     if config.question:
         marks = "" if "<image>" in config.question else "<image>" * len(config.image)

@@ -558,6 +558,9 @@ class Run:
         if config.data:
             self.source = open_sources(config.data, self.kind, config.on_bad_record)
             print(self.source.summary())
+            if self.source.count("mixed") and not parse_ratio(config.ratio)[2]:
+                print(f"mixed records have no share in --ratio {config.ratio}, so none is used: give them one, as in "
+                      "--ratio 1:1:1")
         else:
             self.world = world_of(asdict(config))
             self.source = data.WorldSource(self.world, config.pool, config.seed)

@@ -611,6 +611,9 @@ def test_a_second_look_takes_its_codes_from_a_store_and_looks_itself(saved, albu
     m.encode_images = None                                      # whoever calls it now fails
     again = stored.batch(records)
     assert again.features is None and again.pixels.shape[0] == 2
+    # Features of b.png, which only the mixed record shows, would take up space and never be read.
+    assert [key for key in stored.encoded.parts if "features" in key] == [
+        f"features/{picture_key(file.with_name('c.png'))}"]
     for name in ("tokens", "labels", "pixels", "codes", "drawn"):
         assert torch.equal(getattr(again, name), getattr(expected, name)), name
 

@@ -680,6 +680,10 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(name, runs):
     (["chat", "--checkpoint", "RUN", "--image", "none.png", "--question", "?"], "picture none.png is missing"),
     (["chat", "--checkpoint", "RUN", "--image", "RUN/settings.json", "--question", "?"], "settings.json cannot be"),
     (["curves", "--checkpoint", "RUN", "--data", "none.jsonl"], "data set none.jsonl cannot be read"),
+    (["chat", "--checkpoint", "RUN", "--question", "?", "--out", "RUN/a.unknown"], "a.unknown cannot be written.*png"),
+    (["chat", "--checkpoint", "RUN", "--question", "?", "--out", "RUN/no/a.png"], "no/a.png cannot be written"),
+    (["generate", "--checkpoint", "RUN", "--prompt", "make it <image>"], "1 <image> marks in the .* for 0 pictures"),
+    (["generate", "--checkpoint", "RUN", "--image", "RUN/red.png", "--negative", "dark"], "--negative acts on"),
     (["chat", "--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_input_is_refused_with_one_line(words, message, runs, capsys):
     """The line names cause and remedy, the exit status is 2."""
@@ -884,7 +888,33 @@ def test_generate_edits_the_pictures_it_is_given(name, runs, capsys, monkeypatch
         row: m.ids["eos"] for row, want in enumerate(wanted) if want == "word"})
     line = refused(capsys, "generate", "--checkpoint", runs[name], "--image", runs[name] / "red.png", "--prompt", "x",
                    "--out", tmp_path / "b.png", main=evaluation.main)
-    assert "drew nothing: it has not learned to edit" in line and not (tmp_path / "b.png").exists()
+    assert "drew nothing: say what to change, or first train it on conversations" in line
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_an_answer_is_not_saved_over_a_drawing_by_default():
+    """The drawing that `generate` left is often the picture that a chat is about, and is read again at each turn."""
+    assert evaluation.Chat().out != evaluation.Generate().out
+
+
+def test_an_error_within_an_answer_stands_in_a_line_of_its_own(runs, capsys, monkeypatch):
+    """Words are there before the picture that does not fit is refused."""
+    def breaks_off(m, text, records, watch, **_):
+        for token in text.encode("so"):
+            watch(0, token)
+        raise InputError("no room")
+    monkeypatch.setattr(evaluation, "reply", breaks_off)
+    talk(monkeypatch, "draw")
+    command("chat", "--checkpoint", runs["tiny-emu3"])
+    assert "\nso\nerror: no room\n" in capsys.readouterr().out
+
+
+def test_a_mark_that_the_model_wrote_itself_is_no_picture():
+    """Counted as one, it would not fit the pictures, and every further question would be refused."""
+    drawn = Drawn(torch.zeros(1), None)
+    turn, pictures = evaluation.turn_of("what is <b>?", ["a tag like <image>", drawn])
+    formats.records.conversation_parts([turn, ("and?", None)], len(pictures))
+    assert turn[1] == "a tag like < image> <image>" and pictures == (drawn,)
 
 
 def test_samples_show_stories_in_rows_of_their_own(tmp_path):

@@ -1025,6 +1025,15 @@ def test_own_pictures_end_in_losses_instead_of_scores(name, own, tmp_path, capsy
     assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples.png").exists()
 
 
+@pytest.mark.parametrize("ratio, told", [("1:1", 1), ("1:1:1", 0)])
+def test_mixed_records_without_a_share_are_told(ratio, told, tmp_path, capsys):
+    """By default they have none, so whoever brings some would train without them and not know."""
+    data.main(["export", str(tmp_path / "own"), "--n", "3", "--mixed"])
+    config = settings(tmp_path / "run", data=(str(tmp_path / "own/train.jsonl"),), ratio=ratio)
+    train.Run.open_data(SimpleNamespace(config=config, kind="emu3", manifest=None))
+    assert capsys.readouterr().out.count(f"mixed records have no share in --ratio {ratio}") == told
+
+
 @pytest.mark.parametrize("line, what", [(1, "long caption"), (2, "broken picture")])
 def test_a_bad_record_is_named_or_skipped_in_every_stage(line, what, own, tmp_path, capsys):
     """Wherever it shows, in the tokenizer or the final losses, or in training alone, it is left out and listed once."""
