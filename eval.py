@@ -32,7 +32,7 @@ from parts.decoding import finite
 from parts.pictures import Drawn, grid_for, load_picture, to_picture, to_tensor
 from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
 from parts.settings import InputError, aside, opt, read_json, shortened, stream, write_json
-from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick
+from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick, rated
 from parts.terminal import Typist, converse
 from parts.text import TOKENIZERS, Text
 from parts.world import (
@@ -214,13 +214,6 @@ def score_tokenizer(m, world, n, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores of pictures and text in turn
 # ---------------------------------------------------------------------------------------------------------------------
-def rated(right, n):
-    """Share of n items for which right(item, its own reference) holds, and beside it chance: with those of others."""
-    others = np.random.default_rng(0).permutation(n).tolist()
-    return {"score": float(np.mean([right(i, i) for i in range(n)])),
-            "chance": float(np.mean([right(i, other) for i, other in enumerate(others)]))}
-
-
 def seen_in(answers, world, which=-1):
     """What the reader sees in one picture of each answer, by default the last: a scene, or None where there is no
     picture, or an unclear one."""
@@ -622,12 +615,15 @@ class Generate(Loaded):
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
 
 
-def picture_form(out):
-    """The form that a picture file is to have by its name, as Pillow calls it."""
+def picture_form(out, images):
+    """The form that a picture file is to have by its name, as Pillow calls it. It may be none of those that are
+    shown."""
     form = Image.registered_extensions().get(Path(out).suffix.lower())
     settings.check_out(out)
     if form not in Image.SAVE:
         raise InputError(f"--out {out} cannot be written: give a file that ends in .png")
+    if Path(out).resolve() in [Path(image).resolve() for image in images]:
+        raise InputError(f"--out {out} is one of the pictures of --image, which would be lost: give another --out")
     return form
 
 
@@ -635,7 +631,7 @@ def generate(config):
     """Write one picture, or a sheet of several and a file for each, NAME-PROMPT-SEED."""
     out = Path(config.out)
     settings.at_least(config, {"n": 1, "seed": 0, "guidance": 0, "temperature": 0, "scale": 0})
-    form = picture_form(out)
+    form = picture_form(out, config.image)
     if config.image and config.negative:
         raise InputError("--negative acts on drawings from a prompt alone: leave it out, or --image")
     prompts = config.prompt
@@ -702,7 +698,7 @@ def chat(config):
     settings.at_least(config, {"seed": 0, "temperature": 0, "max_new_tokens": 1})
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top-p {config.top_p}: give a share above 0, at most 1")
-    form = picture_form(config.out)
+    form = picture_form(config.out, config.image)
     m, text, _ = load_run(config)
     generator = torch.Generator(next(m.parameters()).device).manual_seed(config.seed)
     for path in config.image:

@@ -176,6 +176,13 @@ def story_about(world, scene, rng, kind=None):
     return Story((*turns, question(scenes[-1])), tuple(scenes))
 
 
+def rated(right, n):
+    """Share of n items for which right(item, its own reference) holds, and beside it chance: with those of others."""
+    others = np.random.default_rng(0).permutation(n).tolist()
+    return {"score": float(np.mean([right(i, i) for i in range(n)])),
+            "chance": float(np.mean([right(i, other) for i, other in enumerate(others)]))}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Words for a tokenizer
 # ---------------------------------------------------------------------------------------------------------------------

@@ -927,3 +927,14 @@ def test_samples_show_stories_in_rows_of_their_own(tmp_path):
                                 stories=stories)
         heights.append(Image.open(tmp_path / "s.png").height)
     assert heights[1] > 2.5 * heights[0]
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_picture_that_is_shown_is_never_written_over(command, runs, capsys, tmp_path):
+    """What the user gave would be lost, and a chat would go on about another picture."""
+    file = tmp_path / "mine.png"
+    shutil.copy(runs["tiny-emu3"] / "red.png", file)
+    before = file.read_bytes()
+    line = refused(capsys, command, "--checkpoint", runs["tiny-emu3"], "--image", file, "--out",
+                   tmp_path / ".." / tmp_path.name / "mine.png", main=evaluation.main)
+    assert "would be lost: give another --out" in line and file.read_bytes() == before
