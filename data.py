@@ -26,7 +26,15 @@ import aia
 import formats.weights
 import model
 from formats import datasets
-from formats.records import RECORD_TASKS, SKIP_HINT, Record, conversation_parts, pictures_asked, pictures_drawn
+from formats.records import (
+    RECORD_TASKS,
+    SKIP_HINT,
+    Record,
+    conversation_parts,
+    pictures_asked,
+    pictures_drawn,
+    pictures_in,
+)
 from parts.decoding import CLOSING
 from parts.kernels import span
 from parts.pictures import Drawn, drawn_at, janus_picture, load_picture, siglip_picture, tokenizer_picture
@@ -156,7 +164,7 @@ class JanusTemplate:
         placeholders = [self.ids["placeholder"]] * self.config.picture_tokens
         return [([self.ids["boi"]], CONTROL), (placeholders, IMAGE), ([self.ids["eoi"]], CONTROL)]
 
-    def block(self, codes, role=DRAWN):
+    def block(self, codes, role):
         """A picture in an answer, codes (N,), and behind it, unless Config.see is "codes", the second look: what is
         drawn means nothing to this model's understanding before it has seen it."""
         return [([self.ids["boi"]], OPEN if role == DRAWN else CONTROL),
@@ -349,7 +357,7 @@ class Preparer:
         answer ends the prompt."""
         task = records[0].task
         talks = [conversation_parts(record.turns, len(record.pictures)) for record in records]
-        drawn = [pictures_drawn(record) for record in records]
+        drawn = [pictures_in(answer for _, answer in talk) for talk in talks]
         coded = drawn if self.config.kind == "janus" else [range(len(record.pictures)) for record in records]
         wanted = [(i, number) for i, numbers in enumerate(coded) for number in numbers]
         codes = dict(zip(wanted, self.codes([records[i].pictures[number] for i, number in wanted]), strict=True))
@@ -378,7 +386,7 @@ class Preparer:
             looks = [(records[0].pictures[0], True)]
         found = {}
         if records[0].task != "gen":
-            found = self.seen(*map(list, zip(*looks, strict=True))) if looks else self.seen([])
+            found = self.seen([picture for picture, _ in looks], [own for _, own in looks])
         return found | ({"codes": torch.stack(list(codes.values()))} if codes else {})
 
 

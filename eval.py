@@ -100,19 +100,19 @@ def answer(m, text, asked, max_new_tokens=16, temperature=0.0, batch=128):
     answers = []
     for start in range(0, len(asked), batch):
         records = [conversation([(question, None)], (picture,)) for picture, question in asked[start:start + batch]]
-        ids, mask, pixels = ask(preparer, records)[1:]
-        new = m.generate_text(ids, pixels, mask, max_new_tokens, temperature)
+        ids, mask, pictures = ask(preparer, records)[1:]
+        new = m.generate_text(ids, pictures.get("pixels"), mask, max_new_tokens, temperature)
         answers += [text.decode(row).strip() for row in new.tolist()]
     return answers
 
 
-def ask(preparer, records):
-    """Conversations -> pieces of each, and what m.generate_text takes: ids (B, T), mask (B, T), pixels."""
+def ask(preparer, records, dropped=None):
+    """Conversations -> pieces of each, and what generation takes: ids (B, T), mask (B, T), and fields of a Batch that
+    Janus-Pro has besides. dropped: as in Preparer.pieces."""
     device = next(preparer.m.parameters()).device
-    samples, pictures = preparer.pieces(records)
+    samples, pictures = preparer.pieces(records, dropped)
     ids, mask = left_padded(samples, preparer.text.ids["pad"], device)
-    pixels = pictures.get("pixels")
-    return samples, ids, mask, None if pixels is None else pixels.to(device)
+    return samples, ids, mask, {name: value.to(device) for name, value in pictures.items() if value is not None}
 
 
 def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **limits):
@@ -122,16 +122,12 @@ def reply(m, text, records, guidance=1.0, size=None, batch=64, watch=None, **lim
         parts = [records[start:start + batch] for start in range(0, len(records), batch)]
         return [one for part in parts for one in reply(m, text, part, guidance, size, batch, watch, **limits)]
     preparer = data.Preparer(m, text, training=False)
-    device = next(m.parameters()).device
     guided = guidance != 1                          # each conversation, and the same without its words
     records = [replace(record, task="mixed") for record in records for _ in range(1 + guided)]
-    samples, pictures = preparer.pieces(records, [guided and i % 2 == 1 for i in range(len(records))])
-    ids, mask = left_padded(samples, text.ids["pad"], device)
+    samples, ids, mask, pictures = ask(preparer, records, [guided and i % 2 == 1 for i in range(len(records))])
     drawn = [[([role in (data.DRAWN, data.GIVEN)] * len(part), role) for part, role in pieces] for pieces in samples]
-    pictures = {name: value if value is None else value.to(device) for name, value in pictures.items()}
     size = size or m.config.grid
-
-    said = m.generate(ids, mask=mask, drawn=left_padded(drawn, False, device)[0], guidance=guidance, size=size,
+    said = m.generate(ids, mask=mask, drawn=left_padded(drawn, False, ids.device)[0], guidance=guidance, size=size,
                       opening=preparer.template.opening(*size), watch=watch, **pictures, **limits)
     return finished(m, text, said)
 
@@ -185,8 +181,13 @@ def score_generation(m, text, world, n, seed=0):
     scenes, clear = read_scenes(pictures, world)
     right = [bool(ok) and goal in combinations(scene)
              for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
-    skills = {skill: float(np.mean(right[i * n:(i + 1) * n])) for i, skill in enumerate(world.skills)}
+    skills = by_part(right, world.skills)
     return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills}, (prompts, pictures, right)
+
+
+def by_part(right, names):
+    """Share of what is right in each of several equally long parts, {name: share}."""
+    return dict(zip(names, np.reshape(right, (len(names), -1)).mean(1).tolist(), strict=True))
 
 
 def score_both(m, text, world, n, seed=0):
@@ -249,7 +250,7 @@ def score_edits(m, text, world, n, rng):
     right = [scene == result for scene, (_, _, result) in zip(seen, items, strict=True)]
     kept = [(scene, set(before) & set(result)) for scene, (before, _, result) in zip(seen, items, strict=True)]
     return {"edit": rated(lambda i, j: seen[i] == items[j][2], len(items)),
-            "edit_by_kind": {kind: float(np.mean(right[i * n:(i + 1) * n])) for i, kind in enumerate(EDITS)},
+            "edit_by_kind": by_part(right, EDITS),
             "stayed": float(np.mean([scene is not None and same <= set(scene) for scene, same in kept if same]))}
 
 
@@ -267,8 +268,7 @@ def score_plans(m, text, world, n, rng):
     def add(name, seen):
         right = [shows(goal, scene) for goal, scene in zip(goals, seen, strict=True)]
         found[name] = rated(lambda i, j: shows(goals[j], seen[i]), len(goals))
-        found[f"{name}_by_skill"] = {skill: float(np.mean(right[i * n:(i + 1) * n]))
-                                     for i, skill in enumerate(world.skills)}
+        found[f"{name}_by_skill"] = by_part(right, world.skills)
         return right
     add("plain", seen_in(ask_for(""), world))
     add("plan", seen_in(ask_for(PLAN), world))
@@ -280,21 +280,24 @@ def score_plans(m, text, world, n, rng):
 
 
 def score_telling(m, text, world, n, rng):
-    """n held-out scenes a skill, described completely, drawn, and asked about, each time right after the drawing.
-    right: the answer is what the description decides. consistent: what the reader sees, unclear drawings wrong."""
+    """n held-out scenes a skill, described completely, drawn, and asked about twice, in one stream. right: the answer
+    is what the description decides. consistent: what the reader sees, unclear drawings wrong."""
     scenes = [world.held_out_scene(skill, rng)[0] for skill in world.skills for _ in range(n)]
     prompts = [describe(scene) for scene in scenes]
     drawn = reply(m, text, [conversation([(prompt, None)], ()) for prompt in prompts], max_new_tokens=8,
                   max_pictures=1, **LIKELIEST)
     seen = seen_in(drawn, world)
+    told = [turn_of(prompt, parts) for prompt, parts in zip(prompts, drawn, strict=True)]
+    turns, pictures = [[turn] for turn, _ in told], [own for _, own in told]
     said = {}
     for name in ("right", "consistent"):
         about = [one if name == "consistent" and one else scene for scene, one in zip(scenes, seen, strict=True)]
         asked = [make_question(world, one, world.topics[i % len(world.topics)], rng) for i, one in enumerate(about)]
-        turns = [turn_of(prompt, parts) for prompt, parts in zip(prompts, drawn, strict=True)]
-        replies = reply(m, text, [conversation([turn, (question.text, None)], pictures)
-                                  for (turn, pictures), question in zip(turns, asked, strict=True)],
+        replies = reply(m, text, [conversation([*before, (question.text, None)], own) for before, question, own
+                                  in zip(turns, asked, pictures, strict=True)],
                         max_new_tokens=8, max_pictures=0, temperature=0.0)
+        turns = [[*before, turn_of(question.text, parts)[0]]
+                 for before, question, parts in zip(turns, asked, replies, strict=True)]
         known = [name == "right" or bool(one) for one in seen]
         said[name] = rated(lambda i, j, known=known, replies=replies, asked=asked:
                            known[i] and replies[i] == [asked[j].answer], len(scenes))
@@ -414,7 +417,8 @@ class FreeDecoding(data.Preparer):
             codes = drawn if self.config.kind == "janus" else None
         else:
             asked = [first_question(record) for record in records]
-            samples, ids, mask, pixels = ask(self, asked)
+            samples, ids, mask, pictures = ask(self, asked)
+            pixels = pictures.get("pixels")
             said = self.m.generate_text(ids, pixels, mask, self.max_new_tokens).tolist()
             eos = self.text.ids["eos"]
             samples = [[*pieces, (row[:row.index(eos) + 1] if eos in row else row, data.ANSWER)]

@@ -65,16 +65,19 @@ def conversation_parts(turns, n_images):
     return result
 
 
+def pictures_in(sides):
+    """The numbers of the pictures that stand in questions, or in answers, each as `conversation_parts` gives it."""
+    return [part for side in sides for part in side or () if isinstance(part, int)]
+
+
 def pictures_asked(record):
     """The numbers of the pictures that stand in questions."""
-    parts = conversation_parts(record.turns, len(record.pictures))
-    return [part for asked, _ in parts for part in asked if isinstance(part, int)]
+    return pictures_in(asked for asked, _ in conversation_parts(record.turns, len(record.pictures)))
 
 
 def pictures_drawn(record):
     """The numbers of the pictures that stand in answers."""
-    parts = conversation_parts(record.turns, len(record.pictures))
-    return [part for _, answer in parts for part in answer or () if isinstance(part, int)]
+    return pictures_in(answer for _, answer in conversation_parts(record.turns, len(record.pictures)))
 
 
 def task_of(turns):

@@ -75,9 +75,8 @@ def plans_of(m, text, world, settings):
     wrong = [describe(items[i][0]) for i in others]
 
     def scored(seen):
-        hits = np.reshape([evaluation.shows(goal, scene) for goal, scene in zip(goals, seen, strict=True)],
-                          (len(world.skills), settings.n)).mean(1)
-        return dict(zip(world.skills, hits.tolist(), strict=True)) | {"all": float(hits.mean())}
+        right = [evaluation.shows(goal, scene) for goal, scene in zip(goals, seen, strict=True)]
+        return evaluation.by_part(right, world.skills) | {"all": float(np.mean(right))}
     plain, _ = drawn(m, text, world, prompts)
     own, said = drawn(m, text, world, prompts, PLAN)
     given, _ = drawn(m, text, world, prompts, PLAN, right)

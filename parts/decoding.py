@@ -37,8 +37,8 @@ def visibility(mask, columns, end):
 
 
 class Cache:
-    """Keys and values of all layers in columns that are allocated once: those of prompts with mask (B, T) bool, then
-    `new` more. A step fills the same columns for all rows.
+    """Keys and values of all layers in columns: those of prompts with mask (B, T) bool, then `new` more, and whatever
+    `grow` adds. A step fills the same columns for all rows.
 
     A row may stand still while others go on: its columns are masked, and its position stays. Column, position and mask
     are tensors, so a step of fixed shape can be recorded and replayed (`recorded`).
@@ -185,6 +185,12 @@ def resume(script, value=None):
         return None
 
 
+def guide(given, free, guidance):
+    """Classifier-free guidance of the logits of a prompt, away from those without it (or of a negative one)."""
+    # s = u + g (c - u)
+    return free + guidance * (given - free)
+
+
 def left_padding(ids, mask):
     """The mask of prompts (B, T), checked: generation continues at the last position, so padding must be in front."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -254,10 +260,8 @@ class Decoding:
             logits = self.code_logits(step(x)).float()                          # (rows, K)
             if i in (0, h * w - 1):                 # what is broken once stays so; each look makes a GPU wait
                 finite(logits)
-            if guided:
-                # Rows alternate: conditional, unconditional. s = u + g (c - u)
-                given, free = logits[0::2], logits[1::2]
-                logits = free + guidance * (given - free)                       # (B, K)
+            if guided:                              # rows alternate: conditional, unconditional
+                logits = guide(logits[0::2], logits[1::2], guidance)            # (B, K)
             code = sample(logits, temperature, top_k, 1.0, generator)           # (B,)
             codes.append(code)
             x = self.embed_code(code.repeat_interleave(2) if guided else code, row_end=(i + 1) % w == 0)
@@ -456,8 +460,6 @@ class Decoding:
         x = x.unflatten(0, (len(wanted), -1))[rows]                             # (n, 1 or 2, C)
         logits = self.code_logits(x[:, 0]).float()                              # (n, K)
         if x.shape[1] == 2:
-            # s = u + g (c - u)
-            free = self.code_logits(x[:, 1]).float()                            # (n, K)
-            logits = free + guidance * (logits - free)
+            logits = guide(logits, self.code_logits(x[:, 1]).float(), guidance)
         finite(logits)
         return dict(zip(rows, sample(logits, temperature, top_k, 1.0, generator).tolist(), strict=True))

@@ -531,8 +531,8 @@ def test_chat_without_a_question_is_a_conversation(name, runs, capsys, monkeypat
     for turns, pictures in ([("hello", None)], []), ([("is it <image>?", None)], [picture]), ([("and?", None)], []):
         turns = [*said, *turns] if turns[0][0] != "and?" else turns
         assert seen.pop(0) == (turns, pictures)
-        ids, mask, pixels = evaluation.ask(data.Preparer(m, text, training=False), [inner(turns, pictures)])[1:]
-        answer = text.decode(m.generate_text(ids, pixels, mask, 4)[0]).strip()
+        ids, mask, fields = evaluation.ask(data.Preparer(m, text, training=False), [inner(turns, pictures)])[1:]
+        answer = text.decode(m.generate_text(ids, fields.get("pixels"), mask, 4)[0]).strip()
         assert answer in printed
         said.append((turns[-1][0], answer))
 
@@ -580,10 +580,10 @@ def test_several_pictures_may_be_asked_about(name, runs, capsys):
     files = [runs[name] / "red.png", runs[name] / "red.png"]
     command("chat", "--checkpoint", runs[name], "--image", *files, "--question", "what?", "--max-new-tokens", 3)
     m, text = opened(runs[name])
-    samples, ids, mask, pixels = evaluation.ask(data.Preparer(m, text, training=False),
+    samples, ids, mask, fields = evaluation.ask(data.Preparer(m, text, training=False),
                                                 [formats.records.conversation([("what?", None)], files)])
     assert sum(role == data.IMAGE for _, role in samples[0]) == 2 * (4 if name == "tiny-emu3" else 1)
-    assert result_of(capsys)[1]["answer"] == text.decode(m.generate_text(ids, pixels, mask, 3)[0]).strip()
+    assert result_of(capsys)[1]["answer"] == text.decode(m.generate_text(ids, fields.get("pixels"), mask, 3)[0]).strip()
 
 
 @both_models

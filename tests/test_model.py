@@ -49,16 +49,12 @@ MIXED = ("tiny-mixed", "tiny-mixed-janus", "tiny-mixed-codes", "tiny-mixed-fork"
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and sizes
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gaps", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("past", [0, 5, 8])
-@pytest.mark.parametrize("shared", [4, 2, 1])
-def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
-    """Output, mass and gradients, with 4 heads on `shared` ones, cached keys, padding and a condition with holes."""
+def each_body(shared, past, condition, visible, device):
+    """Output, mass and gradients of all bodies of attention are the same, with 4 heads on `shared` ones and cached keys
+    -> mass, and the q, k, v it belongs to."""
     q, w = torch.randn(2, 2, 4, 9 - past, 8).to(device)
     k, v = torch.randn(2, 2, shared, 9, 8).to(device)
-    condition, mask = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
-                                    [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]], device=device).bool()
-    u, visible = w[..., 0], decoding.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
+    u = w[..., 0] if condition.dim() == 2 else w[..., :2].movedim(-1, 0)        # (B, H, T) or (2, B, H, T)
     results = []
     for attend in (model.attend_fused, model.attend_lse, model.attend_explicit):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -68,6 +64,18 @@ def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
     for other in results[:-1]:
         for got, expected in zip(other, results[-1], strict=True):
             close(got, expected)
+    return mass, (q, k, v)
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("past", [0, 5, 8])
+@pytest.mark.parametrize("shared", [4, 2, 1])
+def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
+    """Output, mass and gradients, with 4 heads on `shared` ones, cached keys, padding and a condition with holes."""
+    condition, mask = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
+                                    [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]], device=device).bool()
+    visible = decoding.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
+    each_body(shared, past, condition, visible, device)
 
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["full", "padded"])
@@ -75,22 +83,12 @@ def test_all_bodies_of_attention_agree(shared, past, gaps, lse, device):
 @pytest.mark.parametrize("shared", [4, 2, 1])
 def test_two_conditions_are_measured_under_any_mask(shared, past, gaps, lse, device):
     """As one by one with the written-out softmax: with cached keys, padding, and no key for one of them in a sample."""
-    q, w = torch.randn(2, 2, 4, 9 - past, 8).to(device)
-    k, v = torch.randn(2, 2, shared, 9, 8).to(device)
     conditions = torch.tensor([[[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]],
                                [[0, 0, 1, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]], device=device).bool()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]], device=device).bool()
     visible = decoding.visibility(mask if gaps else None, torch.arange(past, 9, device=device), 9)
-    u = w[..., :2].movedim(-1, 0)                                               # (2, B, H, T)
-    results = []
-    for attend in (model.attend_fused, model.attend_lse, model.attend_explicit):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, mass = attend(*inputs, visible, conditions)
-        results.append([out, mass, *torch.autograd.grad((out * w).sum() + (mass * u).sum(), inputs)])
-    close(mass, torch.stack([model.attend_explicit(q, k, v, visible, condition)[1] for condition in conditions]))
-    for other in results[:-1]:
-        for got, expected in zip(other, results[-1], strict=True):
-            close(got, expected)
+    mass, given = each_body(shared, past, conditions, visible, device)
+    close(mass, torch.stack([model.attend_explicit(*given, visible, condition)[1] for condition in conditions]))
 
 
 @pytest.mark.parametrize("name, task", [*((name, task) for name in NAMES for task in aia.TASKS),
