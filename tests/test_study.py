@@ -228,6 +228,42 @@ def test_a_claim_holds_where_its_rows_say_so_and_not_in_their_mirror(claim, good
     assert (verdict(good), verdict(bad)) == ("holds", "does not hold")
 
 
+@pytest.mark.parametrize("claim, better, worse", [
+    ("a plan improves colour attribution", ("mixed", "plan_by_skill"), ("mixed", "plain_by_skill")),
+    ("a plan improves colour attribution (Janus-Pro)", ("mixed-janus", "plan_by_skill"),
+     ("mixed-janus", "plain_by_skill")),
+    ("a plan improves the mean of all skills", ("mixed", "plan"), ("mixed", "plain")),
+    ("AIA keeps what is done in turn (it loses less than 0.02)", ("mixed+aia", "edit"), ("mixed", "consistent")),
+    ("a second encoder has to look again", ("mixed-janus", "third"), ("mixed-codes", "plan")),
+    ("a fork costs what is done in turn", ("mixed", "edit"), ("mixed-fork", "third"))])
+def test_what_is_done_in_turn_is_judged_the_right_way_round(claim, better, worse):
+    """Each claim holds where its row gains, and does not where what it is compared with does."""
+    def verdict(name, score):
+        rows = []
+        for seed in range(3):
+            for row in ("mixed", "mixed+aia", "mixed-janus", "mixed-codes", "mixed-fork"):
+                made = made_up_row(row, seed, 0.5, 0.5) | dict.fromkeys(lab.study.MIXED_SCORES, 0.5)
+                made |= {f"{way}_by_skill": {"colour attribution": 0.5} for way in ("plan", "plain")}
+                gain = 0.3 + 0.01 * seed
+                if row == name:
+                    made[score] = {"colour attribution": 0.5 + gain} if score.endswith("skill") else 0.5 + gain
+                rows.append(made)
+        return next(entry["verdict"] for entry in claims_of(rows) if entry["claim"] == claim)
+    assert (verdict(*better), verdict(*worse)) == ("holds", "does not hold")
+
+
+def test_a_loss_within_the_margin_counts_as_none():
+    """So that "AIA loses nothing" can be found true, and not only left open."""
+    rows = [made_up_row(name, seed, 0.5, 0.5) | dict.fromkeys(lab.study.MIXED_SCORES, 0.5 - loss - 0.001 * seed)
+            for name, loss in (("mixed", 0.0), ("mixed+aia", 0.01)) for seed in range(3)]
+    for row in rows:
+        row |= {f"{way}_by_skill": {"colour attribution": 0.5} for way in ("plan", "plain")}
+        if row["row"] == "mixed+aia":
+            row["edit"] += 0.002 * row["seed"]      # no two seeds are alike
+    claim = next(entry for entry in claims_of(rows) if entry["claim"].startswith("AIA keeps"))
+    assert claim["verdict"] == "holds" and 0.009 < claim["figure"] < 0.012
+
+
 def test_intervals_are_those_of_students_distribution():
     """Its quantile has a closed form for 1, 2 and 4 degrees of freedom."""
     p = 0.975
@@ -258,9 +294,9 @@ def test_a_row_keeps_the_parts_of_its_scores(tmp_path):
         folder.mkdir()
         write_json({"gen": rows, "und": rows}, folder / "curves.json")
         write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0, "rss_gb": 0.5 + seed}, folder / "result.json")
-        write_json({topics: {"count": 0.25 + 0.5 * seed}, "gen_by_skill": {"colours": seed}, "psnr": 30 + seed},
-                   folder / "scores.json")
+        write_json({topics: {"count": 0.25 + 0.5 * seed}, "gen_by_skill": {"colours": seed}, "psnr": 30 + seed,
+                    "story": [1.0, seed]}, folder / "scores.json")
         write_json({"seed": seed}, folder / "settings.json")
     row = summary_of(finished_rows(tmp_path))["raw"]
     assert (row["und_by_topic"], row["gen_by_skill"]) == ({"count": 0.5}, {"colours": 0.5})
-    assert (row["psnr"], row["rss_gb"]) == (30.5, 1.0) and "reader" not in row
+    assert (row["psnr"], row["rss_gb"]) == (30.5, 1.0) and "reader" not in row and row["story"] == [1.0, 0.5]
