@@ -29,7 +29,7 @@ from formats.datasets import FileSource, parse_ratio
 from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.decoding import finite
-from parts.pictures import Drawn, grid_for, load_picture, to_picture, to_tensor
+from parts.pictures import Drawn, grid_for, load_picture, picture_form, to_picture, to_tensor
 from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
 from parts.settings import InputError, aside, opt, read_json, shortened, stream, write_json
 from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick, rated
@@ -379,7 +379,8 @@ class HeldOut:
 
 
 class FileBatches:
-    """The first samples of a data set, for curves and losses on a user's own pictures.
+    """The first samples of a data set, for curves and losses on a user's own pictures: of a task, or where there are
+    none, mixed ones.
 
     Records that cannot be used are added to the list `bad` and left out; without a list they stop the command.
     """
@@ -388,6 +389,7 @@ class FileBatches:
         self.source, self.bad = source, bad
 
     def batches(self, preparer, task, n, batch=8):
+        task = task if self.source.count(task) else "mixed"
         n = min(n, self.source.count(task))
         for start in range(0, n, batch):
             positions = range(start, min(start + batch, n))
@@ -408,6 +410,8 @@ class FreeDecoding(data.Preparer):
 
     def batch(self, records, rngs=None, drop=0.0):
         task = records[0].task
+        if task == "mixed":
+            raise InputError("--decode takes drawings and answers, not conversations that do both: leave it out")
         pixels, codes = None, None
         if task == "gen":
             prompts = [record.turns[0][0] for record in records]
@@ -434,24 +438,27 @@ def uniform_share(condition, queries):
 
 
 @torch.inference_mode()
-def measure(m, batches, target, delta):
-    """Batches of one task: intensity per layer (mean and standard deviation over samples), attention on the first token
-    of the sequence (a sink) and intensity without it, share of keys, next-token loss and L_AIA."""
+def measure(m, batches, task, target, delta):
+    """Of a task, in its batches or in mixed ones: intensity per layer (mean and standard deviation over samples),
+    attention on the first token of the sequence (a sink) and intensity without it, share of keys, next-token loss and
+    L_AIA."""
     device = next(m.parameters()).device
     found, sink, sinkless, uniform = [], [], [], []
     ntp, tokens = 0.0, 0
     for batch in filter(None, batches):
         batch = batch.to(device)
-        out = m(batch)
-        finite(out.ntp)
-        ntp, tokens = ntp + out.ntp.item(), tokens + out.tokens
         first = torch.zeros_like(batch.condition)
-        first[:, 0] = True
-        on_first = m(batch.measuring(first)).intensity                # (B, L)
-        found.append(out.intensity[batch.aia_valid].cpu())
-        sink.append(on_first[batch.aia_valid].cpu())
-        sinkless.append((out.intensity - on_first * batch.condition[:, :1])[batch.aia_valid].cpu())
-        uniform.append(uniform_share(batch.condition, batch.queries)[batch.aia_valid].cpu())
+        first[..., 0] = True
+        out, on_first = m(batch), m(batch.measuring(first)).intensity
+        finite(out.ntp)
+        own = (out.ntp, out.intensity, on_first, batch.condition, batch.queries, batch.aia_valid)
+        part = batch.tasks.index(task)
+        loss, intensity, on_first, condition, queries, valid = (batch.per_task(x)[part] for x in own)   # (B, L) each
+        ntp, tokens = ntp + loss.item(), tokens + batch.labelled[part]
+        found.append(intensity[valid].cpu())
+        sink.append(on_first[valid].cpu())
+        sinkless.append((intensity - on_first * condition[:, :1])[valid].cpu())
+        uniform.append(uniform_share(condition, queries)[valid].cpu())
     if not sum(map(len, found)):                    # no sample that AIA can use
         return None
     found = torch.cat(found)                                                    # (n, L)
@@ -485,7 +492,7 @@ def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
         weights = formats.weights.digest(m)
         for task in aia.TASKS:
             own = samples.batches(FreeDecoding(m, preparer.text), task, n) if decode else batches[task]
-            row = measure(m, own, *targets[task])
+            row = measure(m, own, task, *targets[task])
             if row:
                 row |= {"weights": weights} | ({"label": final} if final and name == "after" else {})
             result[task][name] = row
@@ -617,18 +624,6 @@ class Generate(Loaded):
     temperature: float = opt(1.0, "0 takes the likeliest code")
     seed: int = opt(0, "draws the codes")
     scale: int = opt(0, "enlarge each pixel so many times; 0: small pictures to about 240")
-
-
-def picture_form(out, images):
-    """The form that a picture file is to have by its name, as Pillow calls it. It may be none of those that are
-    shown."""
-    form = Image.registered_extensions().get(Path(out).suffix.lower())
-    settings.check_out(out)
-    if form not in Image.SAVE:
-        raise InputError(f"--out {out} cannot be written: give a file that ends in .png")
-    if Path(out).resolve() in [Path(image).resolve() for image in images]:
-        raise InputError(f"--out {out} is one of the pictures of --image, which would be lost: give another --out")
-    return form
 
 
 def generate(config):

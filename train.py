@@ -184,18 +184,18 @@ SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
          replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
 # Pictures and text in turn: all sorts of samples from the beginning of joint training on.
-MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=4000, fork=True), TUNE)
+MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=3000, fork=True), TUNE)
 PLANS = {"tiny-emu3": TINY, "tiny-wide": TINY, "tiny-half": TINY, "tiny-double": TINY,
          "tiny-janus": (TOKENIZER, ANSWERS, JOINT, TUNE_JANUS),
          "tiny-unifork": (TOKENIZER, ANSWERS, ALIGN, JOINT, *BRANCHES), "small-emu3": SMALL,
          **dict.fromkeys(("tiny-mixed", "tiny-mixed-fork"), MIXED),
          **dict.fromkeys(("tiny-mixed-janus", "tiny-mixed-codes"), (*MIXED[:-1], TUNE_JANUS))}
 LARGE = (Phase("tune", 1000, 64, 2e-5, 50, ("vq", "vision"), aia=True, start="before"),)
-# Defaults of a preset: its world, a micro-batch that holds one task of a step, and so many pictures that training draws
-# each about twenty times.
+# Defaults of a preset: its world, a micro-batch that holds one task of a step (half of the conversations, whose lengths
+# differ: less padding), and so many pictures that training draws each about twenty times.
 SETTINGS_OF = {"small-emu3": {"shapes": 6, "colours": 6, "objects": 3, "cell": 16, "pool": 32_000, "calibration": 10,
                               "micro_batch": 128},
-               **{name: {"ratio": "1:1:2"} for name, phases in PLANS.items() if phases[:-1] == MIXED[:-1]}}
+               **{name: {"ratio": "1:1:2", "micro_batch": 8} for name in PLANS if name.startswith("tiny-mixed")}}
 # The paper's two trainings: 3 M samples, half of each task, on 8 x 8 GPUs. Its text gives start, ratio and how weights
 # are sharded; Janus-Pro's other values are those of the authors' code. Chosen here: four epochs of 256 samples a step
 # for both, lambda by rho; Emu3, whose code was not released, takes the rest from Emu3's own fine-tuning script.

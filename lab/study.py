@@ -40,7 +40,6 @@ OFF = {"aia_weight": "off"}
 SETTINGS = {"half": {"preset": "tiny-half"}, "janus": {"preset": "tiny-janus"}, "words": {"shapes": 8, "colours": 8},
             "crowd": {"shapes": 6, "colours": 6, "objects": 4}}
 SETTINGS |= {f"{one}-crowd": SETTINGS[one] | SETTINGS["crowd"] for one in ("half", "janus")}
-MIXED_RATIO = train.SETTINGS_OF["tiny-mixed"]["ratio"]
 EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("und", "0:1"))}
 
 
@@ -82,7 +81,7 @@ def all_rows():
         groups = {"half": "56", "janus": "46"}.get(name, "6")
         rows |= setting_rows(name, flags, groups)
     # Pictures and text in turn, all from the beginning: what AIA, a second encoder and a fork make of it.
-    mixed = {name: {"preset": f"tiny-{name}", "ratio": MIXED_RATIO} for name in (
+    mixed = {name: {"preset": f"tiny-{name}"} | train.SETTINGS_OF[f"tiny-{name}"] for name in (
         "mixed", "mixed-janus", "mixed-codes", "mixed-fork")}
     rows |= arms_of("mixed", "7", mixed["mixed"], "", "")
     rows["mixed+aia"] = replace(rows["mixed+aia"], start="mixed/before")

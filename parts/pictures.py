@@ -6,12 +6,13 @@
 import io
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from parts.settings import InputError
+from parts.settings import InputError, check_out
 
 MAX_RATIO = {"emu3": 5, "janus": 27}             # Emu3's own limit; Janus-Pro shrinks the short side to 14 of 384
 MIN_SIDE = {"emu3": 8, "janus": 1}               # Emu3's own limit
@@ -173,3 +174,15 @@ def grid_for(aspect, config):
     if config.kind == "janus" and grid != config.grid:
         raise InputError(f"--aspect {aspect}: Janus-Pro draws squares only")
     return grid
+
+
+def picture_form(out, images):
+    """The form that a picture file is to have by its name, as Pillow calls it. It may be none of those that are
+    shown."""
+    form = Image.registered_extensions().get(Path(out).suffix.lower())
+    check_out(out)
+    if form not in Image.SAVE:
+        raise InputError(f"--out {out} cannot be written: give a file that ends in .png")
+    if Path(out).resolve() in [Path(image).resolve() for image in images]:
+        raise InputError(f"--out {out} is one of the pictures of --image, which would be lost: give another --out")
+    return form

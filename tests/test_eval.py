@@ -294,7 +294,7 @@ def test_the_curve_without_the_first_token_leaves_only_it_out(task, runs):
     m, text = opened(runs["tiny-emu3"])
     preparer, samples = data.Preparer(m, text), evaluation.HeldOut(World(0), 0)
     batch, = samples.batches(preparer, task, 3)
-    rows = evaluation.measure(m, [batch], *aia.targets(2, task))
+    rows = evaluation.measure(m, [batch], task, *aia.targets(2, task))
     first = torch.zeros_like(batch.condition)
     first[:, 0] = task == "gen"
     with torch.inference_mode():
@@ -313,7 +313,7 @@ def test_samples_that_aia_cannot_use_are_in_no_curve(name, task, runs):
     records, = evaluation.HeldOut(World(0), 0).batches(SimpleNamespace(batch=list), task, 4)
     mixed, last, alone = (preparer.batch([records[i] for i in chosen]) for chosen in ((0, 1, 2), (3,), (0, 2, 3)))
     mixed = replace(mixed, aia_valid=torch.tensor([True, False, True]))
-    found, expected = evaluation.measure(m, [mixed, last], *targets), evaluation.measure(m, [alone], *targets)
+    found, expected = (evaluation.measure(m, batches, task, *targets) for batches in ([mixed, last], [alone]))
     with torch.inference_mode():
         whole = [m(batch) for batch in (mixed, last)]
     assert found.pop("ntp") == pytest.approx(sum(out.ntp.item() for out in whole) / sum(out.tokens for out in whole))
@@ -322,7 +322,7 @@ def test_samples_that_aia_cannot_use_are_in_no_curve(name, task, runs):
     for key, value in found.items():
         assert value == pytest.approx(expected[key], rel=1e-4), key
     invalid = replace(last, aia_valid=torch.tensor([False]))
-    assert evaluation.measure(m, [invalid], *targets) is None
+    assert evaluation.measure(m, [invalid], task, *targets) is None
 
 
 def test_the_first_samples_of_a_data_set_are_measured_once_each():
@@ -657,7 +657,7 @@ def test_curves_of_free_decoding_are_another_measurement(name, runs, tmp_path, c
     m, text = opened(runs[name])
     for task in aia.TASKS:
         own = evaluation.HeldOut(World(0), 0).batches(evaluation.FreeDecoding(m, text), task, 2)
-        expected = evaluation.measure(m, own, *aia.targets(2, task))
+        expected = evaluation.measure(m, own, task, *aia.targets(2, task))
         assert {key: pytest.approx(free[task]["after"][key]) for key in expected} == expected
         assert given[task]["after"]["intensity"] != free[task]["after"]["intensity"]
 
@@ -710,7 +710,7 @@ def test_the_sink_is_the_attention_on_the_first_token(name, task, runs):
     """It is the first column of the attention map, written out here, averaged as Eq. 1 averages."""
     m, text = opened(runs[name])
     batch, = evaluation.HeldOut(World(0), 0).batches(data.Preparer(m, text), task, 3)
-    found, masses = evaluation.measure(m, [batch], *aia.targets(2, task))["sink"], []
+    found, masses = evaluation.measure(m, [batch], task, *aia.targets(2, task))["sink"], []
 
     def look(q, k, v, visible=None, condition=None, rectangle=None):
         scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5

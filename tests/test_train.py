@@ -1025,6 +1025,21 @@ def test_own_pictures_end_in_losses_instead_of_scores(name, own, tmp_path, capsy
     assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples.png").exists()
 
 
+def test_conversations_alone_end_in_losses_of_both_tasks(tmp_path, capsys):
+    """Each has drawings and words of its own, so it takes the place of both where --val holds nothing else."""
+    data.main(["export", str(tmp_path / "talk"), "--n", "18", "--mixed"])
+    talk = tmp_path / "talk/train.jsonl"
+    talk.write_text("".join(line + "\n" for line in talk.read_text().splitlines()[2::3]))     # every third is one
+    command("--preset", "tiny-mixed-codes", *OWN_STEPS, "--ratio", "0:0:1", "--data", talk, "--out", tmp_path / "run")
+    result = result_of(capsys.readouterr().out)
+    m, source = formats.weights.load(tmp_path / "run"), FileSource(talk, "janus")
+    preparer = data.Preparer(m, Text(m.tokenizer_file, "janus"))
+    batch = preparer.batch([source.record("mixed", i) for i in range(source.count("mixed"))])
+    for task, row in train.metrics_of(train.accumulate(m, [batch], TARGETS, OFF, backward=False)).items():
+        assert row["ntp"] == pytest.approx(result[f"val_ntp_{task}"], rel=1e-4)
+        assert row["aia"] == pytest.approx(result[f"aia_{task}"], rel=1e-3)
+
+
 @pytest.mark.parametrize("ratio, told", [("1:1", 1), ("1:1:1", 0)])
 def test_mixed_records_without_a_share_are_told(ratio, told, tmp_path, capsys):
     """By default they have none, so whoever brings some would train without them and not know."""
