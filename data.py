@@ -372,7 +372,7 @@ class Preparer:
             length = sum(len(ids) for ids, _ in pieces)
             if self.training and length > self.config.context:
                 raise InputError(f"{record.origin}: {length} tokens, but the model takes {self.config.context}: "
-                                 "shorten the text or split the conversation")
+                                 "shorten the text, split the conversation, or show fewer or smaller pictures")
             samples.append(pieces)
         return samples, self.pictures(records, drawn, codes) if self.config.kind == "janus" else {}
 

@@ -34,7 +34,7 @@ def open_picture(source, kind):
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as error:
-        raise InputError(f"{name} is missing: paths in a data set are relative to its file") from error
+        raise InputError(f"{name} is missing: paths in a data set start from its folder, others from here") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large to open safely ({error}): shrink it first") from error
     except Exception as error:                      # Pillow's readers raise anything at a broken file
