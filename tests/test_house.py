@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"parts/settings.py": 312},
     {"parts/processes.py": 100, "parts/lock.py": 140, "aia.py": 220},
-    {"parts/text.py": 270, "parts/pictures.py": 180, "parts/vision.py": 400, "parts/world.py": 480,
+    {"parts/text.py": 270, "parts/pictures.py": 190, "parts/vision.py": 400, "parts/world.py": 480,
      "parts/stories.py": 240, "parts/loss.py": 90, "parts/kernels.py": 275, "parts/decoding.py": 470,
      "parts/terminal.py": 80, "parts/plots.py": 70},
     {"model.py": 950},
