@@ -100,7 +100,7 @@ FIRST_LAYERS = {                                  # name: (layers, first layers 
     "S5": (30, (0, 10, 20, 25, 30), (0, 10, 20, 25, 30)),                     # Table S5, as printed
     "released": (30, (0, 10, 20, 25, 30), (0, 10, 21, 25, 30)),               # the authors' training code
 }
-VARIANTS = ("full", "raw", "no-huber")            # Table 3: what happens without a part
+VARIANTS = ("full", "raw", "no-huber", "no-first")    # Table 3: what happens without a part; the last is ours
 # Reference curves of single-task models, digitised from the paper's figures: figure, model, direction in the file.
 CURVES = Path(__file__).parent / "assets" / "paper_curves.json"
 REFERENCES = {                                                                # the paper's table of attention patterns
@@ -122,7 +122,7 @@ def targets(n_layers, task, table="depth", variant="full", curves=CURVES):
              a path: JSON {task: [[first_depth, delta, target], ...]}, first_depth from 0 to below 1, or what
              lab.references writes, which has the same under "stages"
     variant  "full"; "raw": the reference curve itself, layer by layer, instead of stages (delta as in `table`);
-             "no-huber": delta is infinite, so that every term is e^2/2
+             "no-huber": delta is infinite, so that every term is e^2/2; "no-first" changes data.Preparer's masks
     curves   JSON file of reference curves, laid out as assets/paper_curves.json
     """
     if task not in TASKS:

@@ -286,12 +286,13 @@ PIXELS_AT_ONCE = 2**16                       # for the picture tokenizer, whose 
 class Preparer:
     """Records -> Batch for one model: pictures through its transforms and tokenizer, texts through its template."""
 
-    def __init__(self, m, text, training=True, encoded=None):
+    def __init__(self, m, text, training=True, encoded=None, first=True):
         self.m = m
         self.config = m.config
         self.text = text
         self.training = training
         self.encoded = encoded
+        self.first = first                          # whether the first token, a sink, is in generation's condition
         self.template = text and TEMPLATES[m.config.kind](m.config, text, training)    # None: for pictures only
         # Codes of world pictures by content. They are never forgotten, so nothing may be prepared before the picture
         # tokenizer is trained.
@@ -339,9 +340,13 @@ class Preparer:
         dropped = [record.task != "und" and drop > 0 and bool(rngs[i].random() < drop) for i, record in
                    enumerate(records)]
         samples, pictures = self.pieces(records, dropped)
-        return collate(records[0].task, samples, ~torch.tensor(dropped), self.text.ids["pad"],
-                       origins=tuple(record.origin for record in records),
-                       multiple=LENGTHS.get(self.device.type, 1), **pictures)
+        batch = collate(records[0].task, samples, ~torch.tensor(dropped), self.text.ids["pad"],
+                        origins=tuple(record.origin for record in records),
+                        multiple=LENGTHS.get(self.device.type, 1), **pictures)
+        if self.first:
+            return batch
+        others = torch.arange(batch.tokens.shape[1]) > 0                        # (T,)
+        return batch.measuring(batch.condition & others)
 
     def nothing(self, task):
         """A dummy batch without labels, so that every process runs the same modules."""

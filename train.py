@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +47,7 @@ from parts import settings
 from parts.lock import owned
 from parts.pictures import drawn_at
 from parts.processes import first_decides, gathered, interruptible, join, over_processes, processes, rank
-from parts.settings import InputError, opt
+from parts.settings import InputError, Stop, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
 from parts.vision import tokenizer_step
 from parts.world import CELL_SIDES, GRID, WORLD, world_of
@@ -143,6 +142,7 @@ class Phase:
     frozen: tuple = ()                              # parts that do not train, by the beginning of their names, or
     trained: tuple = ()                             # ... the only ones that do
     aia: bool = False                               # the AIA loss is added
+    fade: tuple = ()                                # (first, last) step between which its lambda falls to 0, from here
     ratio: str = ""                                 # samples for generation : understanding; empty: that of --ratio
     pictures: bool = False                          # trains the picture tokenizer alone, on pictures
     fresh: bool = False                             # for weights that know nothing yet: left out with --init
@@ -318,6 +318,13 @@ def learning_rate(step, phase):
     return phase.lr * (phase.floor + (1 - phase.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def lambdas_at(step, phase, lambdas):
+    """lambda of each task, constant, or falling linearly to 0 between the steps of Phase.fade."""
+    first, last = phase.fade or (math.inf, math.inf)
+    share = 1.0 if step < first else max(last - step, 0) / (last - first)
+    return {task: share * value for task, value in lambdas.items()}
+
+
 def freeze(m, phase):
     """Only the parts that train in a phase need gradients; with LoRA only its additions."""
     for name, parameter in m.named_parameters():
@@ -487,10 +494,6 @@ def updating(m, optimizer, clip):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run: folder, checkpoints, log
 # ---------------------------------------------------------------------------------------------------------------------
-class Stop(Exception):
-    """Raised after a signal once the checkpoint is saved; args[0] is the signal, 0 if another process got it."""
-
-
 class Run:
     """A training run in its folder."""
 
@@ -548,8 +551,12 @@ class Run:
         self.text = Text(find_tokenizer(self.folder), self.kind)
         if self.text.ids != self.m.ids:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
-        self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
+        self.preparer = self.prepared()
         print("settings " + json.dumps(asdict(config)))
+
+    def prepared(self):
+        """What makes batches for the model of a phase."""
+        return data.Preparer(self.m, self.text, encoded=self.encoded, first=self.config.aia_variant != "no-first")
 
     def open_data(self):
         """The world, or the user's records; a resumed run must find as many as before."""
@@ -658,7 +665,7 @@ class Run:
         self.saver.finish()
         self.checkpoint, self.manifest = first_decides(lambda: checkpoints.newest_checkpoint(self.folder))
         self.m = self.open(index)
-        self.preparer = data.Preparer(self.m, self.text, encoded=self.encoded)
+        self.preparer = self.prepared()
 
     def begin_folder(self):
         """The run folder with a tokenizer, that of --init or a new one, and the settings."""
@@ -895,7 +902,8 @@ def take_step(now, step):
         metrics = tokenizer_step(run.m, run.pictures, step, phase, run.config.seed)
     else:
         batches = now.batches()
-        sums = accumulate(now.net, batches, run.targets, now.lambdas, autocast=run.autocast, device=run.device)
+        lambdas = lambdas_at(step, phase, now.lambdas)
+        sums = accumulate(now.net, batches, run.targets, lambdas, autocast=run.autocast, device=run.device)
     with updating(run.m, now.optimizer, phase.clip) as norm:
         if not phase.pictures:
             metrics, norm = metrics_of(sums, norm)
@@ -964,8 +972,9 @@ def report_step(now, step, metrics, norm):
             collapsed = " (collapsed)" if row["codes"] == 1 else ""
             parts.append(f"l1 {row['l1']:.4f} codes {row['codes']}{collapsed}")
         else:
-            weighted = now.lambdas[task] * (row["aia"] or 0.0)
-            row |= {"lambda": now.lambdas[task], "ratio": row["ntp"] / weighted if weighted else None}
+            weight = lambdas_at(step, phase, now.lambdas)[task]
+            weighted = weight * (row["aia"] or 0.0)
+            row |= {"lambda": weight, "ratio": row["ntp"] / weighted if weighted else None}
             parts.append(brief(task, row))
     tokens, padded = over_processes(now.tokens).tolist()
     if padded:
@@ -1049,18 +1058,6 @@ def settings_from(argv, cls=TrainConfig, prog="train.py", more=()):
     return settings.parse(cls, argv, prog, SETTINGS_OF.get(config.preset, {}) | dict(more) | recipe)
 
 
-def stoppable(work, again):
-    """work(); if it is stopped, one line that says how to continue, and exit: 130 after Ctrl-C, else 0."""
-    try:
-        return work()
-    except Stop as stop:
-        print(f"stopped and saved; {again}")
-        sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
-    except KeyboardInterrupt:
-        print(f"stopped at once; {again}, from the last checkpoint if one was saved")
-        sys.exit(130)
-
-
 MOVED = {"study": "python -m lab.study", "--dry-run-world": "python -m lab.dry_run --world",
          "--shard": "--parallel hsdp", "--rope-bf16": "a flag of eval.py",
          "--whole-gradients": "what ddp always does", "--clip": "Phase.clip in train.py"}
@@ -1072,7 +1069,7 @@ def main(argv=None):
     config = settings_from(argv)
     phases = plan(config)
     check_effects(config, phases)
-    settings.tell(stoppable(lambda: train(config, phases), "continue with the same command and --resume"))
+    settings.tell(settings.stoppable(lambda: train(config, phases), "continue with the same command and --resume"))
 
 
 if __name__ == "__main__":

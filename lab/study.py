@@ -19,7 +19,18 @@ from eval import ARMS, MIXED_SCORES, distance
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
 from lab.figures import correlation
-from parts.settings import InputError, check_out, machine, opt, parse, read_json, run_command, tell, write_json
+from parts.settings import (
+    InputError,
+    check_out,
+    machine,
+    opt,
+    parse,
+    read_json,
+    run_command,
+    stoppable,
+    tell,
+    write_json,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,7 +507,7 @@ def print_claims(claims):
 
 def main(argv=None):
     settings = parse(Study, argv, "python -m lab.study")
-    tell(train.stoppable(lambda: study(settings), "continue with the same command"))
+    tell(stoppable(lambda: study(settings), "continue with the same command"))
 
 
 if __name__ == "__main__":

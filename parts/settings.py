@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -15,6 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
+
+
+class Stop(Exception):
+    """Raised after a signal once the checkpoint is saved; args[0] is the signal, 0 if another process got it."""
 
 
 class InputError(ValueError):
@@ -119,6 +124,18 @@ def moved(argv, prog, names):
     for word in argv[:1] + [word.split("=")[0] for word in argv if word.startswith("--")]:
         if word in names:
             raise InputError(f"{prog} {word} is now {names[word]}")
+
+
+def stoppable(work, again):
+    """work(); if it is stopped, one line that says how to continue, and exit: 130 after Ctrl-C, else 0."""
+    try:
+        return work()
+    except Stop as stop:
+        print(f"stopped and saved; {again}")
+        sys.exit(130 if stop.args[0] == signal.SIGINT else 0)
+    except KeyboardInterrupt:
+        print(f"stopped at once; {again}, from the last checkpoint if one was saved")
+        sys.exit(130)
 
 
 def run_command(command):

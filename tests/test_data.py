@@ -482,6 +482,21 @@ def test_attention_on_other_keys_is_looked_for_where_they_are(preparers):
     assert torch.equal(moved.condition, other) and torch.equal(moved.queries, batch.queries)
 
 
+@pytest.mark.parametrize("name", MIXED_PRESETS)
+@pytest.mark.parametrize("task", ["gen", "und", "mixed"])
+def test_the_first_token_can_be_left_out_of_the_condition(name, task, texts):
+    """AIA could otherwise meet generation's target by attending to a sink that says nothing of the prompt."""
+    p = mixed_preparer(name, texts)
+    records = story_records() if task == "mixed" else world_records(task, 3)
+    usual, without = p.batch(records), data.Preparer(p.m, p.text, first=False).batch(records)
+    expected = usual.condition.clone()
+    expected[..., 0] = False
+    assert torch.equal(without.condition, expected) and torch.equal(usual.condition, expected) == (task == "und")
+    assert torch.equal(without.queries, usual.queries) and torch.equal(without.aia_valid, usual.aia_valid)
+    first_key = without.rectangle[0][2] if task == "mixed" else without.rectangle[2]
+    assert first_key == without.per_task(expected)[0].any(0).nonzero()[0].item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Floors from the ground up: a file imports only from floors below its own, or from files named before it in its row.
 # Beside each file the most lines it may have.
 FLOORS = [
-    {"parts/settings.py": 312},
+    {"parts/settings.py": 330},
     {"parts/processes.py": 100, "parts/lock.py": 140, "aia.py": 220},
     {"parts/text.py": 270, "parts/pictures.py": 190, "parts/vision.py": 400, "parts/world.py": 480,
      "parts/stories.py": 240, "parts/loss.py": 90, "parts/kernels.py": 275, "parts/decoding.py": 470,

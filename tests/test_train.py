@@ -403,6 +403,30 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
+def test_lambda_fades_over_phases():
+    """It stays where nothing is said; else it falls linearly to zero, maybe from a phase before or into the next."""
+    lambdas = {"gen": 4.0, "und": 2.0}
+    phases = [train.Phase("tune", 40, 8, 1e-3, 10, aia=True, fade=fade) for fade in ((), (30, 50), (-10, 10))]
+    plain, joint, tune = ([train.lambdas_at(step, phase, lambdas) for step in range(40)] for phase in phases)
+    assert plain == [lambdas] * 40
+    assert [joint[step]["gen"] for step in (0, 30, 35, 39)] == pytest.approx([4, 4, 3, 2.2])
+    assert [tune[step]["und"] for step in (0, 5, 9, 10, 39)] == pytest.approx([1, 0.5, 0.1, 0, 0])
+
+
+def test_a_step_takes_and_logs_the_lambda_of_its_own(texts, monkeypatch):
+    """A run that said one weight and used another could not be repeated."""
+    phase = train.Phase("joint", 4, 4, 1e-3, 1, ("vq",), aia=True, fade=(0, 4))
+    now = progress(fresh("tiny-emu3"), texts["tiny-emu3"], phase, aia_weight="8,4")
+    used, log, accumulate = [], [], train.accumulate
+    monkeypatch.setattr(train, "accumulate", lambda net, batches, targets, lambdas, **named: used.append(lambdas)
+                        or accumulate(net, batches, targets, lambdas, **named))
+    now.run.log, now.run.elapsed = log.append, lambda: 0.0
+    for step in range(4):
+        train.report_step(now, step, *train.take_step(now, step))
+    assert used == [{"gen": 8.0 - 2 * step, "und": 4.0 - step} for step in range(4)]
+    assert [{task: entry[task]["lambda"] for task in aia.TASKS} for entry in log] == used
+
+
 def test_the_optimizer_takes_what_the_phase_says():
     """Weight decay pulls matrices only; a frozen parameter is in no group, every other one in one."""
     m = fresh("tiny-janus")
