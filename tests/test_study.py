@@ -1,93 +1,25 @@
-"""Claims about the study: rows, seeds, intervals and verdicts (lab/study.py)."""
+"""Claims about running the study (lab/study.py)."""
 
 import json
-import math
+import os
 import re
 import shutil
 import signal
-import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import aia
 import lab.study
+import model
 import train
-from lab.study import ROWS, STUDENT, by_row, claims_of, finished_rows, interval, needs, summary_of
-from parts.settings import InputError, write_json
-from parts.world import world_of
-
-
-def made_up_row(name, seed, und, gen, lift=0.0):
-    """A row of a study with given scores; lift moves its curves."""
-    row = {"row": name, "seed": seed, "und": und, "gen": gen, "seconds": 60.0, "ntp_und": 1 - und, "ntp_gen": 1 - gen,
-           "alignment": {"und": [0.1, 0.2, 0.3], "gen": [0.1, 0.3, 0.2]}}
-    for task, curve in (("gen", [0.1, 0.2, 0.3]), ("und", [0.3, 0.2, 0.1])):
-        row |= {f"{task}_curve": [x + lift for x in curve], f"distance_{task}": 0.2 - lift, f"std_{task}": 0.05}
-    return row
-
-
-def test_the_study_pairs_rows_by_seed():
-    """Seeds differ more than rows do, so a row is compared with the plain one of the same seed."""
-    plain = [made_up_row("unified", seed, 0.5 + 0.1 * seed, 0.4) for seed in range(4)]
-    tuned = [made_up_row("aia", seed, 0.52 + 0.1 * seed + 0.001 * (seed % 2), 0.4) for seed in range(4)]
-    summary = summary_of(plain + tuned)
-    row, found = summary["aia"]["und"], summary["aia"]["difference"]["und"]
-    assert found["mean"] == pytest.approx(0.0205) and found["interval"] < 0.001 < row["interval"]
-    differences = [0.02, 0.021, 0.02, 0.021]
-    half = 3.182 * statistics.stdev(differences) / 2                            # t of three degrees of freedom
-    assert found["interval"] == pytest.approx(half) and "difference" not in summary["unified"]
-
-
-def test_experts_are_one_row_of_two_runs():
-    """Each is judged by its own task only."""
-    rows = [made_up_row("expert-gen", 0, 0.0, 0.9), made_up_row("expert-und", 0, 0.8, 0.0, 0.1)]
-    joint = by_row(rows)["experts"][0]
-    assert (joint["und"], joint["gen"]) == (0.8, 0.9)
-    assert joint["und_curve"] == rows[1]["und_curve"] and joint["gen_curve"] == rows[0]["gen_curve"]
-    assert (joint["ntp_und"], joint["ntp_gen"], joint["seconds"]) == pytest.approx((0.2, 0.1, 120))
-
-
-def test_a_conflict_is_what_the_experts_of_a_setting_gain():
-    """Each setting has experts of its own, in its world, and seeds that miss one of the three runs do not count."""
-    rows = [made_up_row(name, seed, und, gen) for seed in (0, 1) for name, und, gen in (
-        ("unified", 0.9, 0.8), ("expert-und", 0.9, 0.0), ("expert-gen", 0.0, 0.7),
-        ("crowd", 0.5, 0.4), ("crowd-und", 0.6, 0.0), ("crowd-gen", 0.0, 0.6))]
-    summary = summary_of(rows + [made_up_row("crowd", 2, 0.5, 0.4), made_up_row("half", 0, 0.5, 0.4)])
-    assert [name for name, row in summary.items() if row["baseline"]] == ["experts", "crowd-experts"]
-    found = {key: part["mean"] for key, part in summary["crowd-experts"]["difference"].items()}
-    assert found == pytest.approx({"und": 0.1, "gen": 0.2, "both": 0.15, "ntp_und": -0.1, "ntp_gen": -0.2})
-    assert summary["crowd-experts"]["paired"] == [0, 1]
-    assert summary["experts"]["difference"]["gen"]["mean"] == pytest.approx(-0.1)
-
-
-def test_every_row_of_the_study_is_a_run():
-    """Its flags are settings, it begins from a row, and both arms of a comparison begin from the same weights."""
-    for name, row in ROWS.items():
-        config = train.TrainConfig(**row.flags | ({"aia_targets": ""} if "aia_targets" in row.flags else {}))
-        train.plan(replace(config, init="folder" if row.start else ""))
-        world_of({"seed": 0, "shapes": config.shapes, "colours": config.colours, "objects": config.objects})
-        assert {*needs(name), row.baseline} - {""} <= {*ROWS}
-        if name.endswith("+aia"):
-            start, plain = row.start or name, ROWS[row.baseline]
-            assert row.baseline == name.removesuffix("+aia") and start in (plain.start, f"{row.baseline}/before")
-            assert row.flags | lab.study.OFF == plain.flags
-    assert needs("tuned+aia") == ["janus"]
-    assert needs("experts-curves") == ["expert-gen", "expert-und", "aia"]
-
-
-@pytest.mark.parametrize("gains, verdict", [
-    ([0.1, 0.11, 0.12], "holds"), ([-0.1, -0.11, -0.12], "does not hold"), ([0.1, -0.1, 0.05], "not decided here"),
-    ([0.1], "not decided here"), ([], "not decided here")])
-def test_a_verdict_needs_an_interval_without_zero(gains, verdict):
-    """One seed decides nothing, however large its figure."""
-    rows = [made_up_row("unified", seed, 0.5, 0.5) for seed in range(3)]
-    rows += [made_up_row("aia", seed, 0.5 + gain, 0.5) for seed, gain in enumerate(gains)]
-    claim = next(claim for claim in claims_of(rows) if claim["claim"] == "AIA improves understanding")
-    assert claim["verdict"] == verdict and claim["seeds"] == len(gains)
-    stable = next(claim for claim in claims_of(rows) if claim["claim"].startswith("patterns"))
-    assert stable["figure"] == pytest.approx(0.08)
+from lab.claims import summary_of
+from lab.rows import needs
+from lab.study import finished_rows
+from parts.settings import InputError, Stop, write_json
 
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
@@ -98,7 +30,6 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         configs.append(config)
         sizes.append({phase.name: phase.batch_size for phase in phases})
         folder = Path(config.out)
-        folder.mkdir(parents=True)
         rows = {"target": [0.2] * 3, "delta": [0.1] * 3, **{name: {"intensity": [0.1, 0.2, 0.3], "std": [0.1] * 3,
                 "ntp": 1.0, "aia": 0.1} for name in ("before", "after")}}
         write_json({"gen": rows, "und": rows}, folder / "curves.json")
@@ -148,7 +79,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 def test_a_published_study_is_not_replaced_by_one_that_knows_less(tmp_path, monkeypatch, capsys):
     """A folder of runs may have fewer of them, or none yet, as in a fresh clone."""
-    published, found = tmp_path / "assets.json", [made_up_row("aia", 0, 0.5, 0.5)]
+    published, found = tmp_path / "assets.json", [{"row": "aia", "seed": 0, "und": 0.5, "gen": 0.5, "seconds": 60.0}]
     monkeypatch.setattr(lab.study, "PUBLISHED", published)
     monkeypatch.setattr(lab.study, "run_row", lambda *row: None)
     monkeypatch.setattr(lab.study, "finished_rows", lambda runs: found)
@@ -162,117 +93,6 @@ def test_a_published_study_is_not_replaced_by_one_that_knows_less(tmp_path, monk
         assert file == published or len(json.loads(published.read_text())["rows"]) == 2
     with pytest.raises(InputError, match="missing.study.json cannot be written: give a file in a folder that exists"):
         lab.study.main(["--rows", "aia", "--out", str(tmp_path / "missing/study.json")])
-
-
-def test_a_claim_about_several_rows_needs_all_of_them():
-    """The best of some rows is above their mean by chance alone, so each is compared on its own."""
-    def decided(low, high):
-        rows = [made_up_row(name, seed, 0.5 + gain + 0.01 * seed * (name == "aia"), 0.5) for seed in range(3)
-                for name, gain in (("aia", 0.0), ("rho-1", low), ("rho-100", high))]
-        return next(claim for claim in claims_of(rows) if claim["claim"].startswith("rho"))
-    assert decided(-0.2, -0.3)["verdict"] == "holds" and decided(-0.2, 0.1)["verdict"] == "does not hold"
-    assert decided(-0.2, 0.005)["verdict"] == "not decided here"
-    assert decided(-0.2, -0.3)["figure"] == pytest.approx(0.105)
-
-
-def test_the_shared_model_lies_between_in_each_task():
-    """Above one expert and below the other on average is not enough."""
-    rows = [made_up_row(name, seed, 0.5, 0.5) for seed in range(3) for name in ("unified", "expert-gen", "expert-und")]
-    for row in rows:                                # experts end at 0.3 and 0.2
-        if row["row"] == "unified":
-            row["alignment"] = {"und": [0.1, 0.2, 0.25], "gen": [0.1, 0.2, 0.15 + 0.001 * row["seed"]]}
-    claim = next(claim for claim in claims_of(rows) if "lies between" in claim["claim"])
-    assert claim["figure"] == pytest.approx(-0.049) and claim["verdict"] == "does not hold"
-
-
-CURVES = {"low": [0.1, 0.2, 0.3], "high": [0.3, 0.4, 0.5], "middle": [0.2, 0.3, 0.4], "falling": [0.3, 0.2, 0.1]}
-
-
-@pytest.mark.parametrize("claim, good, bad", [
-    ("the two tasks' curves", {"unified": {"gen_curve": "low", "und_curve": "falling"}},
-     {"unified": {"gen_curve": "low", "und_curve": "high"}}),
-    ("more decoupling", {"unified": {"und_curve": "low"}, "unifork-1": {"und_curve": "middle"}},
-     {"unified": {"und_curve": "middle"}, "unifork-1": {"und_curve": "low"}}),
-    ("AIA moves", {"aia": {"distance_gen": 0.1}}, {"aia": {"distance_gen": 0.3}}),
-    ("AIA improves und", {"aia": {"und": 0.6}}, {"aia": {"und": 0.4}}),
-    ("AIA improves gen", {"aia": {"gen": 0.6}}, {"aia": {"gen": 0.4}}),
-    ("at half width AIA", {"half+aia": {"gen": 0.6}}, {"half+aia": {"gen": 0.4}}),
-    ("at half width forked", {"half+fork": {"gen": 0.6}}, {"half+fork": {"gen": 0.4}}),
-    ("forked beats shared", {"unifork-2": {"gen": 0.6}}, {"unifork-2": {"gen": 0.4}}),
-    ("forked beats shared of", {"unifork": {"gen": 0.6}}, {"unifork": {"gen": 0.4}}),
-    ("alignment rises in", {}, {"expert-und": {"alignment": {"und": [0.3, 0.2, 0.1], "gen": [0.1, 0.3, 0.2]}}}),
-    ("alignment rises and", {}, {"expert-gen": {"alignment": {"und": [0.1, 0.2, 0.3], "gen": [0.1, 0.2, 0.3]}}}),
-    ("Huber", {"no-huber": {"und": 0.4}}, {"no-huber": {"und": 0.6}}),
-    ("stages", {"raw": {"und": 0.4}}, {"raw": {"und": 0.6}})])
-def test_a_claim_holds_where_its_rows_say_so_and_not_in_their_mirror(claim, good, bad):
-    """Operands or signs that are the wrong way round would report the contrary of what was found."""
-    def verdict(changes):
-        rows = []
-        for seed in range(3):
-            for place, name in enumerate(("unified", "aia", "expert-und", "expert-gen", "unifork-1", "unifork-2",
-                                          "unifork", "wide", "raw", "no-huber", "half", "half+aia", "half+fork")):
-                row = made_up_row(name, seed, 0.5, 0.5) | {"und_curve": CURVES["high"], "gen_curve": CURVES["low"]}
-                row |= {key: CURVES[value] if isinstance(value, str) else value
-                        for key, value in changes.get(name, {}).items()}
-                little = 0.0003 * seed * (place + 1)                            # no two seeds or rows are alike
-
-                def bent(curve, little=little):
-                    return [x + little * i * i for i, x in enumerate(curve)]
-                for task in aia.TASKS:
-                    row |= {task: row[task] + little, f"distance_{task}": row[f"distance_{task}"] + little,
-                            f"{task}_curve": bent(row[f"{task}_curve"])}
-                rows.append(row | {"alignment": {task: bent(curve) for task, curve in row["alignment"].items()}})
-        names = [entry["claim"] for entry in claims_of(rows)]
-        name = claim if claim in names else next(name for name in names if name.startswith(claim))
-        return next(entry["verdict"] for entry in claims_of(rows) if entry["claim"] == name)
-    assert (verdict(good), verdict(bad)) == ("holds", "does not hold")
-
-
-@pytest.mark.parametrize("claim, better, worse", [
-    ("a plan improves colour attribution", ("mixed", "plan_by_skill"), ("mixed", "plain_by_skill")),
-    ("a plan improves colour attribution (Janus-Pro)", ("mixed-janus", "plan_by_skill"),
-     ("mixed-janus", "plain_by_skill")),
-    ("a plan improves the mean of all skills", ("mixed", "plan"), ("mixed", "plain")),
-    ("AIA keeps what is done in turn (it loses less than 0.02)", ("mixed+aia", "edit"), ("mixed", "consistent")),
-    ("a second encoder has to look again", ("mixed-janus", "third"), ("mixed-codes", "plan")),
-    ("a fork costs what is done in turn", ("mixed", "edit"), ("mixed-fork", "third"))])
-def test_what_is_done_in_turn_is_judged_the_right_way_round(claim, better, worse):
-    """Each claim holds where its row gains, and does not where what it is compared with does."""
-    def verdict(name, score):
-        rows = []
-        for seed in range(3):
-            for row in ("mixed", "mixed+aia", "mixed-janus", "mixed-codes", "mixed-fork"):
-                made = made_up_row(row, seed, 0.5, 0.5) | dict.fromkeys(lab.study.MIXED_SCORES, 0.5)
-                made |= {f"{way}_by_skill": {"colour attribution": 0.5} for way in ("plan", "plain")}
-                gain = 0.3 + 0.01 * seed
-                if row == name:
-                    made[score] = {"colour attribution": 0.5 + gain} if score.endswith("skill") else 0.5 + gain
-                rows.append(made)
-        return next(entry["verdict"] for entry in claims_of(rows) if entry["claim"] == claim)
-    assert (verdict(*better), verdict(*worse)) == ("holds", "does not hold")
-
-
-def test_a_loss_within_the_margin_counts_as_none():
-    """So that "AIA loses nothing" can be found true, and not only left open."""
-    rows = [made_up_row(name, seed, 0.5, 0.5) | dict.fromkeys(lab.study.MIXED_SCORES, 0.5 - loss - 0.001 * seed)
-            for name, loss in (("mixed", 0.0), ("mixed+aia", 0.01)) for seed in range(3)]
-    for row in rows:
-        row |= {f"{way}_by_skill": {"colour attribution": 0.5} for way in ("plan", "plain")}
-        if row["row"] == "mixed+aia":
-            row["edit"] += 0.002 * row["seed"]      # no two seeds are alike
-    claim = next(entry for entry in claims_of(rows) if entry["claim"].startswith("AIA keeps"))
-    assert claim["verdict"] == "holds" and 0.009 < claim["figure"] < 0.012
-
-
-def test_intervals_are_those_of_students_distribution():
-    """Its quantile has a closed form for 1, 2 and 4 degrees of freedom."""
-    p = 0.975
-    two, q = (2 * p - 1) / (2 * p * (1 - p)) ** 0.5, 4 * p * (1 - p)
-    four = 2 * (math.cos(math.acos(q**0.5) / 3) / q**0.5 - 1) ** 0.5
-    assert STUDENT[:2] + STUDENT[3:4] == pytest.approx((math.tan(math.pi * (p - 0.5)), two, four), abs=1e-3)
-    assert list(STUDENT) == sorted(STUDENT, reverse=True) and STUDENT[-1] > 1.96
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, two / 3**0.5), abs=1e-3)
-    assert interval([1.0, 2.0]) == (1.5, None)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -300,3 +120,118 @@ def test_a_row_keeps_the_parts_of_its_scores(tmp_path):
     row = summary_of(finished_rows(tmp_path))["raw"]
     assert (row["und_by_topic"], row["gen_by_skill"]) == ({"count": 0.5}, {"colours": 0.5})
     assert (row["psnr"], row["rss_gb"]) == (30.5, 1.0) and "reader" not in row and row["story"] == [1.0, 0.5]
+
+
+def test_rows_that_run_side_by_side_wait_for_what_they_need(tmp_path, monkeypatch, capsys):
+    """No more at once than were asked for, none before its weights are there; what needs a failed one is not begun."""
+    running, began, most = {}, [], []
+
+    class Pretended:
+        """A process that ends when it is looked at for the second time; that of seed 1's unified model fails."""
+
+        def __init__(self, target, args):
+            self.run, self.looks = args[:2], 0
+
+        def start(self):
+            name, seed = self.run
+            began.append(self.run)
+            assert all(lab.study.is_done(other, seed, tmp_path) for other in needs(name))
+            running[self.run] = self
+            most.append(len(running))
+
+        sentinel = 0
+
+        def is_alive(self):
+            self.looks += 1
+            if self.looks == 2:
+                del running[self.run]
+                if self.run != ("narrow", 1):
+                    folder = lab.study.folder_of(*self.run, tmp_path)
+                    folder.mkdir()
+                    write_json({"seconds": 120.0}, folder / "result.json")
+            return self.looks < 2
+    monkeypatch.setattr(lab.study.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Pretended))
+    monkeypatch.setattr(lab.study, "wait", lambda sentinels, timeout: None)
+    names = ("narrow", "narrow-gen", "narrow-und", "early", "early-experts")
+    todo = [(name, seed) for seed in (0, 1) for name in names]
+    failed = lab.study.side_by_side(todo, 3, tmp_path)
+    assert {*failed} == {(name, 1) for name in ("narrow", "early", "early-experts")} and max(most) == 3
+    assert {*began} == {*todo} - {("early", 1), ("early-experts", 1)} and len(began) == len({*began})
+    last = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert [line.split() for line in last[:3]] == [
+        ["seed", "0", "1"], ["narrow", "2.0", "!"], ["narrow-gen", "2.0", "2.0"]]
+    assert last[-1] == "7 of 10 runs finished, minutes left: 0"
+
+
+def test_a_study_side_by_side_stops_its_runs(tmp_path, monkeypatch):
+    """They save before they end, so the same command goes on."""
+    ended = []
+
+    class Pretended:
+        sentinel = 0
+
+        def __init__(self, target, args):
+            self.run = args[:2]
+
+        def start(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def terminate(self):
+            ended.append(self.run)
+
+        def join(self):
+            pass
+
+        def is_alive(self):
+            return self.run not in ended
+    monkeypatch.setattr(lab.study.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Pretended))
+    monkeypatch.setattr(lab.study, "wait", lambda sentinels, timeout: None)
+    with pytest.raises(Stop) as stop:
+        lab.study.side_by_side([("narrow", 0), ("narrow", 1), ("narrow", 2)], 2, tmp_path)
+    assert stop.value.args == (signal.SIGTERM,) and ended == [("narrow", 0), ("narrow", 1)]
+
+
+def test_a_run_tells_from_which_commit_it_was_started(tmp_path, monkeypatch):
+    """A plan is worth something only if it is older; what is resumed keeps its first start."""
+    for folder, changed in (("clean", ""), ("changed", " M train.py")):
+        said = iter(["abc123", changed])
+        monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, said=said, **named: SimpleNamespace(
+            stdout=next(said) + "\n"))
+        lab.study.tell_start(tmp_path / folder)
+    first = json.loads((tmp_path / "clean/started.json").read_text())
+    assert first["commit"] == "abc123" and first["started"].endswith("+00:00")
+    assert json.loads((tmp_path / "changed/started.json").read_text())["commit"] == "abc123 and changes"
+    monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, **named: pytest.fail("told already"))
+    lab.study.tell_start(tmp_path / "clean")
+    assert json.loads((tmp_path / "clean/started.json").read_text()) == first
+
+
+def test_a_run_without_a_repository_is_started_all_the_same(tmp_path, monkeypatch):
+    """An archive of the files has no commit."""
+    def missing(*words, **named):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(lab.study.subprocess, "run", missing)
+    lab.study.tell_start(tmp_path)
+    assert json.loads((tmp_path / "started.json").read_text())["commit"] is None
+
+
+def test_exchanged_targets_are_those_of_the_other_task(tmp_path):
+    """A control: if any pull on the curves helped, the paper's targets would say nothing."""
+    file = lab.study.targets_file("exchanged", 0, tmp_path)
+    for task, other in zip(aia.TASKS, reversed(aia.TASKS), strict=True):
+        found, expected = aia.targets(6, task, str(file)), aia.targets(6, other)
+        assert all(map(torch.equal, found, expected)) and not torch.equal(found[0], aia.targets(6, task)[0])
+
+
+def test_lambda_at_the_end_of_another_run_is_that_of_its_weights(tmp_path, monkeypatch):
+    """Measured there for the targets that are asked for, as --aia-weight takes it."""
+    monkeypatch.setitem(model.PRESETS, "tiny-half", replace(model.PRESETS["tiny-half"], layers=2))
+    small = {"preset": "tiny-half", "pool": 16, "eval_n": 1, "steps": 1, "batch_size": 4, "aia_weight": "off"}
+    config = train.TrainConfig(out=str(tmp_path / "run"), **small)
+    train.train(config, train.plan(config))
+    wanted = replace(config, aia_weight="rho", calibration=1)
+    words = [lab.study.lambdas_at_the_end(replace(wanted, **changes), tmp_path / "run")
+             for changes in ({}, {"rho": 5.0}, {"aia_variant": "no-first"}, {"aia_targets": "flux"})]
+    plain, strong, without, other = (train.fixed_lambdas(text) for text in words)
+    assert strong == pytest.approx({task: 10 * value for task, value in plain.items()}, rel=0.01)
+    assert without["und"] == plain["und"] == other["und"] and len({plain["gen"], without["gen"], other["gen"]}) == 3
