@@ -212,7 +212,7 @@ def test_planned_claims_are_decided_either_way(gains, verdicts):
 
 
 def test_few_seeds_decide_no_planned_claim():
-    """Of five the least p is 2 / 32, which is not below 0.05: an interval alone is not enough."""
+    """Of five the least p is 2 / 32, which decides nothing: an interval alone is not enough."""
     found = early((0.1, 0.1), seeds=5)
     assert {claim["verdict"] for claim in found} == {"not decided here"}
     assert all(claim["p"] == 2 / 32 and claim["corrected"] == pytest.approx(6 / 32) for claim in found)
