@@ -8,13 +8,14 @@ VERMILION, BLUE, GREEN, SKY = "#D55E00", "#0072B2", "#009E73", "#56B4E9"
 PALETTE = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", SKY)                   # Okabe and Ito
 
 
-def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1)):
-    """Panels, two in a row, in the one look of all figures. ends: of the x axis; None: those of the data."""
+def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1), shared=True):
+    """Panels, two in a row, in the one look of all figures. ends: of the x axis; None: those of the data. shared: all
+    have the same y axis."""
     from matplotlib.figure import Figure
     columns = min(len(titles), 2)
     rows = (len(titles) + 1) // 2
     figure = Figure((4.5 * columns, 3.4 * rows + 0.5), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels = figure.subplots(rows, columns, sharey=shared, squeeze=False)
     for panel in panels[:, 0]:
         panel.set_ylabel(ylabel)
     for panel in panels.flat[len(titles):]:
@@ -29,13 +30,13 @@ def canvas(titles, ylabel, xlabel="relative depth", ends=(0, 1)):
     return figure, panels
 
 
-def check_figure(file):
-    """Refuse a file of --out that no figure can be written to, before hours of work for it. Empty: none is given."""
+def check_figure(file, flag="--out"):
+    """Refuse a file of a flag that no figure can be written to, before hours of work for it. Empty: none is given."""
     from matplotlib.figure import Figure
-    check_out(file)
+    check_out(file, flag)
     ending = Path(file).suffix[1:].lower() or "png"
     if ending not in Figure().canvas.get_supported_filetypes():
-        raise InputError(f"--out {file} cannot be written: give a file that ends in .png")
+        raise InputError(f"{flag} {file} cannot be written: give a file that ends in .png")
 
 
 def save_figure(figure, panels, file, bottom=0, legend=True):

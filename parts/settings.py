@@ -254,10 +254,10 @@ def aside(path):
         raise InputError(f"{path} cannot be written ({reason}): choose a folder that exists, and make room") from error
 
 
-def check_out(file):
+def check_out(file, flag="--out"):
     """Refuse a file that cannot be written, before hours of work for it. Empty: nothing is to be written."""
     if not Path(file).parent.is_dir() or (file and Path(file).is_dir()):
-        raise InputError(f"--out {file} cannot be written: give a file in a folder that exists")
+        raise InputError(f"{flag} {file} cannot be written: give a file in a folder that exists")
 
 
 def write_json(content, file):
