@@ -140,17 +140,21 @@ def drawn(m, text, world, prompts, before="", given=None, hide=None, batch=64):
 
 
 @contextlib.contextmanager
-def blind(m, layers, hidden):
-    """In some layers, what is generated does not see the columns of the prompts that hidden (B, T) marks."""
+def blind(m, layers, hidden, last=False):
+    """In some layers, what is generated does not see the columns of the prompts that hidden (B, T) marks. last: nor
+    does the last token of the prompts, which predicts the first one that is generated."""
     def look_away(layer, given):
         x, rows, rope, visible, *rest = given
-        if len(x) > rows:                           # the prompts themselves, in one go
+        new, used = len(x) // rows, rest[-1].used
+        blinded = int(last) if new == used else new             # the prompts come first, in one go
+        if not blinded:
             return given
-        used = rest[-1].used
         if visible is None:
-            visible = torch.ones(1, 1, 1, used, dtype=torch.bool, device=x.device)
-        keep = ~torch.nn.functional.pad(hidden, (0, used - hidden.shape[1]))    # (B, U)
-        return x, rows, rope, visible & keep[:, None, None], *rest
+            visible = torch.ones(new, used, dtype=torch.bool, device=x.device).tril(used - new)[None, None]
+        columns = visible.shape[-1]                 # a step that is replayed reads all columns, used or not
+        keep = ~torch.nn.functional.pad(hidden, (0, columns - hidden.shape[1]))                 # (B, U)
+        sighted = torch.arange(new, device=x.device) < new - blinded                            # (T,)
+        return x, rows, rope, visible & (keep[:, None, None] | sighted[:, None]), *rest
     hooks = [part.self_attn.register_forward_pre_hook(look_away) for i in layers
              for part in {m.lm.path("und")[0][i], m.lm.path("gen")[0][i]}]
     try:
