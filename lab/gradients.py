@@ -46,7 +46,7 @@ class Gradients:
 
 
 def gradients(settings):
-    """All runs, one after the other -> {run: cosine over all shared weights at its last checkpoint}."""
+    """All runs, one after the other -> {run: cosine over all shared layers at its last checkpoint}."""
     at_least(settings, {"n": 1, "seed": 0})
     check_out(settings.out)
     if settings.figure:
@@ -59,11 +59,11 @@ def gradients(settings):
         print(run)
         samples, preparer = evaluation.HeldOut(world, settings.seed), data.Preparer(m, text)
         batches = {task: [*samples.batches(preparer, task, settings.n)] for task in aia.TASKS}
-        rows[run] = rows_of(m, Path(run), batches)
+        rows[run] = kept_rows(m, Path(run), batches)
     write_json({"runs": rows, "n": settings.n, "seed": settings.seed, "machine": machine()}, settings.out)
     if settings.figure:
         draw_gradients(rows, settings.figure)
-    return {run: row[-1]["cosine"]["all"] for run, row in rows.items()}
+    return {run: row[-1]["cosine"]["layers"] for run, row in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def kept_weights(folder):
             for phase, step in sorted(kept)]
 
 
-def rows_of(m, folder, batches):
+def kept_rows(m, folder, batches):
     """A row for all weights that a run has kept, read one after the other into the same model. batches: of each task,
     with the picture codes of the run's last tokenizer."""
     rows = []
@@ -105,8 +105,8 @@ def rows_of(m, folder, batches):
         found = agreement(m, {task: gradient_of(m, batches[task]) for task in aia.TASKS})
         rows.append({"phase": phase, "step": step, "steps": steps} | found)
         cosine, kind, layer = lowest(found["cosine"])
-        print(f"  phase {phase} step {step:5d}   all {found['cosine']['all']:6.3f}   lowest {cosine:6.3f}, {kind} of "
-              f"layer {layer}")
+        print(f"  phase {phase} step {step:5d}   layers {found['cosine']['layers']:6.3f}   lowest {cosine:6.3f}, "
+              f"{kind} of layer {layer}")
     return rows
 
 
@@ -132,14 +132,16 @@ def gradient_of(m, batches):
 
 
 def groups_of(m, task, shared):
-    """{group: its weights} on the way of a task, those of KINDS layer by layer. all: those of decoder, embedding and
-    head that both tasks train, which are `shared`. Left out of it are a fork's two branches; in Janus-Pro SigLIP,
-    aligners and both heads, each of which belongs to one task; and the picture tokenizer, which is frozen."""
+    """{group: its weights} on the way of a task, those of KINDS layer by layer. layers: those of the decoder's layers
+    that both tasks train, which are `shared`; all: those of embedding and head besides. Left out of these two are a
+    fork's branches; in Janus-Pro SigLIP, aligners and both heads, each of which belongs to one task; and the picture
+    tokenizer, which is frozen."""
     layers, _ = m.lm.path(task)
     groups = {kind: [[p for part in parts for p in layer.get_submodule(part).parameters()] for layer in layers]
               for kind, parts in KINDS.items()}
     whole = [*m.lm.parameters(), *m.lm_head.parameters()]
     return groups | {"embedding": [*m.lm.embed_tokens.parameters()], "head": [*m.lm_head.parameters()],
+                     "layers": [p for layer in layers for p in layer.parameters() if p in shared],
                      "all": [p for p in whole if p in shared]}
 
 
@@ -177,12 +179,12 @@ def cosine_of(weights, a, b):
 # The figure
 # ---------------------------------------------------------------------------------------------------------------------
 def draw_gradients(rows, file):
-    """The cosine over all shared weights while runs trained, and that of each layer and kind at their last
+    """The cosine over all shared layers while runs trained, and that of each layer and kind at their last
     checkpoint."""
-    figure, (line, *maps) = canvas(["all weights that both tasks train", *(f"{run}, last checkpoint" for run in rows)],
+    figure, (line, *maps) = canvas(["the layers that both tasks train", *(f"{run}, last checkpoint" for run in rows)],
                                    "cosine of the two gradients", "training step", None, shared=False)
     for i, (run, kept) in enumerate(rows.items()):
-        line.plot([row["steps"] for row in kept], [row["cosine"]["all"] for row in kept], label=run,
+        line.plot([row["steps"] for row in kept], [row["cosine"]["layers"] for row in kept], label=run,
                   color=PALETTE[i % len(PALETTE)], marker=MARKS[i % len(MARKS)], markersize=5)
     line.axhline(0, color="black", linewidth=0.8)
     ends = [np.array([kept[-1]["cosine"][kind] for kind in KINDS], float).T for kept in rows.values()]      # (L, kinds)

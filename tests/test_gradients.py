@@ -42,7 +42,7 @@ def changed(run, folder, manifest=(), **settings):
     return folder
 
 
-def rows_of(folder, out, *more):
+def kept_rows(folder, out, *more):
     """What the command writes about one run."""
     gradients.main([str(folder), "--n", "2", "--device", "cpu", "--out", str(out), *map(str, more)])
     rows, = json.loads(out.read_text())["runs"].values()
@@ -57,7 +57,7 @@ def test_a_gradient_has_cosine_1_with_itself_and_minus_1_with_its_negative(name,
     found = gradients.gradient_of(m, two_batches(m, "und"))
     row = gradients.agreement(m, {"gen": {p: 3 * sign * value for p, value in found.items()}, "und": found})["cosine"]
     flat = torch.tensor([x for value in row.values() for x in (value if isinstance(value, list) else [value])])
-    assert len(flat) == 2 * len(gradients.KINDS) + 3
+    assert len(flat) == 2 * len(gradients.KINDS) + 4
     assert flat.tolist() == pytest.approx([sign] * len(flat), abs=1e-6)
 
 
@@ -90,6 +90,7 @@ def test_the_cosine_of_a_layer_is_that_of_its_own_weights():
         sides = [torch.cat([found[task][p].flatten() for name, p in own.items() if name.startswith(parts)])
                  for task in aia.TASKS]
         return pytest.approx(torch.cosine_similarity(*sides, dim=0).item(), abs=1e-6)
+    assert row["layers"] == by_name("lm.layers")
     assert row["all"] == by_name("lm") and row["embedding"] == by_name("lm.embed") and row["head"] == by_name("lm_head")
     for i in range(2):
         assert row["attention.key"][i] == by_name(f"lm.layers.{i}.self_attn.k_proj")
@@ -149,16 +150,16 @@ def test_each_row_is_of_the_weights_of_its_checkpoint(runs, tmp_path):
     """They are read into one model, so an earlier one must not be left there."""
     folder = changed(runs["tiny-emu3"], tmp_path / "run")
     m, _ = opened(folder)
-    first, = rows_of(folder, tmp_path / "first.json")
+    first, = kept_rows(folder, tmp_path / "first.json")
     for p in m.lm.parameters():
         p.data *= 1.1
     manifest = read_json(folder / "checkpoints/0-0000000/manifest.json")
     save_checkpoint(tensors_of(m), manifest, folder / "checkpoints/1-0000000").result()
-    again, second = rows_of(folder, tmp_path / "both.json", "--figure", tmp_path / "both.png")
+    again, second = kept_rows(folder, tmp_path / "both.json", "--figure", tmp_path / "both.png")
     assert again == first and second["phase"] == 1 and second["cosine"] != first["cosine"]
     assert Image.open(tmp_path / "both.png").size[0] > 1000
     shutil.rmtree(folder / "checkpoints/0-0000000")
-    assert rows_of(folder, tmp_path / "second.json") == [second]
+    assert kept_rows(folder, tmp_path / "second.json") == [second]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -180,7 +181,7 @@ def test_aia_does_not_enter_the_gradients(runs, tmp_path):
     lambdas = {"lambdas": {"gen": 50.0, "und": 50.0}}
     strong = changed(runs["tiny-emu3"], tmp_path / "strong", lambdas, aia_weight="50")
     plain = changed(runs["tiny-emu3"], tmp_path / "plain", aia_weight="off")
-    assert rows_of(strong, tmp_path / "strong.json") == rows_of(plain, tmp_path / "plain.json")
+    assert kept_rows(strong, tmp_path / "strong.json") == kept_rows(plain, tmp_path / "plain.json")
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(runs, tmp_path, capsys):
