@@ -13,7 +13,8 @@ import numpy as np
 import aia
 import model
 from eval import ARMS, COLOUR, LABEL, distance, label_of, plot_arms
-from parts.plots import PALETTE, canvas, save_figure
+from lab.rows import GROUPS, ROWS, TOLD
+from parts.plots import GREY, PALETTE, canvas, save_figure
 from parts.settings import InputError, opt, parse, read_json, run_command, tell, whole_lines, write_json
 
 # L layers. A run here is what load_result returns: {"curves": {task: {"target", "arms"}}, "kind", "log"}.
@@ -305,24 +306,69 @@ def figure_5(runs, paper, file):
     return numbers
 
 
+def group_of(name):
+    """The first group of a row, or of the row that it belongs to."""
+    for begin in (name, name.partition("+")[0], name.removesuffix("-experts"), "unified"):
+        if begin in ROWS and ROWS[begin].groups:
+            return ROWS[begin].groups[0]
+    return ""
+
+
+def own_targets(name):
+    """Whether a row has other targets than its baseline, so that their distances cannot be compared."""
+    row = ROWS.get(name)
+    return bool(row) and bool(row.targets or row.flags.get("aia_targets") or row.flags.get("aia_variant") == "raw")
+
+
 def figure_study(content, file):
-    """Both scores of each row minus those of its baseline with the same seed: mean and 95 % interval, no interval for
-    one seed. Two experts share a row."""
+    """Both scores of each row minus those of its baseline with the same seed: mean and 95 % interval, grey and without
+    one below three seeds; and how far its curves, and those of the baseline, are from the targets. Two experts share a
+    row."""
     if not {"summary", "machine"} <= content.keys():
         raise InputError("--study: give a file that lab.study wrote")
-    rows = {name: row for name, row in content["summary"].items() if row["baseline"]}
-    figure, panels = canvas([TASK_NAME[task] for task in ("und", "gen")], "", "difference of scores", None)
-    figure.set_figheight(1.4 + 0.3 * len(rows))
-    for panel, task in zip(panels, ("und", "gen"), strict=True):
-        for i, row in enumerate(rows.values()):
-            found = row["difference"][task]
-            panel.errorbar(found["mean"], -i, xerr=found["interval"], fmt="o", capsize=3, color=COLOUR[task],
-                           markersize=5)
+    from matplotlib.figure import Figure
+    summary = content["summary"]
+    names = sorted((name for name in summary if summary[name]["baseline"]), key=group_of)
+    lines = []                                                                  # a heading, or a row, for each line
+    for name in names:
+        lines += [GROUPS[group_of(name)]] * (not lines or group_of(lines[-1]) != group_of(name)) + [name]
+    figure = Figure((11, 1.3 + 0.24 * len(lines)), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
+    for panel, task in zip(panels, ("und", "gen"), strict=False):
+        for i, name in enumerate(lines):
+            found = summary[name]["difference"][task] if name in summary else None
+            if found:
+                colour = COLOUR[task] if found["interval"] is not None else GREY
+                panel.errorbar(found["mean"], -i, xerr=found["interval"], fmt="o", capsize=2.5, color=colour,
+                               markersize=4.5)
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.locator_params(axis="x", nbins=5)
-    panels[0].set_yticks([-i for i in range(len(rows))], [
-        f"{name} \N{MINUS SIGN} {row['baseline']} ({len(row['paired'])})" for name, row in rows.items()])
-    save_figure(figure, panels, file, None)
+        panel.set_title(TASK_NAME[task], fontsize=11)
+        panel.set_xlabel("worse \N{LEFTWARDS ARROW} difference of scores \N{RIGHTWARDS ARROW} better")
+    most = max(abs(end) for panel in panels[:2] for end in panel.get_xlim())
+    for panel in panels[:2]:
+        panel.set_xlim(-most, most)
+    for i, name in enumerate(lines):
+        for task in aia.TASKS if name in summary else ():
+            own, base = (summary[one][task].get("distance") for one in (name, summary[name]["baseline"]))
+            if own is not None:
+                panels[2].plot([own], [-i], "|", color=COLOUR[task], markersize=6)
+            if None not in (own, base) and not own_targets(name):
+                panels[2].annotate("", (own, -i), (base, -i), arrowprops={
+                    "arrowstyle": "->", "color": COLOUR[task], "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0})
+                panels[2].plot([base], [-i], "|", color=COLOUR[task], markersize=6)
+    panels[2].set_xlim(0)
+    panels[2].set_title("distance to the targets", fontsize=11)
+    panels[2].set_xlabel("baseline \N{RIGHTWARDS ARROW} row\n(alone: a row with other targets)")
+    panels[0].set_yticks([-i for i in range(len(lines))], [
+        f"{TOLD.get(name, name)} \N{MINUS SIGN} {summary[name]['baseline']} ({len(summary[name]['paired'])})"
+        if name in summary else name for name in lines], fontsize=8.5)
+    for name, label in zip(lines, panels[0].get_yticklabels(), strict=True):
+        label.set_weight("normal" if name in summary else "bold")
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    panels[0].set_ylim(0.8 - len(lines), 0.8)
+    save_figure(figure, (), file)
     print(f"{file}: rows and their number of seeds, of {content['machine']['date']}")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from parts.settings import InputError, aside, check_out
 
-VERMILION, BLUE, GREEN, SKY = "#D55E00", "#0072B2", "#009E73", "#56B4E9"
+VERMILION, BLUE, GREEN, SKY, GREY = "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#999999"
 PALETTE = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", SKY)                   # Okabe and Ito
 
 

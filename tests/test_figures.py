@@ -73,14 +73,16 @@ def test_figures_and_pages_name_what_they_miss(words, message, runs, tmp_path, c
 
 
 def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
-    """A row of one seed has no interval; the two runs that make up the experts are one row."""
-    part = {"mean": 0.1, "interval": None}
-    rows = {**{name: {"seeds": [0], "baseline": ""} for name in ("unified", "expert-gen")},
-            **{name: {"seeds": [0, 1], "baseline": "unified", "paired": [0],
-                      "difference": {"und": part, "gen": part | {"interval": 0.05}}} for name in ("aia", "experts")}}
+    """One seed has no interval; the two runs that make up the experts are one row; each group has a heading."""
+    part, far = {"mean": 0.1, "interval": None}, {task: {"distance": 0.1} for task in aia.TASKS}
+    rows = {**{name: far | {"seeds": [0], "baseline": ""} for name in ("unified", "expert-gen")},
+            **{name: far | {"seeds": [0, 1], "baseline": "unified", "paired": [0],
+                            "difference": {"und": part, "gen": part | {"interval": 0.05}}}
+               for name in ("raw", "aia", "experts")}}
     write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
     command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
-    assert Image.open(tmp_path / "drawn/study.png").size == (1350, 300)         # 0.3 inches more for each of two rows
+    size = Image.open(tmp_path / "drawn/study.png").size
+    assert size == (1650, round(150 * (1.3 + 0.24 * 5)))                        # three rows, in two groups
     assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["study.png"]
     write_json({}, tmp_path / "other.json")
     with pytest.raises(SystemExit, match="2"):

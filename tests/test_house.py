@@ -29,7 +29,7 @@ FLOORS = [
     {f"benchmarks/{name}.py": 340 if name == "common" else 280 for name in (
         "common", "judge", "mmmu", "mmbench", "mmvp", "mmvet", "pope", "mme", "geneval", "dpg", "fid", "score")},
     {f"lab/{name}.py": 400 if name == "check" else 600 for name in (
-        "figures", "references", "alignment", "report", "rows", "claims", "study", "dry_run", "speed", "gpu", "plans",
+        "rows", "figures", "references", "alignment", "report", "claims", "study", "dry_run", "speed", "gpu", "plans",
         "knockout", "gradients", "check")},
 ]
 LINES = {file: lines for floor in FLOORS for file, lines in floor.items()}
