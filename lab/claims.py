@@ -50,19 +50,23 @@ DETAILS = ("und_by_topic", "gen_by_skill", "reader", "psnr", "rss_gb",          
 COMPARED = {key: itemgetter(key) for key in ("und", "gen", "ntp_und", "ntp_gen")} | {"both": mean_score}
 
 
+def baseline_of(name):
+    """The row that a row, or two experts, are compared with; "": none."""
+    return {joint: unified for unified, (_, joint) in PAIRS.items()}.get(name) or ROWS[name].baseline
+
+
 def summary_of(rows):
     """{row: its seeds and seconds, both scores with mean and interval, means of MEASURES and DETAILS; differences to
     its baseline, paired by seed, of scores, of their mean ("both") and of next-token losses}. Two experts make one row
     more."""
     table = by_row(rows)
-    baselines = {name: row.baseline for name, row in ROWS.items()} | {joint: name for name, (_, joint) in PAIRS.items()}
     result = {}
     for name, seeds in table.items():
-        base = table.get(baselines[name], {})
+        base = table.get(baseline_of(name), {})
         shared = sorted({*seeds} & {*base})
         runs = [*seeds.values()]
         summary = {"seeds": sorted(seeds), "seconds": mean_of([row["seconds"] for row in runs]),
-                   "baseline": baselines[name] if shared else "", "paired": shared} | means_of(runs, DETAILS)
+                   "baseline": baseline_of(name) if shared else "", "paired": shared} | means_of(runs, DETAILS)
         for task in aia.TASKS:
             mean, half = interval([row[task] for row in runs])
             summary[task] = {"mean": mean, "interval": half} | means_of(runs, MEASURES, f"_{task}")
@@ -143,6 +147,34 @@ def holm(ps):
 def gap(row, other):
     """Mean distance of the curves of two rows, both tasks."""
     return float(np.mean([np.abs(np.array(row[f"{task}_curve"]) - other[f"{task}_curve"]) for task in aia.TASKS]))
+
+
+def curves_apart(rows):
+    """{unified model: how far apart curves are}: of its two experts and of itself, seed by seed, and of itself between
+    seeds; each a mean with its interval. Experts whose curves differ by no more than seeds do are no targets."""
+    table, found = by_row(rows), {}
+    for name, (_, joint) in PAIRS.items():
+        shared, experts = table.get(name, {}), table.get(joint, {})
+        seeds = sorted({*shared} & {*experts})
+        if len(seeds) < 2 or not all("gen_curve" in shared[seed] and "gen_curve" in experts[seed] for seed in seeds):
+            continue
+        between = [np.mean([gap(shared[one], shared[other]) for other in seeds if other != one]) for one in seeds]
+        own = [gap(experts[seed], shared[seed]) for seed in seeds]
+        found[name] = {key: dict(zip(("mean", "interval"), interval(values), strict=True))
+                       for key, values in (("experts", own), ("seeds", between))} | {"n": len(seeds)}
+    return found
+
+
+def moves_of(rows):
+    """{row: [[how far its curves are from its baseline's, gain in the mean of both scores], ...]}, seed by seed."""
+    table, found = by_row(rows), {}
+    for name, seeds in table.items():
+        base = table.get(baseline_of(name), {})
+        pairs = [(row, base[seed]) for seed, row in sorted(seeds.items()) if seed in base]
+        points = [[gap(*pair), mean_score(pair[0]) - mean_score(pair[1])] for pair in pairs
+                  if all(f"{task}_curve" in one for one in pair for task in aia.TASKS)]
+        found |= {name: points} if points else {}
+    return found
 
 
 def better(row, *others):
@@ -331,6 +363,14 @@ def print_conflicts(summary):
             rows.append([name, str(len(row["paired"])), *cells, verdict(**row["difference"]["both"])])
     print_table("What two experts gain over a unified model (a conflict: scores above 0, losses below 0)",
                 ("setting", "seeds", "understanding", "generation", "loss und", "loss gen", "conflict"), rows)
+
+
+def print_apart(apart):
+    """How far apart curves are, of experts and of seeds."""
+    rows = [[name, str(row["n"]), *(with_interval(**row[key], sign="") for key in ("experts", "seeds"))]
+            for name, row in apart.items()]
+    print_table("Distance between curves, mean over layers and tasks",
+                ("setting", "seeds", "experts and unified model", "unified models of two seeds"), rows)
 
 
 def print_claims(claims):

@@ -50,7 +50,9 @@ def figures(settings):
     except OSError as error:
         raise InputError(f"--out {out}: the folder cannot be created ({error.strerror}): choose another") from error
     if settings.study:
-        figure_study(read_json(settings.study), out / "study.png")
+        content = read_json(settings.study)
+        figure_study(content, out / "study.png")
+        figure_moves(content, out / "study-moves.png")
     if not settings.runs:
         return {"out": str(out / "study.png")}
     numbers = {"fig1": figure_1(runs, paper, references, out / "fig1.png"), "table1": table_1(runs),
@@ -324,7 +326,7 @@ def figure_study(content, file):
     """Both scores of each row minus those of its baseline with the same seed: mean and 95 % interval, grey and without
     one below three seeds; and how far its curves, and those of the baseline, are from the targets. Two experts share a
     row."""
-    if not {"summary", "machine"} <= content.keys():
+    if not {"summary", "moves", "machine"} <= content.keys():
         raise InputError("--study: give a file that lab.study wrote")
     from matplotlib.figure import Figure
     summary = content["summary"]
@@ -370,6 +372,25 @@ def figure_study(content, file):
     panels[0].set_ylim(0.8 - len(lines), 0.8)
     save_figure(figure, (), file)
     print(f"{file}: rows and their number of seeds, of {content['machine']['date']}")
+
+
+def figure_moves(content, file):
+    """Does it help to move curves? The gain in the mean of both scores against how far the curves were moved, of all
+    rows: a small mark for each seed, a large one for their mean, a colour for each group."""
+    figure, (panel,) = canvas(["do scores follow the curves?"], "gain in the mean of both scores",
+                              "how far curves were moved (mean over layers and tasks)", None)
+    figure.set_size_inches(6, 4.6)
+    groups = sorted({group_of(name) for name in content["moves"]})
+    for name, points in content["moves"].items():
+        moved, gains = zip(*points, strict=True)
+        i = groups.index(group_of(name))
+        style = {"color": PALETTE[i % len(PALETTE)], "marker": "os^Dvp*"[i % 7], "linestyle": ""}
+        panel.plot(moved, gains, markersize=3, alpha=0.35, **style)
+        panel.plot([np.mean(moved)], [np.mean(gains)], markersize=7, markeredgecolor="white",
+                   label=GROUPS[groups[i]], **style)
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set_xlim(0)
+    save_figure(figure, [panel], file, None)
 
 
 def main(argv=None):

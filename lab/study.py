@@ -27,7 +27,17 @@ import train
 from eval import ARMS, distance
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
-from lab.claims import DETAILS, claims_of, print_claims, print_conflicts, print_rows, summary_of
+from lab.claims import (
+    DETAILS,
+    claims_of,
+    curves_apart,
+    moves_of,
+    print_apart,
+    print_claims,
+    print_conflicts,
+    print_rows,
+    summary_of,
+)
 from lab.rows import EXPERTS, QUICK, ROWS, needs
 from parts import settings
 from parts.processes import interruptible
@@ -77,12 +87,14 @@ def published(config, runs):
     """Print and write what all finished runs say -> claims, file."""
     known = runs_in(read_json(PUBLISHED)["rows"]) if PUBLISHED.exists() else set()
     found = finished_rows(runs)
-    content = {"summary": summary_of(found), "claims": claims_of(found), "rows": found, "machine": settings.machine()}
+    content = {"summary": summary_of(found), "claims": claims_of(found), "curves apart": curves_apart(found),
+               "moves": moves_of(found), "rows": found, "machine": settings.machine()}
     complete = known <= runs_in(found) and not config.quick                     # nothing published would be lost
     out = config.out or (PUBLISHED if complete else runs / "study.json")
     write_json(content, out)
     print_rows(content["summary"])
     print_conflicts(content["summary"])
+    print_apart(content["curves apart"])
     print_claims(content["claims"])
     return content["claims"], out
 

@@ -7,7 +7,18 @@ import pytest
 
 import aia
 from eval import MIXED_SCORES
-from lab.claims import STUDENT, by_row, claims_of, holm, interval, on_first, sign_flip, summary_of
+from lab.claims import (
+    STUDENT,
+    by_row,
+    claims_of,
+    curves_apart,
+    holm,
+    interval,
+    moves_of,
+    on_first,
+    sign_flip,
+    summary_of,
+)
 
 
 def made_up_row(name, seed, und, gen, lift=0.0):
@@ -248,3 +259,20 @@ def test_the_share_on_the_first_token_is_that_of_what_moved():
     row = {"gen_curve": [0.6, 0.3, 0.4], "gen_sink": [0.25, 0.1, 0.1]}
     assert on_first(row, base) == pytest.approx(0.15 / 0.3)
     assert on_first(row | {"gen_sink": [0.25, 0.2, 0.1]}, base) == pytest.approx(0.05 / 0.3)
+
+
+def test_experts_are_compared_with_how_seeds_differ():
+    """Curves of one seed and of two, all tasks and layers alike."""
+    rows = [made_up_row(name, seed, 0.5, 0.5, lift) for seed, far in enumerate((0.0, 0.1, 0.4)) for name, lift in (
+        ("unified", far), ("expert-gen", far + 0.02), ("expert-und", far - 0.04))]
+    found = curves_apart(rows)["unified"]
+    assert (found["n"], found["experts"]["mean"]) == (3, pytest.approx(0.03))
+    assert found["seeds"]["mean"] == pytest.approx(((0.1 + 0.4) / 2 + (0.1 + 0.3) / 2 + (0.4 + 0.3) / 2) / 3)
+    assert curves_apart(rows[:3]) == {} and found["seeds"]["interval"] > 0
+
+
+def test_moves_are_those_of_the_same_seed():
+    """Of a row, how far its curves are from its baseline's, and what it gained; a baseline has none."""
+    rows = [made_up_row(name, seed, score, 0.5, lift) for seed in (1, 0) for name, score, lift in (
+        ("unified", 0.4, 0.0), ("aia", 0.6 + 0.1 * seed, 0.05))] + [made_up_row("aia", 2, 0.5, 0.5)]
+    assert moves_of(rows) == {"aia": [pytest.approx([0.05, 0.1]), pytest.approx([0.05, 0.15])]}

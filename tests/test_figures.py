@@ -79,11 +79,12 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
             **{name: far | {"seeds": [0, 1], "baseline": "unified", "paired": [0],
                             "difference": {"und": part, "gen": part | {"interval": 0.05}}}
                for name in ("raw", "aia", "experts")}}
-    write_json({"summary": rows, "machine": {"date": "today"}}, tmp_path / "study.json")
+    write_json({"summary": rows, "moves": {"aia": [[0.1, 0.0], [0.2, 0.1]]}, "machine": {"date": "today"}},
+               tmp_path / "study.json")
     command("figures", "--study", tmp_path / "study.json", "--out", tmp_path / "drawn")
     size = Image.open(tmp_path / "drawn/study.png").size
     assert size == (1650, round(150 * (1.3 + 0.24 * 5)))                        # three rows, in two groups
-    assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["study.png"]
+    assert {file.name for file in (tmp_path / "drawn").iterdir()} == {"study.png", "study-moves.png"}
     write_json({}, tmp_path / "other.json")
     with pytest.raises(SystemExit, match="2"):
         command("figures", "--study", tmp_path / "other.json", "--out", tmp_path / "drawn")
