@@ -823,7 +823,7 @@ COMMANDS = {"score": (ScoreWorld, score_world), "generate": (Generate, generate)
             "curves": (Curves, curve_command)}
 MOVED = {name: f"python -m lab.{name}" for name in ("figures", "alignment", "report")} | {
     "bench": "python -m lab.speed, and for a GPU python -m lab.gpu",
-    "collect": "the summary of python -m lab.study", "--hf": "python -m lab.references --hf"}
+    "collect": "python -m lab.summary", "--hf": "python -m lab.references --hf"}
 
 
 def main(argv=None):
