@@ -126,8 +126,8 @@ class TrainConfig:
 
 
 OTHER_COMMANDS = """other commands: python eval.py (draw, chat, score, curves); python data.py (export, index, encode);
-python -m lab.study, lab.figures, lab.report, lab.plans, lab.knockout, lab.gradients, lab.alignment, lab.references,
-lab.summary, lab.dry_run, lab.speed, lab.gpu"""
+python -m lab.study, lab.summary, lab.figures, lab.maps, lab.report, lab.plans, lab.knockout, lab.gradients,
+lab.alignment, lab.references, lab.dry_run, lab.speed, lab.gpu"""
 
 
 @dataclass(frozen=True)
