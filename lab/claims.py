@@ -376,8 +376,8 @@ def print_apart(apart):
 def print_claims(claims):
     """Verdicts, with the figures they rest on."""
     rows = []
-    for claim in claims:
-        figure = with_interval(claim["figure"], claim["interval"]) if claim["seeds"] else "-"
+    for claim in filter(itemgetter("seeds"), claims):
+        figure = with_interval(claim["figure"], claim["interval"])
         p = f"{claim['p']:.3f} ({claim['corrected']:.3f})" if "p" in claim else "-"
         rows.append([claim["claim"], claim["verdict"], figure, p, str(claim["seeds"])])
     print_table("Claims", ("claim", "verdict", "figure (above 0 where it holds)", "p (corrected)", "seeds"), rows)

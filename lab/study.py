@@ -78,9 +78,10 @@ def study(config):
             run_row(name, seed, runs)
     claims, out = published(config, runs)
     if failed:
-        raise InputError(f"{len(failed)} runs failed: see {', '.join(str(log_of(*run, runs)) for run in failed)}")
+        logs = [str(log_of(*run, runs)) for run in failed if log_of(*run, runs).exists()]
+        raise InputError(f"{len(failed)} runs failed, or need one that did: see {', '.join(logs)}")
     print(f"written to {out}")
-    return {claim["claim"]: claim["verdict"] for claim in claims}
+    return {claim["claim"]: claim["verdict"] for claim in claims if claim["seeds"]}
 
 
 def published(config, runs):
@@ -135,7 +136,7 @@ def run_row(name, seed, runs):
     """Run one row of one seed, or continue it, unless it is finished."""
     row, folder = ROWS[name], folder_of(name, seed, runs)
     start, _, part = row.start.partition("/")
-    flags = {"seed": seed, "out": str(folder), "resume": True} | row.flags
+    flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
     flags["init"] = str(folder_of(start, seed, runs) / part) if start else ""
     if row.targets:
         flags["aia_targets"] = str(targets_file(row.targets, seed, runs))
@@ -162,11 +163,16 @@ def is_done(name, seed, runs):
     return (folder_of(name, seed, runs) / "result.json").exists()
 
 
+def start_of(folder):
+    """The file that tells how a run was started: beside its folder, which must be new."""
+    return folder.with_name(f"{folder.name}.started.json")
+
+
 def tell_start(folder):
-    """Write into the folder of a run from which commit and when it was started first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "started.json").exists():
+    """Write from which commit and when a run was started first."""
+    if start_of(folder).exists():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):           # no git, or no repository
         commit, changed = (subprocess.run(["git", *words], cwd=Path(__file__).parent, check=True, capture_output=True,
@@ -174,7 +180,7 @@ def tell_start(folder):
                            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
         commit += " and changes" * bool(changed)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json({"commit": commit, "started": now}, folder / "started.json")
+    write_json({"commit": commit, "started": now}, start_of(folder))
 
 
 def targets_file(name, seed, runs):
@@ -307,11 +313,12 @@ def read_row(name, seed, folder):
         tuned, before = curves[task]["after"], curves[task].get("before")
         if tuned:
             row |= {f"{task}_curve": tuned["intensity"], f"ntp_{task}": tuned["ntp"], f"aia_{task}": tuned["aia"],
-                    f"distance_{task}": distance(curves[task], "after"), f"std_{task}": float(np.mean(tuned["std"]))}
+                    f"distance_{task}": distance(curves[task], "after"), f"std_{task}": float(np.mean(tuned["std"])),
+                    f"{task}_sink": tuned.get("sink")}
         if tuned and before:
             row[f"aia_before_{task}"] = before["aia"]
-    if (folder / "started.json").exists():
-        row |= read_json(folder / "started.json")
+    if start_of(folder).exists():
+        row |= read_json(start_of(folder))
     scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
     check_weights(scores, curves, folder)
     if "und_by_kind" in scores:                     # older runs

@@ -30,6 +30,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         configs.append(config)
         sizes.append({phase.name: phase.batch_size for phase in phases})
         folder = Path(config.out)
+        folder.mkdir(parents=True)
         rows = {"target": [0.2] * 3, "delta": [0.1] * 3, **{name: {"intensity": [0.1, 0.2, 0.3], "std": [0.1] * 3,
                 "ntp": 1.0, "aia": 0.1} for name in ("before", "after")}}
         write_json({"gen": rows, "und": rows}, folder / "curves.json")
@@ -108,7 +109,7 @@ def test_a_study_that_is_stopped_says_how_to_go_on(number, status, tmp_path, mon
 
 def test_a_row_keeps_the_parts_of_its_scores(tmp_path):
     """By topic and skill, means over seeds; runs of before the topics had their name count as well."""
-    rows = {"target": [0.2], "after": {"intensity": [0.1], "std": [0.1], "ntp": 1.0, "aia": 0.1}}
+    rows = {"target": [0.2], "after": {"intensity": [0.1], "std": [0.1], "ntp": 1.0, "aia": 0.1, "sink": [0.05]}}
     for seed, topics in ((0, "und_by_topic"), (1, "und_by_kind")):
         folder = tmp_path / f"raw-seed{seed}"
         folder.mkdir()
@@ -117,7 +118,10 @@ def test_a_row_keeps_the_parts_of_its_scores(tmp_path):
         write_json({topics: {"count": 0.25 + 0.5 * seed}, "gen_by_skill": {"colours": seed}, "psnr": 30 + seed,
                     "story": [1.0, seed]}, folder / "scores.json")
         write_json({"seed": seed}, folder / "settings.json")
-    row = summary_of(finished_rows(tmp_path))["raw"]
+        write_json({"commit": "abc", "started": "today"}, tmp_path / f"raw-seed{seed}.started.json")
+    found = finished_rows(tmp_path)
+    assert [(one["gen_curve"], one["gen_sink"], one["commit"]) for one in found] == [([0.1], [0.05], "abc")] * 2
+    row = summary_of(found)["raw"]
     assert (row["und_by_topic"], row["gen_by_skill"]) == ({"count": 0.5}, {"colours": 0.5})
     assert (row["psnr"], row["rss_gb"]) == (30.5, 1.0) and "reader" not in row and row["story"] == [1.0, 0.5]
 
@@ -198,12 +202,12 @@ def test_a_run_tells_from_which_commit_it_was_started(tmp_path, monkeypatch):
         monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, said=said, **named: SimpleNamespace(
             stdout=next(said) + "\n"))
         lab.study.tell_start(tmp_path / folder)
-    first = json.loads((tmp_path / "clean/started.json").read_text())
+    first = json.loads((tmp_path / "clean.started.json").read_text())
     assert first["commit"] == "abc123" and first["started"].endswith("+00:00")
-    assert json.loads((tmp_path / "changed/started.json").read_text())["commit"] == "abc123 and changes"
+    assert json.loads((tmp_path / "changed.started.json").read_text())["commit"] == "abc123 and changes"
     monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, **named: pytest.fail("told already"))
     lab.study.tell_start(tmp_path / "clean")
-    assert json.loads((tmp_path / "clean/started.json").read_text()) == first
+    assert json.loads((tmp_path / "clean.started.json").read_text()) == first
 
 
 def test_a_run_without_a_repository_is_started_all_the_same(tmp_path, monkeypatch):
@@ -211,8 +215,8 @@ def test_a_run_without_a_repository_is_started_all_the_same(tmp_path, monkeypatc
     def missing(*words, **named):
         raise FileNotFoundError("git")
     monkeypatch.setattr(lab.study.subprocess, "run", missing)
-    lab.study.tell_start(tmp_path)
-    assert json.loads((tmp_path / "started.json").read_text())["commit"] is None
+    lab.study.tell_start(tmp_path / "runs/run")
+    assert json.loads((tmp_path / "runs/run.started.json").read_text())["commit"] is None
 
 
 def test_exchanged_targets_are_those_of_the_other_task(tmp_path):
