@@ -71,7 +71,7 @@ def test_masses_and_their_gradients_are_those_of_eager_maps(kind, side, device):
     close(got, intensity), close(loss, expected)
     wanted = {name: p.grad for name, p in eager.named_parameters() if p.grad is not None}
     assert gradients.keys() == wanted.keys() and any("vis" in name for name in wanted) == (kind != "Llama")
-    for name in wanted:         # 1e-2: where gradients are small, or zero as of a key bias, rounding is all there is
+    for name in wanted:         # 1e-2: where gradients are small, or zero like that of a key bias, rounding is left
         error = (gradients[name] - wanted[name]).abs().max()
         assert error < 1e-5 * max(wanted[name].abs().max(), 1e-2), name
 
