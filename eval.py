@@ -151,6 +151,7 @@ def score_understanding(m, text, world, n, seed=0):
     count, position, colour  a true and a false yes/no question about each picture; acc+ wants both right (MME); open is
                the accuracy on questions without yes or no ("how many circles are there?")
     choice     four options; circular wants the right letter under all four rotations (MMBench)
+    und_chance  what the best constant answer to each topic gets
     """
     asked = [(measure, number, draw_scenes([scene], world.cell_side)[0], question) for measure, number, scene, question
              in held_out_questions(world, n, stream(seed, "questions"))]
@@ -165,7 +166,9 @@ def score_understanding(m, text, world, n, seed=0):
              in zip(asked, said, strict=True) if measure == "existence"]
     hits = sum(claimed and true for claimed, true in pairs)
     circular = [all(right["choice"][number] + turned) for number, turned in right["turned"].items()]
-    return {"und": float(np.mean(list(topics.values()))), "und_by_topic": topics,
+    answers = [[question.answer for measure, *_, question in asked if measure == topic] for topic in topics]
+    chance = np.mean([max(map(some.count, some)) / len(some) for some in answers])
+    return {"und": float(np.mean(list(topics.values()))), "und_by_topic": topics, "und_chance": float(chance),
             "f1": 2 * hits / max(sum(map(sum, pairs)), 1),
             "acc_plus": float(np.mean([strict[topic] for topic in ("count", "position", "colour")])),
             "circular": float(np.mean(circular)), "open": plain["open"]}
@@ -173,7 +176,7 @@ def score_understanding(m, text, world, n, seed=0):
 
 def score_generation(m, text, world, n, seed=0):
     """One guided picture, of the likeliest codes, for each of n held-out prompts per skill, read back from its pixels
-    -> scores, samples."""
+    -> scores, samples. gen_chance: share that shows what another prompt asks for."""
     rng = stream(seed, "prompts")
     goals = [world.held_out_scene(skill, rng)[1] for skill in world.skills for _ in range(n)]
     prompts = [prompt_text(goal, rng) for goal in goals]
@@ -182,7 +185,9 @@ def score_generation(m, text, world, n, seed=0):
     right = [bool(ok) and goal in combinations(scene)
              for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
     skills = by_part(right, world.skills)
-    return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills}, (prompts, pictures, right)
+    chance = rated(lambda i, other: bool(clear[i]) and goals[other] in combinations(scenes[i]), len(goals))["chance"]
+    return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills, "gen_chance": chance}, (
+        prompts, pictures, right)
 
 
 def by_part(right, names):

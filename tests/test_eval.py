@@ -82,6 +82,7 @@ def test_right_answers_score_one(size, monkeypatch):
     world = World(0, *size)
     saying(monkeypatch, world, lambda right, words: right)
     scores = evaluation.score_understanding(None, None, world, 8)
+    assert 0.45 <= scores.pop("und_chance") < 0.6   # half of the yes/no questions, one letter or another of the choices
     assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 1.0) and set(scores.values()) == {1.0}
 
 
@@ -89,7 +90,7 @@ def test_always_yes_scores_chance(monkeypatch):
     """Half of the yes/no questions are true: accuracy 1/2, F1 2/3, and no pair of a true and a false one right."""
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
     scores = evaluation.score_understanding(None, None, World(0), 8)
-    assert scores["und_by_topic"] == dict.fromkeys(TOPICS, 0.5) | {"choice": 0.0}
+    assert scores["und_by_topic"] == dict.fromkeys(TOPICS, 0.5) | {"choice": 0.0} and scores["und"] == 0.4
     assert (scores["f1"], scores["acc_plus"], scores["circular"]) == (pytest.approx(2 / 3), 0.0, 0.0)
     assert scores["und"] == pytest.approx(np.mean(list(scores["und_by_topic"].values())))
 
@@ -99,6 +100,7 @@ def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
     scores = evaluation.score_understanding(None, None, World(0), 40)
     assert 0 < scores["und_by_topic"]["choice"] < 1 and scores["circular"] == 0
+    assert scores["und_chance"] >= (4 * 0.5 + scores["und_by_topic"]["choice"]) / 5             # or better by another
 
 
 @pytest.mark.parametrize("wrong", range(4))
@@ -119,6 +121,7 @@ def test_an_answer_counts_as_a_whole(change, monkeypatch):
     world = World(0)
     saying(monkeypatch, world, lambda right, words: "" if right in "ABCD" else change(right))
     scores = evaluation.score_understanding(None, None, world, 8)
+    assert scores.pop("und_chance") > 0 == scores["und"]
     assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 0.0) and set(scores.values()) == {0.0}
 
 
@@ -180,6 +183,10 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
         return torch.stack([to_tensor(picture) for picture in pictures])
     monkeypatch.setattr(evaluation, "draw", paint)
     scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
+    chance = scores.pop("gen_chance")
+    others = np.random.default_rng(0).permutation(len(scenes))
+    shown = [scenes[other][1] in combinations(scene) for other, (scene, _) in zip(others, scenes, strict=True)]
+    assert drawn != "right scene" or chance == pytest.approx(np.mean(shown)) < 0.2
     assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
     assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
 
