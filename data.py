@@ -9,6 +9,8 @@ its answers text and pictures come in turn, and it is a sample of both tasks.
     python data.py encode FOLDER --data train.jsonl --init Janus-Pro-7B      # the codes of all pictures, once
 """
 
+from parts.installed import missing  # noqa: F401  before what may be missing
+
 import concurrent.futures
 import contextlib
 import functools

@@ -12,8 +12,9 @@ the manner of POPE, MME and MMBench. Everything is asked about held-out combinat
     python eval.py score pope --data POPE --preds answers.jsonl --out scores/pope
 """
 
+from parts.installed import missing  # noqa: F401  before what may be missing
+
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.decoding import finite
 from parts.pictures import Drawn, grid_for, load_picture, picture_form, to_picture, to_tensor
-from parts.plots import BLUE, GREEN, SKY, VERMILION, canvas, check_figure, save_figure
+from parts.plots import BLUE, SKY, VERMILION, canvas, check_figure, save_figure
 from parts.settings import InputError, aside, opt, read_json, shortened, stream, write_json
 from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick, rated
 from parts.terminal import Typist, converse
@@ -552,36 +553,6 @@ def plot_curves(result, file):
         plot_arms(panel, range(len(result[task]["target"])), result[task])
         panel.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, panels, file)
-
-
-def plot_samples(samples, skills, file, per_skill=4, stories=()):
-    """Drawn pictures under their prompts, a row per skill, then a row per story, whose last panel is an answer; framed
-    green and ticked if right, red and crossed if not."""
-    from matplotlib.figure import Figure
-    prompts, pictures, right = samples
-    n = len(prompts) // len(skills)
-    rows = [(skill, list(zip(prompts, pictures, right, strict=True))[i * n:(i + 1) * n][:per_skill])
-            for i, skill in enumerate(skills)]
-    rows += [("a story", [(asked, part.pixels if isinstance(part, Drawn) else part, good)
-                          for asked, part, good in story]) for story in stories]
-    width = max(len(shown) for _, shown in rows)
-    figure = Figure((2.2 * width, 2.35 * len(rows)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(rows), width, squeeze=False)
-    for row, (name, shown) in zip(panels, rows, strict=True):
-        for panel, (asked, part, good) in zip(row, shown, strict=False):
-            if isinstance(part, str):
-                panel.text(0.5, 0.5, part, ha="center", va="center", fontsize=14, transform=panel.transAxes)
-            else:
-                panel.imshow(part, interpolation="nearest")
-            colour, mark = (GREEN, "\N{CHECK MARK}") if good else (VERMILION, "\N{BALLOT X}")
-            panel.set_title(f"{textwrap.fill(asked, 26)}\n{mark}", fontsize=8, color=colour)
-            panel.set(xticks=[], yticks=[])
-            for spine in panel.spines.values():
-                spine.set(color=colour, linewidth=2)
-        for panel in row[len(shown):]:
-            panel.axis("off")
-        row[0].set_ylabel(name, fontsize=9)
-    save_figure(figure, (), file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

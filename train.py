@@ -12,6 +12,8 @@ curves and samples.
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
 """
 
+from parts.installed import missing  # noqa: F401  before what may be missing
+
 import contextlib
 import functools
 import json
@@ -46,6 +48,7 @@ from formats.records import RECORD_TASKS
 from parts import settings
 from parts.lock import owned
 from parts.pictures import drawn_at
+from parts.plots import plot_samples
 from parts.processes import first_decides, gathered, interruptible, join, over_processes, processes, rank
 from parts.settings import InputError, Stop, opt
 from parts.text import TOKENIZERS, Text, find_tokenizer, store_tokenizer
@@ -540,10 +543,8 @@ class Run:
         if self.world:
             self.check_world()
         print(f"attention: {model.attention_kernel(self.m, self.device, self.dtype)}")
-        self.targets = {}
-        for task in aia.TASKS:
-            pair = aia.targets(self.m.config.layers, task, config.aia_targets, config.aia_variant)
-            self.targets[task] = tuple(x.to(self.device) for x in pair)
+        self.targets = {task: tuple(x.to(self.device) for x in aia.targets(
+            self.m.config.layers, task, config.aia_targets, config.aia_variant)) for task in aia.TASKS}
         self.encoded = Encoded(config.encoded, self.m) if config.encoded else None
         first_decides(self.begin_folder)
         if not find_tokenizer(self.folder):
@@ -552,7 +553,9 @@ class Run:
         if self.text.ids != self.m.ids:
             raise InputError(f"{self.text.file} has other special ids than the model: it belongs to another preset")
         self.preparer = self.prepared()
-        print("settings " + json.dumps(asdict(config)))
+        usual = asdict(TrainConfig()) | SETTINGS_OF.get(config.preset, {})
+        changed = [f"{name} {value}" for name, value in asdict(config).items() if value != usual[name]]
+        print(f"settings: {', '.join(changed) or 'those of the preset'}; all in {self.folder / 'settings.json'}")
 
     def prepared(self):
         """What makes batches for the model of a phase."""
@@ -956,7 +959,7 @@ def brief(task, row):
 
 
 def report_step(now, step, metrics, norm):
-    """One line on the terminal, one object in metrics.jsonl."""
+    """One object in metrics.jsonl, and of about twenty reports of a phase a line on the terminal."""
     run, phase = now.run, now.phase
     seconds = time.time() - now.start
     per_step = seconds / (step + 1 - now.since)                                 # seconds
@@ -981,9 +984,11 @@ def report_step(now, step, metrics, norm):
         entry |= {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded,
                   "waiting": now.waited / seconds, "origins": sorted(gathered(now.origins))}
     left = per_step * (phase.steps - step - 1)
-    now.bar.write(f"step {step + 1:5d}/{phase.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
-                  f"{phase.batch_size / per_step:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
-    sys.stdout.flush()
+    every = run.config.log_every * -(-phase.steps // (20 * run.config.log_every))               # a screen for a phase
+    if (step + 1) % every == 0 or step + 1 == phase.steps:
+        now.bar.write(f"step {step + 1:5d}/{phase.steps} | {' | '.join(parts)} | lr {lr:.1e} | grad {norm:.2f} | "
+                      f"{phase.batch_size / per_step:.0f} img/s | {memory:.1f} GB | eta {left:.0f} s", file=sys.stdout)
+        sys.stdout.flush()
     run.log(entry)
     now.reset(step + 1)
 
@@ -1017,8 +1022,7 @@ def finish(run):
     bad = run.bad + run.source.bad + (run.val.bad if run.val is not run.source else [])
     if bad:
         print(bad_report(bad, run.source.paths + run.val.paths))
-    made = ["checkpoints", "metrics.jsonl", "curves.png", *(["samples.png", "scores.json"] if run.world else [])]
-    print(f"run folder {run.folder}: {', '.join(made)}")
+    print(f"look at the pictures in {run.folder}, or at all of it on one page: python -m lab.report {run.folder}")
     result |= {"preset": config.preset, "seed": config.seed, "seconds": round(run.elapsed(), 1),
                "rss_gb": round(settings.memory_gb(), 3)}
     settings.write_json(result | {"machine": settings.machine() | {"device": run.device}}, run.folder / "result.json")
@@ -1047,7 +1051,7 @@ def score_arm(run, name, m):
         more, stories = evaluation.score_mixed(m, run.text, run.world, config.eval_n, config.seed)
         scores |= more
     if name == "after":
-        evaluation.plot_samples(samples, run.world.skills, run.folder / "samples.png", stories=stories[:2])
+        plot_samples(samples, run.world.skills, run.folder / "samples.png", stories=stories[:2])
     return scores
 
 

@@ -924,18 +924,6 @@ def test_a_mark_that_the_model_wrote_itself_is_no_picture():
     assert turn[1] == "a tag like < image> <image>" and pictures == (drawn,)
 
 
-def test_samples_show_stories_in_rows_of_their_own(tmp_path):
-    """Three pictures, then what was answered."""
-    picture = draw_scenes([(Thing("circle", "red", 0),)])[0]
-    story = [("draw", Drawn(torch.zeros(1), picture), True)] * 3 + [("is it red?", "yes", False)]
-    heights = []
-    for stories in ((), [story, story]):
-        evaluation.plot_samples((["a"] * 2, [picture] * 2, [True, False]), ("one object",), tmp_path / "s.png",
-                                stories=stories)
-        heights.append(Image.open(tmp_path / "s.png").height)
-    assert heights[1] > 2.5 * heights[0]
-
-
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_a_picture_that_is_shown_is_never_written_over(command, runs, capsys, tmp_path):
     """What the user gave would be lost, and a chat would go on about another picture."""

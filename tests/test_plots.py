@@ -1,10 +1,13 @@
 """Claims about the look of figures (parts/plots.py)."""
 
 import pytest
+import torch
 from PIL import Image
 
-from parts.plots import canvas, check_figure, save_figure
+from parts.pictures import Drawn
+from parts.plots import canvas, check_figure, plot_samples, save_figure
 from parts.settings import InputError
+from parts.world import Thing, draw_scenes
 
 
 def test_a_figure_names_each_label_once_and_is_written_whole(tmp_path):
@@ -29,3 +32,15 @@ def test_a_name_that_no_figure_can_have_is_refused_beforehand(tmp_path):
     for name in ("a.png", "a.PNG", "a.pdf", "a"):
         check_figure(str(tmp_path / name))
     check_figure("")
+
+
+def test_samples_show_stories_in_rows_of_their_own(tmp_path):
+    """Three pictures, then what was answered."""
+    picture = draw_scenes([(Thing("circle", "red", 0),)])[0]
+    story = [("draw", Drawn(torch.zeros(1), picture), True)] * 3 + [("is it red?", "yes", False)]
+    heights = []
+    for stories in ((), [story, story]):
+        plot_samples((["a"] * 2, [picture] * 2, [True, False]), ("one object",), tmp_path / "s.png",
+                     stories=stories)
+        heights.append(Image.open(tmp_path / "s.png").height)
+    assert heights[1] > 2.5 * heights[0]
