@@ -146,7 +146,8 @@ def finished(m, text, answers):
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
 def score_understanding(m, text, world, n, seed=0):
-    """Plain accuracy per question topic on n held-out pictures each, and the stricter measures of the three benchmarks.
+    """Plain accuracy per question topic on n held-out pictures each, and the stricter measures of the three benchmarks
+    -> scores, samples: one answer of each topic, (question, picture, said, right).
 
     existence  yes/no, balanced; f1 with "yes" as positive (POPE)
     count, position, colour  a true and a false yes/no question about each picture; acc+ wants both right (MME); open is
@@ -169,15 +170,19 @@ def score_understanding(m, text, world, n, seed=0):
     circular = [all(right["choice"][number] + turned) for number, turned in right["turned"].items()]
     answers = [[question.answer for measure, *_, question in asked if measure == topic] for topic in topics]
     chance = np.mean([max(map(some.count, some)) / len(some) for some in answers])
+    rows = zip(asked, said, strict=True)
+    samples = {measure: (question.text, picture, words, words == question.answer)
+               for (measure, _, picture, question), words in rows if measure in (*topics, "open")}
     return {"und": float(np.mean(list(topics.values()))), "und_by_topic": topics, "und_chance": float(chance),
             "f1": 2 * hits / max(sum(map(sum, pairs)), 1),
             "acc_plus": float(np.mean([strict[topic] for topic in ("count", "position", "colour")])),
-            "circular": float(np.mean(circular)), "open": plain["open"]}
+            "circular": float(np.mean(circular)), "open": plain["open"]}, [*samples.values()]
 
 
 def score_generation(m, text, world, n, seed=0):
     """One guided picture, of the likeliest codes, for each of n held-out prompts per skill, read back from its pixels
-    -> scores, samples. gen_chance: share that shows what another prompt asks for."""
+    -> scores, samples: two prompts of each skill that ask for different things, (prompt, picture, "", right).
+    gen_chance: share that shows what another prompt asks for."""
     rng = stream(seed, "prompts")
     goals = [world.held_out_scene(skill, rng)[1] for skill in world.skills for _ in range(n)]
     prompts = [prompt_text(goal, rng) for goal in goals]
@@ -187,8 +192,11 @@ def score_generation(m, text, world, n, seed=0):
              for goal, scene, ok in zip(goals, scenes, clear, strict=True)]
     skills = by_part(right, world.skills)
     chance = rated(lambda i, other: bool(clear[i]) and goals[other] in combinations(scenes[i]), len(goals))["chance"]
-    return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills, "gen_chance": chance}, (
-        prompts, pictures, right)
+    samples = []
+    for start in range(0, len(goals), n):
+        some = {goals[i]: i for i in reversed(range(start, start + n))}         # the first with each goal
+        samples.append([(prompts[i], pictures[i], "", right[i]) for i in sorted(some.values())[:2]])
+    return {"gen": float(np.mean(list(skills.values()))), "gen_by_skill": skills, "gen_chance": chance}, samples
 
 
 def by_part(right, names):
@@ -197,11 +205,13 @@ def by_part(right, names):
 
 
 def score_both(m, text, world, n, seed=0):
-    """Scores of answers and drawings, printed -> scores with the checksum of their weights, samples."""
-    drawn, samples = score_generation(m, text, world, n, seed)
-    scores = {"weights": formats.weights.digest(m)} | score_understanding(m, text, world, n, seed) | drawn
+    """Scores of answers and drawings, printed -> scores with the checksum of their weights, rows for plot_samples."""
+    drawn, pictures = score_generation(m, text, world, n, seed)
+    said, answers = score_understanding(m, text, world, n, seed)
+    scores = {"weights": formats.weights.digest(m)} | said | drawn
     print_scores(scores)
-    return scores, samples
+    rows = [("drawn", row) for row in zip(*pictures, strict=False)]
+    return scores, [*rows, ("answered", answers)]
 
 
 def score_tokenizer(m, world, n, seed=0):
@@ -313,7 +323,7 @@ def score_telling(m, text, world, n, rng):
 def score_stories(m, text, world, n, rng):
     """n stories: draw a held-out prompt, edit twice, answer. Right by number in the stream: the first picture shows the
     prompt, each further one the instruction applied to what the reader sees before it, the answer what it sees last;
-    what follows an unclear picture is wrong -> scores, and [(asked, said, right), ...] of each story."""
+    what follows an unclear picture is wrong -> scores, and [(asked, picture, said, right), ...] of each story."""
     starts = [world.held_out_scene(world.skills[i % len(world.skills)], rng) for i in range(n)]
     scenes, wanted = (list(part) for part in zip(*starts, strict=True))
     asked = [prompt_text(goal, rng) for goal in wanted]
@@ -326,7 +336,9 @@ def score_stories(m, text, world, n, rng):
         looks = seen_in(answers, world) if number < 3 else [" ".join(map(str, parts)) for parts in answers]
         for i, (parts, look) in enumerate(zip(answers, looks, strict=True)):
             right = shows(wanted[i], look) if number == 0 else sure[i] and look == wanted[i]
-            rows[i].append((asked[i], parts[0] if parts else "", right))
+            first, *_ = *parts, ""
+            shown = (first.pixels, "") if isinstance(first, Drawn) else (None, first)
+            rows[i].append((asked[i], *shown, right))
             turn, drawn = turn_of(asked[i], parts)
             turns[i].append(turn)
             pictures[i] += drawn
@@ -340,7 +352,7 @@ def score_stories(m, text, world, n, rng):
             else:
                 asked[i], wanted[i] = pick(rng, [one for some in edits(world, scene).values() for one in some.items()])
                 scenes[i] = wanted[i]
-    shares = [float(np.mean([row[number][2] for row in rows])) for number in range(4)]
+    shares = [float(np.mean([row[number][-1] for row in rows])) for number in range(4)]
     return {"story": shares, "third": shares[2]}, rows
 
 

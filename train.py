@@ -1051,7 +1051,7 @@ def score_arm(run, name, m):
         more, stories = evaluation.score_mixed(m, run.text, run.world, config.eval_n, config.seed)
         scores |= more
     if name == "after":
-        plot_samples(samples, run.world.skills, run.folder / "samples.png", stories=stories[:2])
+        plot_samples([*samples, *(("a story", story) for story in stories[:2])], run.folder / "samples.png")
     return scores
 
 

@@ -3,7 +3,6 @@
 import textwrap
 from pathlib import Path
 
-from parts.pictures import Drawn
 from parts.settings import InputError, aside, check_out
 
 VERMILION, BLUE, GREEN, SKY, GREY = "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#999999"
@@ -57,27 +56,24 @@ def save_figure(figure, panels, file, bottom=0, legend=True):
         figure.savefig(part, format=Path(file).suffix[1:] or "png")
 
 
-def plot_samples(samples, skills, file, per_skill=4, stories=()):
-    """Drawn pictures under their prompts, a row per skill, then a row per story, whose last panel is an answer; framed
-    green and ticked if right, red and crossed if not."""
+def plot_samples(rows, file):
+    """A sheet of what a model drew and said: rows (name, [(asked, picture or None, said, right), ...]). A panel shows
+    the picture, or in its place what was said; framed green and ticked if right, red and crossed if not."""
     from matplotlib.figure import Figure
-    prompts, pictures, right = samples
-    n = len(prompts) // len(skills)
-    rows = [(skill, list(zip(prompts, pictures, right, strict=True))[i * n:(i + 1) * n][:per_skill])
-            for i, skill in enumerate(skills)]
-    rows += [("a story", [(asked, part.pixels if isinstance(part, Drawn) else part, good)
-                          for asked, part, good in story]) for story in stories]
     width = max(len(shown) for _, shown in rows)
-    figure = Figure((2.2 * width, 2.35 * len(rows)), dpi=110, layout="constrained")
+    figure = Figure((1.8 * width, 2.55 * len(rows)), dpi=110, layout="constrained")
     panels = figure.subplots(len(rows), width, squeeze=False)
     for row, (name, shown) in zip(panels, rows, strict=True):
-        for panel, (asked, part, good) in zip(row, shown, strict=False):
-            if isinstance(part, str):
-                panel.text(0.5, 0.5, part, ha="center", va="center", fontsize=14, transform=panel.transAxes)
+        for panel, (asked, picture, said, right) in zip(row, shown, strict=False):
+            colour, mark = (GREEN, "\N{CHECK MARK}") if right else (VERMILION, "\N{BALLOT X}")
+            if picture is None:
+                panel.text(0.5, 0.5, textwrap.fill(said, 12), ha="center", va="center", fontsize=12,
+                           transform=panel.transAxes)
+                panel.set_box_aspect(1)
             else:
-                panel.imshow(part, interpolation="nearest")
-            colour, mark = (GREEN, "\N{CHECK MARK}") if good else (VERMILION, "\N{BALLOT X}")
-            panel.set_title(f"{textwrap.fill(asked, 26)}\n{mark}", fontsize=8, color=colour)
+                panel.imshow(picture, interpolation="nearest")
+            panel.set_title(textwrap.fill(asked, 27), fontsize=7.5)
+            panel.set_xlabel(f"{said} {mark}" if picture is not None else mark, fontsize=9, color=colour)
             panel.set(xticks=[], yticks=[])
             for spine in panel.spines.values():
                 spine.set(color=colour, linewidth=2)

@@ -81,7 +81,7 @@ def test_right_answers_score_one(size, monkeypatch):
     """Someone who reads the pictures and answers by the words of the question is right in every measure."""
     world = World(0, *size)
     saying(monkeypatch, world, lambda right, words: right)
-    scores = evaluation.score_understanding(None, None, world, 8)
+    scores, _ = evaluation.score_understanding(None, None, world, 8)
     assert 0.45 <= scores.pop("und_chance") < 0.6   # half of the yes/no questions, one letter or another of the choices
     assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 1.0) and set(scores.values()) == {1.0}
 
@@ -89,7 +89,7 @@ def test_right_answers_score_one(size, monkeypatch):
 def test_always_yes_scores_chance(monkeypatch):
     """Half of the yes/no questions are true: accuracy 1/2, F1 2/3, and no pair of a true and a false one right."""
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["yes"] * len(asked))
-    scores = evaluation.score_understanding(None, None, World(0), 8)
+    scores, _ = evaluation.score_understanding(None, None, World(0), 8)
     assert scores["und_by_topic"] == dict.fromkeys(TOPICS, 0.5) | {"choice": 0.0} and scores["und"] == 0.4
     assert (scores["f1"], scores["acc_plus"], scores["circular"]) == (pytest.approx(2 / 3), 0.0, 0.0)
     assert scores["und"] == pytest.approx(np.mean(list(scores["und_by_topic"].values())))
@@ -98,7 +98,7 @@ def test_always_yes_scores_chance(monkeypatch):
 def test_always_the_same_letter_is_right_once_in_four_turns(monkeypatch):
     """All four rotations of a question must be answered rightly, which guessing a letter never does."""
     monkeypatch.setattr(evaluation, "answer", lambda m, text, asked, **_: ["A"] * len(asked))
-    scores = evaluation.score_understanding(None, None, World(0), 40)
+    scores, _ = evaluation.score_understanding(None, None, World(0), 40)
     assert 0 < scores["und_by_topic"]["choice"] < 1 and scores["circular"] == 0
     assert scores["und_chance"] >= (4 * 0.5 + scores["und_by_topic"]["choice"]) / 5             # or better by another
 
@@ -109,7 +109,7 @@ def test_one_wrong_turn_of_a_choice_is_enough(wrong, monkeypatch):
     world, number = World(0), itertools.count()
     saying(monkeypatch, world, lambda right, words: "none" if words.startswith("which") and next(number) % 4 == wrong
            else right)
-    scores = evaluation.score_understanding(None, None, world, 8)
+    scores, _ = evaluation.score_understanding(None, None, world, 8)
     assert scores["circular"] == 0 and scores["und_by_topic"] == dict.fromkeys(TOPICS, 1.0) | {
         "choice": float(wrong > 0)}
 
@@ -120,7 +120,7 @@ def test_an_answer_counts_as_a_whole(change, monkeypatch):
     """The model was taught just these words: who says more, or less, hedges or has not learned them."""
     world = World(0)
     saying(monkeypatch, world, lambda right, words: "" if right in "ABCD" else change(right))
-    scores = evaluation.score_understanding(None, None, world, 8)
+    scores, _ = evaluation.score_understanding(None, None, world, 8)
     assert scores.pop("und_chance") > 0 == scores["und"]
     assert scores.pop("und_by_topic") == dict.fromkeys(TOPICS, 0.0) and set(scores.values()) == {0.0}
 
@@ -182,13 +182,14 @@ def test_drawings_are_scored_by_what_they_show(drawn, expected, size, monkeypatc
             picture[row:row + CELL_SIDE, column:column + CELL_SIDE] = noise
         return torch.stack([to_tensor(picture) for picture in pictures])
     monkeypatch.setattr(evaluation, "draw", paint)
-    scores, (prompts, pictures, right) = evaluation.score_generation(None, None, world, 5)
+    scores, samples = evaluation.score_generation(None, None, world, 5)
     chance = scores.pop("gen_chance")
     others = np.random.default_rng(0).permutation(len(scenes))
     shown = [scenes[other][1] in combinations(scene) for other, (scene, _) in zip(others, scenes, strict=True)]
     assert drawn != "right scene" or (chance == pytest.approx(np.mean(shown)) and chance < 0.2)
     assert scores == {"gen": expected, "gen_by_skill": dict.fromkeys(world.skills, expected)}
-    assert len(prompts) == len(pictures) == len(right) == 5 * len(world.skills)
+    assert [len({prompt for prompt, *_ in some}) for some in samples] == [2] * len(world.skills)
+    assert {right for some in samples for *_, right in some} == {bool(expected)}
 
 
 def test_each_skill_has_a_score_of_its_own(monkeypatch):
@@ -202,10 +203,11 @@ def test_each_skill_has_a_score_of_its_own(monkeypatch):
             scenes.append([Thing(shape, colour, cell) for cell in range(number)])
         return torch.stack([to_tensor(picture) for picture in draw_scenes(scenes)])
     monkeypatch.setattr(evaluation, "draw", paint)
-    scores, (prompts, _, right) = evaluation.score_generation(None, None, world, 3)
+    scores, samples = evaluation.score_generation(None, None, world, 3)
     assert scores["gen_by_skill"] == dict.fromkeys(world.skills, 0.0) | {"counting": 1.0}
     assert scores["gen"] == pytest.approx(1 / len(world.skills))
-    assert right == [combination_of(prompt)[0] == "counting" for prompt in prompts]
+    for some in samples:
+        assert all(right == (combination_of(prompt)[0] == "counting") for prompt, _, _, right in some)
 
 
 def test_what_is_scored_or_measured_was_never_shown(monkeypatch):
@@ -806,7 +808,8 @@ def test_who_does_all_that_is_asked_has_all_scores(monkeypatch):
     assert {scores[name] for name in evaluation.MIXED_SCORES} == {1.0} and scores["story"] == [1.0] * 4
     assert {*scores["edit_by_kind"].values(), *scores["plan_by_skill"].values()} == {1.0}
     assert max(scores["chance"][name] for name in ("edit", "plan", "plain", "right")) < 0.5
-    assert len(stories) == 4 and [type(part) for _, part, _ in stories[0]] == [Drawn, Drawn, Drawn, str]
+    assert len(stories) == 4 and [picture is None for _, picture, _, _ in stories[0]] == [False, False, False, True]
+    assert stories[0][3][2] and not stories[0][0][2]                            # words at the end, none before
 
 
 def test_an_edit_counts_for_what_is_seen_before_it(monkeypatch):

@@ -1,10 +1,8 @@
 """Claims about the look of figures (parts/plots.py)."""
 
 import pytest
-import torch
 from PIL import Image
 
-from parts.pictures import Drawn
 from parts.plots import canvas, check_figure, plot_samples, save_figure
 from parts.settings import InputError
 from parts.world import Thing, draw_scenes
@@ -34,13 +32,13 @@ def test_a_name_that_no_figure_can_have_is_refused_beforehand(tmp_path):
     check_figure("")
 
 
-def test_samples_show_stories_in_rows_of_their_own(tmp_path):
-    """Three pictures, then what was answered."""
+def test_a_sheet_of_samples_has_a_row_for_each_sort(tmp_path):
+    """Pictures, or what was said in their place; rows may have fewer panels than the widest."""
     picture = draw_scenes([(Thing("circle", "red", 0),)])[0]
-    story = [("draw", Drawn(torch.zeros(1), picture), True)] * 3 + [("is it red?", "yes", False)]
-    heights = []
-    for stories in ((), [story, story]):
-        plot_samples((["a"] * 2, [picture] * 2, [True, False]), ("one object",), tmp_path / "s.png",
-                     stories=stories)
-        heights.append(Image.open(tmp_path / "s.png").height)
-    assert heights[1] > 2.5 * heights[0]
+    drawn = [("a red circle", picture, "", True), ("a blue square", picture, "", False)]
+    said = [("is it red?", None, "yes", True)]
+    sizes = []
+    for rows in ([("drawn", drawn)], [("drawn", drawn), ("a story", said)]):
+        plot_samples(rows, tmp_path / "s.png")
+        sizes.append(Image.open(tmp_path / "s.png").size)
+    assert sizes[1] == (sizes[0][0], 2 * sizes[0][1])
