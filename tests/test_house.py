@@ -130,10 +130,10 @@ def test_a_global_name_is_one_thing():
 
 
 def test_a_module_has_its_tests_in_one_file():
-    """tests/ mirrors the files; the house, all flags, and what a run reports are claims about several at once."""
+    """tests/ mirrors the files; the house, the course, all flags, and what a run reports are claims about several."""
     found = {file.name for file in (ROOT / "tests").glob("test_*.py")}
     assert found == {f"test_{Path(file).name}" for file in FILES} | {
-        "test_house.py", "test_flags.py", "test_belongs.py", "test_readme.py"}
+        "test_house.py", "test_flags.py", "test_belongs.py", "test_readme.py", "test_exercises.py"}
 
 
 def test_training_has_few_flags_and_names_the_other_commands(capsys):
