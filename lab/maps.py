@@ -62,16 +62,16 @@ def maps(settings):
 
 
 @torch.inference_mode()
-def attention_maps(m, batch):
+def attention_maps(m, batch, keep=lambda attention: attention):
     """All attention maps of a batch, [(B, H, T, T), ...] layer by layer, on the CPU. Any body of attention gives the
-    same; here they are written out beside it."""
+    same; here they are written out beside it. keep(map): what is kept of each, where all of them would be too large."""
     found = []
 
     def looking(body):
         def attend(q, k, v, visible=None, condition=None, rectangle=None):
             # A = V's weights: with the unit matrix for V, attention gives itself
             unit = torch.eye(k.shape[2], device=k.device, dtype=v.dtype).expand(*k.shape[:3], -1)
-            found.append(model.attend_explicit(q, k, unit, visible)[0].float().cpu())
+            found.append(keep(model.attend_explicit(q, k, unit, visible)[0].float().cpu()))
             return body(q, k, v, visible, condition, rectangle)
         return attend
     with contextlib.ExitStack() as stack:

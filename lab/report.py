@@ -5,10 +5,12 @@
 
 import base64
 import html
+import os
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import aia
 from eval import LABEL, distance, final_label, label_of
@@ -48,7 +50,7 @@ def report(settings):
     if not settings.runs:
         raise InputError("report needs run folders: python -m lab.report runs/tiny-emu3-seed0")
     runs = named(settings.runs)
-    parts = [section(name, path) for name, path in runs.items()]
+    parts = [section(name, path, Path(settings.out).resolve().parent) for name, path in runs.items()]
     title = html.escape(", ".join(runs))
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
@@ -66,8 +68,8 @@ def stored(folder, name):
     return read_json(file) if file.exists() else {}
 
 
-def section(name, folder):
-    """One run as HTML, pictures first."""
+def section(name, folder, page):
+    """One run as HTML, pictures first. page: the folder that the page will lie in."""
     if not (folder / "settings.json").exists():
         raise InputError(f"{folder} holds no settings.json: give the folder of a run")
     result = stored(folder, "result")
@@ -85,6 +87,9 @@ def section(name, folder):
     if log:                                          # without the picture tokenizer, which has other losses
         text.append(html_picture("Losses of all phases", plot_losses(log)))
     text += score_tables(folder)
+    if (folder / "explore.html").exists():           # of lab.explore
+        link = quote(Path(os.path.relpath(folder.resolve() / "explore.html", page)).as_posix())
+        text.append(f'<p><a href="{link}">Attention maps to play with</a></p>')
     for title, rows in (("Machine", result.get("machine")), ("Settings", stored(folder, "settings"))):
         if rows:
             text.append(f"<details><summary>{title}</summary>{html_table(rows)}</details>")

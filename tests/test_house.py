@@ -30,7 +30,7 @@ FLOORS = [
         "common", "judge", "mmmu", "mmbench", "mmvp", "mmvet", "pope", "mme", "geneval", "dpg", "fid", "score")},
     {f"lab/{name}.py": 400 if name == "check" else 600 for name in (
         "rows", "figures", "references", "alignment", "report", "claims", "study", "dry_run", "speed", "gpu", "plans",
-        "knockout", "gradients", "maps", "summary", "check", "plug")},
+        "knockout", "gradients", "maps", "explore", "summary", "check", "plug")},
 ]
 LINES = {file: lines for floor in FLOORS for file, lines in floor.items()}
 FILES = [*LINES]
