@@ -182,7 +182,7 @@ def score_understanding(m, text, world, n, seed=0):
 def score_generation(m, text, world, n, seed=0):
     """One guided picture, of the likeliest codes, for each of n held-out prompts per skill, read back from its pixels
     -> scores, samples: two prompts of each skill that ask for different things, (prompt, picture, "", right).
-    gen_chance: share that shows what another prompt asks for."""
+    gen_chance: share that shows what a prompt drawn at random asks for."""
     rng = stream(seed, "prompts")
     goals = [world.held_out_scene(skill, rng)[1] for skill in world.skills for _ in range(n)]
     prompts = [prompt_text(goal, rng) for goal in goals]
@@ -471,7 +471,8 @@ def measure(m, batches, task, target, delta):
         finite(out.ntp)
         own = (out.ntp, out.intensity, on_first, batch.condition, batch.queries, batch.aia_valid)
         part = batch.tasks.index(task)
-        loss, intensity, on_first, condition, queries, valid = (batch.per_task(x)[part] for x in own)   # (B, L) each
+        # (), (B, L), (B, L), (B, T), (B, T), (B,)
+        loss, intensity, on_first, condition, queries, valid = (batch.per_task(x)[part] for x in own)
         ntp, tokens = ntp + loss.item(), tokens + batch.labelled[part]
         found.append(intensity[valid].cpu())
         sink.append(on_first[valid].cpu())

@@ -81,7 +81,7 @@ class TrainConfig:
     calibration: int = opt(0, "batches without updates that calibrate lambda; 0: 10 for tiny presets, else 100")
     aia_targets: str = opt("depth", "depth, S4, S5, released, hunyuan-image-3, simplear, qwen-image, flux, "
                            "or a JSON file")
-    aia_variant: str = opt("full", "leave out a part of AIA", aia.VARIANTS)
+    aia_variant: str = opt("full", "leave out a part of AIA (no-first: the sink in its condition)", aia.VARIANTS)
     arms: str = opt("aia", "both: run the last phase twice from the same weights, first without AIA", ("aia", "both"))
 
     lr: float = opt(0.0, "peak learning rate of the language model; 0: the plan of the preset", section="optimization")
@@ -129,8 +129,8 @@ class TrainConfig:
 
 
 OTHER_COMMANDS = """other commands: python eval.py (draw, chat, score, curves); python data.py (export, index, encode);
-python -m lab.study, lab.summary, lab.figures, lab.maps, lab.report, lab.plans, lab.knockout, lab.gradients,
-lab.alignment, lab.references, lab.dry_run, lab.speed, lab.gpu"""
+python -m lab.study, lab.summary, lab.figures, lab.maps, lab.explore, lab.report, lab.plans, lab.knockout,
+lab.gradients, lab.alignment, lab.references, lab.dry_run, lab.speed, lab.gpu"""
 
 
 @dataclass(frozen=True)
@@ -959,7 +959,7 @@ def brief(task, row):
 
 
 def report_step(now, step, metrics, norm):
-    """One object in metrics.jsonl, and of about twenty reports of a phase a line on the terminal."""
+    """One object in metrics.jsonl for each report, and about twenty lines a phase on the terminal."""
     run, phase = now.run, now.phase
     seconds = time.time() - now.start
     per_step = seconds / (step + 1 - now.since)                                 # seconds

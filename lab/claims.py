@@ -4,7 +4,6 @@ Several seeds, and a 95 % interval for every claim; a plan made before the runs 
 sign-flip test, corrected for the number of its claims.
 """
 
-import itertools
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -16,7 +15,8 @@ from lab.figures import correlation
 from lab.rows import EXPERTS, PAIRS, ROWS
 
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom; with more seeds the last, which is a little too wide
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+           2.120, 2.110, 2.101, 2.093)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,10 @@ def by_row(rows):
 # Claims
 # ---------------------------------------------------------------------------------------------------------------------
 MARGIN = 0.02                                   # a smaller difference of scores counts as none
-LEVEL = 0.025                                   # of a planned claim, whose seeds may be looked at twice
+# Planned claims are judged on these seeds and no others, on the second look only where the first decided nothing; each
+# look at this level.
+LOOKS = (range(20, 30), range(20, 40))
+LEVEL = 0.025
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Claim:
     text: str
     rows: tuple                                 # that it needs
     number: object                              # of these rows of one seed: above zero if it holds; or several numbers
-    family: str = ""                            # planned claims that are tested together; "": by its interval alone
+    planned: bool = False                       # tested together with the other planned ones, on the seeds of LOOKS
     margin: float | None = None                 # a figure that lies within it, interval and all, is no effect
 
 
@@ -132,7 +135,8 @@ def verdict(mean, interval):
 def sign_flip(values):
     """Exact p of a mean of paired differences, two-sided: if neither row were better, each difference could as well
     have had the other sign, so p is the share of all 2^n choices of signs whose mean is as far from zero."""
-    signs = np.array([*itertools.product((1, -1), repeat=len(values))])         # (2^n, n)
+    n = len(values)
+    signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.int8)                  # (2^n, n)
     sums = np.abs(signs @ np.array(values))
     return float(np.mean(sums >= sums[0] - 1e-9))                               # the first has all signs as they are
 
@@ -195,7 +199,8 @@ def nearer(row, base):
 
 
 def on_first(row, base):
-    """Share of generation's moved attention that lies on the first token, mean over layers."""
+    """How much of what generation's curve moved the first token accounts for: sums over layers, below 0 if it moved the
+    other way."""
     moves, sinks = (np.array(row[key]) - base[key] for key in ("gen_curve", "gen_sink"))
     return float(np.sum(sinks * np.sign(moves)) / max(np.abs(moves).sum(), 1e-9))
 
@@ -258,7 +263,7 @@ def in_turn_claims():
 def early_claims():
     """AIA where there is a conflict: planned before the runs (lab/STUDY.md). The first three are primary."""
     def planned(text, number):
-        return Claim(f"AIA from the first joint step {text}", ("early", "narrow"), number, "early", MARGIN)
+        return Claim(f"AIA from the first joint step {text}", ("early", "narrow"), number, planned=True, margin=MARGIN)
 
     def explored(text, row, base="narrow", number=better):
         return Claim(text, (row, base), number, margin=MARGIN)
@@ -266,7 +271,7 @@ def early_claims():
         planned("closes part of the conflict (mean of both scores)", better),
         planned("improves understanding", lambda row, base: row["und"] - base["und"]),
         planned("improves generation", lambda row, base: row["gen"] - base["gen"]),
-        explored("there is a conflict at half width (new seeds)", "narrow-experts"),
+        Claim("there is a conflict at half width (new seeds)", ("narrow-experts", "narrow"), better),
         Claim("early AIA moves curves towards the targets", ("early", "narrow"), nearer),
         explored("early AIA that fades improves the mean of both scores", "early-fading"),
         explored("early AIA towards the experts' curves improves it", "early-experts"),
@@ -287,30 +292,56 @@ CLAIMS = (*of_papers(), *in_turn_claims(), *early_claims())
 
 def claims_of(rows):
     """Verdict of each claim. Of several numbers one clear failure rejects it, and it holds only if all hold; the figure
-    is the smallest of those that decided. A planned claim is decided by its corrected p in place of its interval."""
+    is the smallest of those that decided. Planned claims are judged by `planned_look`."""
     table = by_row(rows)
-    found = []
-    for claim in CLAIMS:
-        seeds = sorted(set.intersection(*({*table.get(name, {})} for name in claim.rows)))
-        values = [np.atleast_1d(claim.number(*(table[name][seed] for name in claim.rows))) for seed in seeds]
-        columns = [*zip(*values, strict=True)]
-        parts = [interval(part) for part in columns] or [(None, None)]
-        verdicts = [verdict(*part) for part in parts]
-        decision = next((one for one in ("does not hold", "not decided here") if one in verdicts), "holds")
-        mean, half = min((part for part in parts if verdict(*part) == decision), key=itemgetter(0))
-        found.append({"claim": claim.text, "verdict": decision, "figure": mean, "interval": half, "seeds": len(seeds)})
-        if claim.family and seeds:
-            found[-1] |= {"family": claim.family, "p": sign_flip(columns[0])}
-    for family in {claim.family for claim in CLAIMS} - {""}:
-        tested = [row for row in found if row.get("family") == family]
-        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-            row |= {"corrected": p, "verdict": "not decided here"}
-            if p <= LEVEL:
-                row["verdict"] = "holds" if row["figure"] > 0 else "does not hold"
-    for claim, row in zip(CLAIMS, found, strict=True):
-        if claim.margin and row["interval"] and abs(row["figure"]) + row["interval"] < claim.margin:
-            row["verdict"] = "no effect"
-    return found
+    found = {claim.text: told(claim, table, seeds_of(claim, table)) for claim in CLAIMS}
+    planned = [claim for claim in CLAIMS if claim.planned]
+    for claim in planned:
+        found[claim.text]["verdict"] = "not decided here"       # until a look is complete
+    for look in LOOKS:
+        for text, row in planned_look(planned, table, look).items():
+            if found[text]["verdict"] == "not decided here":
+                found[text] = row
+    return [*found.values()]
+
+
+def seeds_of(claim, table):
+    """The seeds of which there are all rows that a claim needs."""
+    return sorted(set.intersection(*({*table.get(name, {})} for name in claim.rows)))
+
+
+def numbers_of(claim, table, seeds):
+    """The numbers of a claim, each as a list over seeds."""
+    values = [np.atleast_1d(claim.number(*(table[name][seed] for name in claim.rows))) for seed in seeds]
+    return [*zip(*values, strict=True)]
+
+
+def told(claim, table, seeds):
+    """A claim by its interval over some seeds, JSON-ready."""
+    parts = [interval(part) for part in numbers_of(claim, table, seeds)] or [(None, None)]
+    verdicts = [verdict(*part) for part in parts]
+    decision = next((one for one in ("does not hold", "not decided here") if one in verdicts), "holds")
+    mean, half = min((part for part in parts if verdict(*part) == decision), key=itemgetter(0))
+    if claim.margin and half is not None and abs(mean) + half < claim.margin:
+        decision = "no effect"
+    return {"claim": claim.text, "verdict": decision, "figure": mean, "interval": half, "seeds": len(seeds)}
+
+
+def planned_look(claims, table, look):
+    """Planned claims on the seeds of a look, {text: row}: by the sign-flip test, corrected for their number, and "no
+    effect" by the interval as others; {} while a run of the look is missing."""
+    seeds = [*look]
+    if not claims or any({*seeds} - {*seeds_of(claim, table)} for claim in claims):
+        return {}
+    ps = [sign_flip(numbers_of(claim, table, seeds)[0]) for claim in claims]
+    rows = {}
+    for claim, p, corrected in zip(claims, ps, holm(ps), strict=True):
+        row = told(claim, table, seeds) | {"p": p, "corrected": corrected}
+        if row["verdict"] != "no effect":
+            clear = "holds" if row["figure"] > 0 else "does not hold"
+            row["verdict"] = clear if corrected <= LEVEL else "not decided here"
+        rows[claim.text] = row
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -317,9 +317,10 @@ def group_of(name):
 
 
 def own_targets(name):
-    """Whether a row has other targets than its baseline, so that their distances cannot be compared."""
+    """Whether a row has other targets than its baseline, or another condition, so that distances cannot be compared."""
     row = ROWS.get(name)
-    return bool(row) and bool(row.targets or row.flags.get("aia_targets") or row.flags.get("aia_variant") == "raw")
+    return bool(row) and bool(row.targets or row.flags.get("aia_targets")
+                              or row.flags.get("aia_variant") in ("raw", "no-first"))
 
 
 def figure_study(content, file):

@@ -79,19 +79,20 @@ def model_and_world(run, device):
 
 
 def kept_weights(folder):
-    """[(phase, step, steps of all phases so far, folder)] of the weights that a run has kept, in the order of training.
+    """[(phase, step, steps of both tasks so far, folder)] of the weights that a run has kept, in the order of training.
     As in the names of checkpoints, step 0 of a phase is the end of the phase before it."""
     kept = {tuple(map(int, one.name.split("-"))): one for one in checkpoints.checkpoint_folders(folder)}
-    lengths, index = {}, {}                         # {phase: its steps}, {name: phase}
+    lengths, index = {}, {}                         # {phase: its steps, if it trains both tasks}, {name: phase}
     for row in training_log(folder / "metrics.jsonl"):
         phase = row.get("phase", row.get("stage"))                              # older runs: stage
-        lengths[phase], index[row["name"]] = row["step"], phase
+        lengths[phase], index[row["name"]] = row["step"] if "gen" in row and "und" in row else 0, phase
     # With --arms both, "control" is the first to start from RUN/before, and RUN/control is what it ends with.
     first = index.get("control", index.get("tune"))
     for after, name in enumerate(("before", "control")):
         if first is not None and (folder / name).exists():
             kept.setdefault((first + after, 0), folder / name)
-    return [(phase, step, step + sum(n for earlier, n in lengths.items() if earlier < phase), kept[phase, step])
+    done = {phase: sum(n for earlier, n in lengths.items() if earlier < phase) for phase, _ in kept}
+    return [(phase, step, done[phase] + min(step, lengths.get(phase, 0)), kept[phase, step])
             for phase, step in sorted(kept)]
 
 

@@ -212,7 +212,7 @@ def print_knockout(run, row):
 
 
 def main(argv=None):
-    tell(knockout(parse(Knockout, argv, "lab.knockout")))
+    tell(knockout(parse(Knockout, argv, "python -m lab.knockout")))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def maps(settings):
         layer = int(np.argmax(np.abs(np.array(curves["gen"]) - curves["und"])))
     if layer >= m.config.layers:
         raise InputError(f"--layer {layer}: the model has layers 0 to {m.config.layers - 1}")
-    targets = {task: aia.targets(m.config.layers, task)[0].tolist() for task in aia.TASKS}
+    asked = made["aia_targets"], made["aia_variant"]
+    targets = {task: aia.targets(m.config.layers, task, *asked)[0].tolist() for task in aia.TASKS}
     draw_method({task: (one_sample(batches[task]), found[task][layer]) for task in aia.TASKS}, curves, targets, layer,
                 settings.out)
     return {"layer": layer} | {task: curve[layer] for task, curve in curves.items()}
@@ -122,7 +123,7 @@ def draw_method(shown, curves, targets, layer, file):
     last = panels[-1]
     for task in aia.TASKS:
         colour, x = evaluation.COLOUR[task], range(len(curves[task]))
-        last.plot(x, curves[task], color=colour, marker="os"[task == "und"], label=f"I, {NAME[task]}")
+        last.plot(x, curves[task], color=colour, marker="o" if task == "gen" else "s", label=f"I, {NAME[task]}")
         last.step(x, targets[task], where="mid", color=colour, linestyle="--", linewidth=1.3,
                   label=f"target, {NAME[task]}")
     last.axvline(layer, color="black", linewidth=0.7, linestyle=":")
@@ -137,7 +138,7 @@ def draw_method(shown, curves, targets, layer, file):
 
 
 def main(argv=None):
-    tell(maps(parse(Maps, argv, "lab.maps")))
+    tell(maps(parse(Maps, argv, "python -m lab.maps")))
 
 
 if __name__ == "__main__":

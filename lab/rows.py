@@ -49,7 +49,7 @@ PAIRS = {"unified": ("expert", "experts")} | PAIRS
 QUICK = ("aia", "unified", "unifork-2", "raw", "no-huber")
 
 # Where there is a conflict: half width. The weights after the answers are kept, and both tasks begin there with AIA.
-NARROW = {"preset": "tiny-half", "eval_n": 300, "save_every": 200, "keep": 8}
+NARROW = {"preset": "tiny-half", "eval_n": 300, "save_every": 200, "keep": 20}
 NARROW_PLAN = (train.TOKENIZER, replace(train.ANSWERS, end="answered"), train.JOINT, train.TUNE)
 EARLY = (replace(train.JOINT, aia=True), replace(train.TUNE, start=""))
 STEPS = train.JOINT.steps + train.TUNE.steps
@@ -131,7 +131,6 @@ def needs(name):
     """The rows that must be run before this one: for the weights it starts from, the curves that are its targets, and
     its lambda."""
     row = ROWS[name]
-    rows = [f"{row.targets}-{task}" for task in EXPERTS if row.targets not in ("", "exchanged")]
-    for other in filter(None, (row.lambdas, row.start.partition("/")[0])):
-        rows += [*needs(other), other]
-    return list(dict.fromkeys(rows))
+    others = [f"{row.targets}-{task}" for task in EXPERTS if row.targets not in ("", "exchanged")]
+    others += filter(None, (row.lambdas, row.start.partition("/")[0]))
+    return list(dict.fromkeys(needed for other in others for needed in (*needs(other), other)))

@@ -25,6 +25,7 @@ import data
 import formats.weights
 import train
 from eval import ARMS, distance
+from formats.checkpoints import checkpoint_folders
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
 from lab.claims import (
@@ -55,7 +56,7 @@ class Study:
 
     rows: tuple = opt(("1", "2"), "groups 1 to 9, or names of rows")
     seeds: tuple = opt(("0", "1", "2", "3", "4"), "seeds: each has its own world, held-out combinations and order")
-    jobs: int = opt(1, "runs side by side; each takes one thread of a CPU, or shares the GPU")
+    jobs: int = opt(1, "runs side by side; each trains on one thread of a CPU, or shares the GPU")
     quick: bool = opt(False, "five rows of one seed: shows how it works, not what is true")
     runs: str = opt("runs/study", "folder of the runs")
     out: str = opt("", "JSON file to write; empty: assets/study.json, or study.json in the folder of runs with --quick "
@@ -78,8 +79,8 @@ def study(config):
             run_row(name, seed, runs)
     claims, out = published(config, runs)
     if failed:
-        logs = [str(log_of(*run, runs)) for run in failed if log_of(*run, runs).exists()]
-        raise InputError(f"{len(failed)} runs failed, or need one that did: see {', '.join(logs)}")
+        names = ", ".join(f"{name}-seed{seed}" for name, seed in failed)
+        raise InputError(f"failed, or waited for one that did: {names}; their logs lie in {runs}")
     print(f"written to {out}")
     return {claim["claim"]: claim["verdict"] for claim in claims if claim["seeds"]}
 
@@ -139,9 +140,11 @@ def run_row(name, seed, runs):
     flags = {"seed": seed, "out": str(folder), "resume": folder.exists()} | row.flags
     flags["init"] = str(folder_of(start, seed, runs) / part) if start else ""
     if row.targets:
-        flags["aia_targets"] = str(targets_file(row.targets, seed, runs))
+        flags["aia_targets"] = str(targets_file(name, seed, runs))
     config = train.TrainConfig(**flags)
-    if row.lambdas:
+    if row.lambdas and folder.exists():             # once is enough: another machine might round it differently
+        config = replace(config, aia_weight=read_json(folder / "settings.json")["aia_weight"])
+    elif row.lambdas:
         config = replace(config, aia_weight=lambdas_at_the_end(config, folder_of(row.lambdas, seed, runs)))
     if is_done(name, seed, runs):
         stored = read_json(folder / "settings.json")
@@ -169,8 +172,8 @@ def start_of(folder):
 
 
 def tell_start(folder):
-    """Write from which commit and when a run was started first."""
-    if start_of(folder).exists():
+    """Write from which commit and when a run was started, unless it goes on from a checkpoint."""
+    if checkpoint_folders(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     commit = None
@@ -178,19 +181,20 @@ def tell_start(folder):
         commit, changed = (subprocess.run(["git", *words], cwd=Path(__file__).parent, check=True, capture_output=True,
                                           text=True).stdout.strip()
                            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
-        commit += " and changes" * bool(changed)
+        if changed:
+            commit += " and changes"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json({"commit": commit, "started": now}, start_of(folder))
 
 
 def targets_file(name, seed, runs):
-    """Write AIA's targets: the paper's with the tasks exchanged, or stages made of the curves of this seed's experts ->
-    their file."""
-    file = runs / f"{name}-targets-seed{seed}.json"
-    if name == "exchanged":
+    """Write AIA's targets of a row: the paper's with the tasks exchanged, or stages made of the curves of this seed's
+    experts -> their file."""
+    file, experts = runs / f"{name}-targets-seed{seed}.json", ROWS[name].targets
+    if experts == "exchanged":
         table = {task: aia.stages_of(0, other) for task, other in zip(aia.TASKS, reversed(aia.TASKS), strict=True)}
     else:
-        curves = {task: read_json(folder_of(f"{name}-{task}", seed, runs) / "curves.json") for task in EXPERTS}
+        curves = {task: read_json(folder_of(f"{experts}-{task}", seed, runs) / "curves.json") for task in EXPERTS}
         table = {task: aia.stages_from_curve(curves[task][task]["after"]["intensity"], task) for task in aia.TASKS}
     write_json(table, file)
     return file
@@ -206,7 +210,7 @@ def lambdas_at_the_end(config, folder):
                              train.JOINT.batch_size, parse_ratio(config.ratio), config.micro_batch)
     targets = {task: aia.targets(m.config.layers, task, config.aia_targets, config.aia_variant) for task in aia.TASKS}
     found = train.calibrate(m, schedule, targets, config, contextlib.nullcontext)
-    return ",".join(f"{found[task]:.3g}" for task in aia.TASKS)                 # rounded: the same on another machine
+    return ",".join(f"{found[task]:.3g}" for task in aia.TASKS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,15 +235,17 @@ def side_by_side(todo, jobs, runs):
             if ready or lost:
                 print_progress(todo, going, failed, jobs, runs)
             wait([process.sentinel for process in going.values()], timeout=1)
-            for run, process in list(going.items()):
-                if asked:
-                    process.terminate()             # it saves, and ends
+            if asked:
+                for process in going.values():      # each saves if it is training, and ends
+                    process.terminate()
+                for process in going.values():
                     process.join()
+                raise Stop(asked[0])
+            for run, process in list(going.items()):
                 if not process.is_alive():
                     del going[run]
-                    failed += [run] * (not is_done(*run, runs))
-            if asked:
-                raise Stop(asked[0])
+                    if process.exitcode or not is_done(*run, runs):
+                        failed.append(run)
     print_progress(todo, going, failed, jobs, runs)
     return failed
 

@@ -30,7 +30,9 @@ def summary(settings):
     for run in map(Path, settings.runs):
         if not (run / "result.json").exists():
             raise InputError(f"{run} has no result.json: give the folder of a finished run")
-        result, scores = read_json(run / "result.json"), read_json(run / "scores.json")
+        result, scores = read_json(run / "result.json"), {}
+        if (run / "scores.json").exists():          # none of a run on own pictures
+            scores = read_json(run / "scores.json")
         curves = read_json(run / "curves.json")
         far = {task: {name: distance(curves[task], name) for name in ("before", "after") if curves[task].get(name)}
                for task in ("gen", "und")}
@@ -71,7 +73,7 @@ def over_seeds(rows):
 
 
 def main(argv=None):
-    tell(summary(parse(Summary, argv, "lab.summary")))
+    tell(summary(parse(Summary, argv, "python -m lab.summary")))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm")
+NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "PIL", "matplotlib", "tqdm")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 if missing:
     print(f"error: {', '.join(missing)} missing: pip install -r requirements.txt", file=sys.stderr)

@@ -129,19 +129,19 @@ def test_weights_and_their_gradients_stay_as_they_were():
 
 
 def test_checkpoints_come_in_the_order_of_training(tmp_path):
-    """Phases first, then steps; a phase begins after all steps of those before it. RUN/before is what the first phase
+    """Phases first, then steps; those of one task alone do not count. RUN/before is what the first phase
     with or without AIA starts from, unless that checkpoint itself was kept, and RUN/control what the latter ends
     with."""
     for name in ("checkpoints/10-0000000", "checkpoints/2-0000300", "checkpoints/3-0000002", "before", "control"):
         (tmp_path / name).mkdir(parents=True)
-    lines = [{"phase": phase, "name": name, "step": step} for phase, name, step in [
-        (0, "tokenizer", 50), (0, "tokenizer", 90), (2, "joint", 300), (2, "joint", 400), (3, "control", 7),
-        (4, "tune", 7)]]
+    lines = [{"phase": phase, "name": name, "step": step} | dict.fromkeys(tasks, {}) for phase, name, step, tasks in [
+        (0, "tokenizer", 90, ()), (1, "answer", 50, ["und"]), (2, "joint", 300, aia.TASKS), (2, "joint", 400, aia.TASKS),
+        (3, "control", 7, aia.TASKS), (4, "tune", 7, aia.TASKS)]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = gradients.kept_weights(tmp_path)
     assert [(phase, step, steps, folder.name) for phase, step, steps, folder in found] == [
-        (2, 300, 390, "2-0000300"), (3, 0, 490, "before"), (3, 2, 492, "3-0000002"), (4, 0, 497, "control"),
-        (10, 0, 504, "10-0000000")]
+        (2, 300, 300, "2-0000300"), (3, 0, 400, "before"), (3, 2, 402, "3-0000002"), (4, 0, 407, "control"),
+        (10, 0, 414, "10-0000000")]
     (tmp_path / "checkpoints/3-0000000").mkdir()
     assert gradients.kept_weights(tmp_path)[1][3].name == "3-0000000"
 

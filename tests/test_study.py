@@ -154,6 +154,8 @@ def test_rows_that_run_side_by_side_wait_for_what_they_need(tmp_path, monkeypatc
                     folder.mkdir()
                     write_json({"seconds": 120.0}, folder / "result.json")
             return self.looks < 2
+
+        exitcode = 0
     monkeypatch.setattr(lab.study.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Pretended))
     monkeypatch.setattr(lab.study, "wait", lambda sentinels, timeout: None)
     names = ("narrow", "narrow-gen", "narrow-und", "early", "early-experts")
@@ -196,7 +198,7 @@ def test_a_study_side_by_side_stops_its_runs(tmp_path, monkeypatch):
 
 
 def test_a_run_tells_from_which_commit_it_was_started(tmp_path, monkeypatch):
-    """A plan is worth something only if it is older; what is resumed keeps its first start."""
+    """A plan is worth something only if it is older; what goes on from a checkpoint keeps its start."""
     for folder, changed in (("clean", ""), ("changed", " M train.py")):
         said = iter(["abc123", changed])
         monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, said=said, **named: SimpleNamespace(
@@ -205,7 +207,8 @@ def test_a_run_tells_from_which_commit_it_was_started(tmp_path, monkeypatch):
     first = json.loads((tmp_path / "clean.started.json").read_text())
     assert first["commit"] == "abc123" and first["started"].endswith("+00:00")
     assert json.loads((tmp_path / "changed.started.json").read_text())["commit"] == "abc123 and changes"
-    monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, **named: pytest.fail("told already"))
+    (tmp_path / "clean/checkpoints/2-0000100").mkdir(parents=True)
+    monkeypatch.setattr(lab.study.subprocess, "run", lambda *words, **named: pytest.fail("it goes on"))
     lab.study.tell_start(tmp_path / "clean")
     assert json.loads((tmp_path / "clean.started.json").read_text()) == first
 
@@ -221,7 +224,7 @@ def test_a_run_without_a_repository_is_started_all_the_same(tmp_path, monkeypatc
 
 def test_exchanged_targets_are_those_of_the_other_task(tmp_path):
     """A control: if any pull on the curves helped, the paper's targets would say nothing."""
-    file = lab.study.targets_file("exchanged", 0, tmp_path)
+    file = lab.study.targets_file("early-exchanged", 0, tmp_path)
     for task, other in zip(aia.TASKS, reversed(aia.TASKS), strict=True):
         found, expected = aia.targets(6, task, str(file)), aia.targets(6, other)
         assert all(map(torch.equal, found, expected)) and not torch.equal(found[0], aia.targets(6, task)[0])
