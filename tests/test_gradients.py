@@ -134,9 +134,10 @@ def test_checkpoints_come_in_the_order_of_training(tmp_path):
     with."""
     for name in ("checkpoints/10-0000000", "checkpoints/2-0000300", "checkpoints/3-0000002", "before", "control"):
         (tmp_path / name).mkdir(parents=True)
+    both = aia.TASKS
     lines = [{"phase": phase, "name": name, "step": step} | dict.fromkeys(tasks, {}) for phase, name, step, tasks in [
-        (0, "tokenizer", 90, ()), (1, "answer", 50, ["und"]), (2, "joint", 300, aia.TASKS), (2, "joint", 400, aia.TASKS),
-        (3, "control", 7, aia.TASKS), (4, "tune", 7, aia.TASKS)]]
+        (0, "tokenizer", 90, ()), (1, "answer", 50, ["und"]), (2, "joint", 300, both), (2, "joint", 400, both),
+        (3, "control", 7, both), (4, "tune", 7, both)]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = gradients.kept_weights(tmp_path)
     assert [(phase, step, steps, folder.name) for phase, step, steps, folder in found] == [
