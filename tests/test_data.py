@@ -675,7 +675,7 @@ def test_encode_refuses_what_it_cannot_do_before_it_writes(flags, message, saved
 # Records that cannot be used
 # ---------------------------------------------------------------------------------------------------------------------
 BAD = {
-    "missing picture": (entry("none.png", ("is it?", "no")), "none.png is missing.*relative to its file"),
+    "missing picture": (entry("none.png", ("is it?", "no")), "none.png is missing.*start from its folder"),
     "text as picture": (entry("text.png", ("is it?", "no")), "text.png cannot be opened.*check or replace"),
     "truncated picture": (entry("cut.png", ("is it?", "no")), "cut.png is broken.*replace it"),
     "truncated picture to draw": (entry("cut.png", ("a cross", "<image>")), "cut.png is broken.*replace it"),
