@@ -366,7 +366,7 @@ def score_mixed(m, text, world, n, seed=0):
     chance = {name: value["chance"] for name, value in scores.items() if isinstance(value, dict) and "chance" in value}
     scores = {name: value["score"] if name in chance else value for name, value in scores.items()}
     print("in turn              " + "   ".join(f"{name} {scores[name]:.2f}" for name in MIXED_SCORES))
-    for name in ("plain", "plan", "mended"):
+    for name in ("plain", "plan", "first", "mended"):
         print(f"  {name:19s}{scores[name]:.3f}   " + "   ".join(
             f"{skill} {value:.2f}" for skill, value in scores[f"{name}_by_skill"].items()))
     print("  right by number in a story " + " ".join(f"{share:.2f}" for share in scores["story"]))

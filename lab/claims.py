@@ -46,7 +46,7 @@ def mean_score(row):
 
 MEASURES = ("ntp", "aia_before", "aia", "distance")                             # of each task
 DETAILS = ("und_by_topic", "gen_by_skill", "reader", "psnr", "rss_gb",          # of a run; some have not all
-           *MIXED_SCORES, "plain_by_skill", "plan_by_skill", "edit_by_kind", "story", "chance")
+           *MIXED_SCORES, "first", "plain_by_skill", "plan_by_skill", "edit_by_kind", "story", "chance")
 COMPARED = {key: itemgetter(key) for key in ("und", "gen", "ntp_und", "ntp_gen")} | {"both": mean_score}
 
 
