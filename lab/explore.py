@@ -22,7 +22,8 @@ import data
 import eval as evaluation
 from formats.datasets import FileSource, parse_ratio
 from formats.records import RECORD_TASKS, Record
-from lab.maps import NAME, attention_maps, stretches
+from lab.figures import TASK_NAME
+from lab.maps import attention_maps, stretches
 from parts.pictures import to_picture
 from parts.settings import InputError, aside, at_least, check_out, opt, parse, run_command, shortened, stream, tell
 from parts.stories import story_about
@@ -32,7 +33,7 @@ from parts.world import draw_scenes, world_of
 # each token is a block.
 TEMPLATE = Path(__file__).with_suffix(".html")
 LARGEST = 5e6                                       # bytes of a page
-KIND = NAME | {"mixed": "story"}
+KIND = TASK_NAME | {"mixed": "story"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def explore(settings):
             sample["maps"][name] = packed(model, batch, sample["sizes"], settings.heads)
     asked = (run["aia_targets"], run["aia_variant"]) if run else ()
     content = {"layers": m.config.layers, "heads": m.config.heads if m.config.heads <= settings.heads else 1,
-               "arms": arms, "names": NAME,
+               "arms": arms, "names": TASK_NAME,
                "targets": {task: aia.targets(m.config.layers, task, *asked)[0].tolist() for task in aia.TASKS}}
     page, shown = fitting(folder.resolve().name, content, samples)
     with aside(settings.out) as part:

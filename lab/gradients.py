@@ -18,9 +18,9 @@ import data
 import eval as evaluation
 from formats import checkpoints
 from lab.figures import training_log
+from lab.plans import opened_run
 from parts.plots import PALETTE, canvas, check_figure, save_figure
 from parts.settings import InputError, at_least, check_out, machine, opt, parse, run_command, tell, write_json
-from parts.world import world_of
 from train import Phase, accumulate, freeze
 
 # A gradient here is {weight: tensor}, without the weights that a loss does not reach.
@@ -71,11 +71,9 @@ def gradients(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 def model_and_world(run, device):
     """Model, tokenizer and world of a run. Gradients are those of float32, however the weights are stored."""
-    m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=run, device=device, dtype="float32"))
-    if made is None or made.get("data"):
-        raise InputError(f"{run} never saw the built-in world: give the folder of a run that did")
+    m, text, world = opened_run(run, device, "float32")
     freeze(m, Phase("gradients", 0, 0, 0.0, 0, APART))          # with LoRA, only what it adds has gradients
-    return m, text, world_of(made)
+    return m, text, world
 
 
 def kept_weights(folder):

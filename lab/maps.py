@@ -7,6 +7,7 @@ becomes of it.
 import contextlib
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ import aia
 import data
 import eval as evaluation
 import model
+from lab.figures import TASK_NAME
+from lab.plans import opened_run
 from parts.plots import check_figure, save_figure
-from parts.settings import InputError, at_least, opt, parse, run_command, tell
-from parts.world import world_of
+from parts.settings import InputError, at_least, opt, parse, read_json, run_command, tell
 
 # Legend: B samples, H heads, T tokens, L layers.
-NAME = {"gen": "generation", "und": "understanding"}
 KEYS = {"gen": "prompt", "und": "picture"}          # the columns of Eq. 1, and its rows
 ROWS_OF = {"gen": "picture", "und": "answers"}
 
@@ -41,10 +42,8 @@ def maps(settings):
     """Write the picture -> layer and both intensities there."""
     at_least(settings, {"layer": -1, "seed": 0})
     check_figure(settings.out)
-    m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=settings.run, device=settings.device))
-    if made is None:
-        raise InputError(f"{settings.run} never saw the built-in world: give the folder of a run")
-    samples, preparer = evaluation.HeldOut(world_of(made), settings.seed), data.Preparer(m, text)
+    m, text, world = opened_run(settings.run, settings.device)
+    samples, preparer = evaluation.HeldOut(world, settings.seed), data.Preparer(m, text)
     batches = {task: next(samples.batches(preparer, task, 25)) for task in aia.TASKS}
     found = {task: attention_maps(m, batch) for task, batch in batches.items()}
     curves = {task: aia.intensity(torch.stack([(one * batches[task].condition[:, None, None]).sum(-1)
@@ -55,6 +54,7 @@ def maps(settings):
         layer = int(np.argmax(np.abs(np.array(curves["gen"]) - curves["und"])))
     if layer >= m.config.layers:
         raise InputError(f"--layer {layer}: the model has layers 0 to {m.config.layers - 1}")
+    made = read_json(Path(settings.run) / "settings.json")
     asked = made["aia_targets"], made["aia_variant"]
     targets = {task: aia.targets(m.config.layers, task, *asked)[0].tolist() for task in aia.TASKS}
     draw_method({task: (one_sample(batches[task]), found[task][layer]) for task in aia.TASKS}, curves, targets, layer,
@@ -117,15 +117,15 @@ def draw_method(shown, curves, targets, layer, file):
         middle = (columns[0][0] + columns[-1][1]) / 2, (rows[0][0] + rows[-1][1]) / 2
         panel.text(middle[0], 1.6 * far, KEYS[task], ha="center", va="bottom", color=colour, fontsize=10)
         panel.text(1.6 * far, middle[1], ROWS_OF[task], ha="right", va="center", rotation=90, fontsize=10)
-        panel.set_title(f"{NAME[task]}: I = {curves[task][layer]:.2f} in layer {layer}", fontsize=11, pad=20)
+        panel.set_title(f"{TASK_NAME[task]}: I = {curves[task][layer]:.2f} in layer {layer}", fontsize=11, pad=20)
         panel.set(xlabel="keys (each row is a query)", xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     last = panels[-1]
     for task in aia.TASKS:
         colour, x = evaluation.COLOUR[task], range(len(curves[task]))
-        last.plot(x, curves[task], color=colour, marker="o" if task == "gen" else "s", label=f"I, {NAME[task]}")
+        last.plot(x, curves[task], color=colour, marker="o" if task == "gen" else "s", label=f"I, {TASK_NAME[task]}")
         last.step(x, targets[task], where="mid", color=colour, linestyle="--", linewidth=1.3,
-                  label=f"target, {NAME[task]}")
+                  label=f"target, {TASK_NAME[task]}")
     last.axvline(layer, color="black", linewidth=0.7, linestyle=":")
     last.xaxis.get_major_locator().set_params(integer=True)
     last.set_title("one number for each layer, and what AIA asks for", fontsize=11)

@@ -11,6 +11,7 @@ Of several runs it also tells what a story costs them, beside the first: their s
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +19,22 @@ import torch
 import aia
 import data
 import eval as evaluation
+from formats.datasets import parse_ratio
 from formats.records import conversation
 from lab.speed import interleaved
-from parts.settings import InputError, at_least, check_out, machine, opt, parse, run_command, stream, tell, write_json
+from parts.settings import (
+    InputError,
+    at_least,
+    check_out,
+    machine,
+    opt,
+    parse,
+    read_json,
+    run_command,
+    stream,
+    tell,
+    write_json,
+)
 from parts.stories import PLAN, plan_of, scene_of
 from parts.world import describe, draw_scenes, prompt_text, world_of
 
@@ -46,6 +60,9 @@ def plans(settings):
     if not settings.runs:
         raise InputError("plans needs run folders: python -m lab.plans runs/tiny-mixed-seed0")
     opened = {run: opened_run(run, settings.device) for run in settings.runs}
+    for run in opened:
+        if not parse_ratio(read_json(Path(run) / "settings.json")["ratio"])[2]:
+            raise InputError(f"{run} has learned no plans: give a run with conversations (--preset tiny-mixed)")
     rows = {}
     for run, one in opened.items():
         rows[run] = plans_of(*one, settings)
@@ -56,11 +73,11 @@ def plans(settings):
     return {run: {way: row["skills"][way]["all"] for way in row["skills"]} for run, row in rows.items()}
 
 
-def opened_run(run, device):
-    """Model, tokenizer and world of a run."""
-    m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=run, device=device))
-    if made is None:
-        raise InputError(f"{run} never saw the built-in world: give the folder of a run")
+def opened_run(run, device, dtype="stored"):
+    """Model, tokenizer and world of a run that has learned it."""
+    m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=run, device=device, dtype=dtype))
+    if made is None or made.get("data"):
+        raise InputError(f"{run} never saw the built-in world: give the folder of a run that did")
     return m, text, world_of(made)
 
 

@@ -31,6 +31,7 @@ SETTINGS |= {f"{one}-crowd": SETTINGS[one] | SETTINGS["crowd"] for one in ("half
 GROUPS = {"1": "the papers' claims", "2": "parts of AIA", "3": "drawings : answers", "4": "Janus-Pro's manner",
           "5": "length and width", "6": "is there a conflict?", "7": "pictures and text in turn",
           "8": "AIA from the first joint step", "9": "a larger model in a larger world"}
+CONFLICTS = (*SETTINGS, "narrow", "small")          # unified models that have experts of their own
 # What rows are called in a figure, where their names do not say it.
 TOLD = {"aia": "AIA at the end", "unifork-1": "fork from layer 1", "unifork-2":
         "fork from layer 2", "unifork": "UniFork's phases", "raw": "no stages", "no-huber": "no Huber", "paper":
@@ -41,11 +42,10 @@ TOLD = {"aia": "AIA at the end", "unifork-1": "fork from layer 1", "unifork-2":
 TOLD |= {f"rho-{rho}": f"rho {rho}" for rho in (1, 10, 100)} | {name: f"targets: {name}" for name in aia.REFERENCES}
 TOLD |= {f"{name}+{more}": told for name in ("half", "small", "mixed") for more, told in (
     ("aia", "AIA at the end"), ("fork", "fork of the upper half"))}
-TOLD |= {"experts": "two experts"} | {f"{name}-experts": "two experts" for name in (*SETTINGS, "narrow", "small")}
+TOLD |= {"experts": "two experts"} | {f"{name}-experts": "two experts" for name in CONFLICTS}
 EXPERTS = {task: {"ratio": ratio} | OFF for task, ratio in (("gen", "1:0"), ("und", "0:1"))}
 # {unified model: (how the names of its two experts begin, the row that joins them)}
-PAIRS = {name: (name, f"{name}-experts") for name in (*SETTINGS, "narrow", "small")}
-PAIRS = {"unified": ("expert", "experts")} | PAIRS
+PAIRS = {"unified": ("expert", "experts")} | {name: (name, f"{name}-experts") for name in CONFLICTS}
 QUICK = ("aia", "unified", "unifork-2", "raw", "no-huber")
 
 # Where there is a conflict: half width. The weights after the answers are kept, and both tasks begin there with AIA.

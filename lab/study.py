@@ -142,7 +142,7 @@ def run_row(name, seed, runs):
     if row.targets:
         flags["aia_targets"] = str(targets_file(name, seed, runs))
     config = train.TrainConfig(**flags)
-    if row.lambdas and folder.exists():             # once is enough: another machine might round it differently
+    if row.lambdas and (folder / "settings.json").exists():     # measured once: another machine might round otherwise
         config = replace(config, aia_weight=read_json(folder / "settings.json")["aia_weight"])
     elif row.lambdas:
         config = replace(config, aia_weight=lambdas_at_the_end(config, folder_of(row.lambdas, seed, runs)))

@@ -76,3 +76,10 @@ def test_no_run_is_one_line():
     """The remedy is the command."""
     with pytest.raises(InputError, match="needs run folders"):
         plans.plans(plans.Plans())
+
+
+def test_a_run_without_conversations_is_refused(runs, tmp_path):
+    """It would draw nothing that it was asked for, which looks like a finding."""
+    with pytest.raises(InputError, match="has learned no plans: give a run with conversations"):
+        plans.plans(plans.Plans(runs=(str(runs["tiny-emu3"]),), n=1, out=str(tmp_path / "plans.json")))
+    assert not (tmp_path / "plans.json").exists()
