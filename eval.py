@@ -336,7 +336,7 @@ def score_stories(m, text, world, n, rng):
         looks = seen_in(answers, world) if number < 3 else [" ".join(map(str, parts)) for parts in answers]
         for i, (parts, look) in enumerate(zip(answers, looks, strict=True)):
             right = shows(wanted[i], look) if number == 0 else sure[i] and look == wanted[i]
-            first, *_ = *parts, ""
+            first = parts[0] if parts else ""
             shown = (first.pixels, "") if isinstance(first, Drawn) else (None, first)
             rows[i].append((asked[i], *shown, right))
             turn, drawn = turn_of(asked[i], parts)
