@@ -180,11 +180,11 @@ SHARED = ("vq", "lm_head", "lm.embed_tokens", *(f"lm.layers.{i}" for i in range(
 BRANCHES = (Phase("branch-gen", 200, 32, 1e-3, 30, (*SHARED, "lm.layers", "lm.norm"), ratio="1:0", weight_decay=0.3),
             Phase("branch-und", 200, 32, 1e-3, 30, (*SHARED, "lm.gen_layers", "lm.gen_norm"), ratio="0:1",
                   weight_decay=0.3))
-# For one GPU: about twelve minutes on an H200, by the steps timed there (lab/README.md).
-SMALL = (replace(TOKENIZER, steps=1000, batch_size=32, lr=4e-3),
-         replace(ANSWERS, steps=3000, batch_size=128, lr=1e-3, warmup=100),
-         replace(JOINT, steps=4000, batch_size=256, lr=1e-3, warmup=100),
-         replace(TUNE, steps=1000, batch_size=256, lr=3e-4))
+# For one GPU: about seven minutes on an H200, by the steps timed there (lab/README.md).
+SMALL = (replace(TOKENIZER, steps=800, batch_size=32, lr=4e-3),
+         replace(ANSWERS, steps=1500, batch_size=128, lr=1e-3, warmup=100),
+         replace(JOINT, steps=2500, batch_size=256, lr=1e-3, warmup=100),
+         replace(TUNE, batch_size=256, lr=3e-4))
 TINY = (TOKENIZER, ANSWERS, JOINT, TUNE)
 # Pictures and text in turn: all sorts of samples from the beginning of joint training on.
 MIXED = (TOKENIZER, ANSWERS, replace(JOINT, steps=3000, fork=True), TUNE)
