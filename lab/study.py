@@ -310,8 +310,8 @@ def check_weights(scores, curves, folder):
 
 
 def read_row(name, seed, folder):
-    """Scores, losses on held-out samples, distances to the targets, seconds and GB; curves, parts of the scores,
-    alignment, commit and start where there are any."""
+    """Scores, losses on held-out samples, distances to the targets, seconds, GB and machine; curves, parts of the
+    scores, alignment, commit and start where there are any."""
     result = read_json(folder / "result.json")
     curves = read_json(folder / "curves.json")
     row = {"row": name, "seed": seed} | {key: result[key] for key in ("und", "gen", "seconds")}
@@ -329,7 +329,7 @@ def read_row(name, seed, folder):
     check_weights(scores, curves, folder)
     if "und_by_kind" in scores:                     # older runs
         scores["und_by_topic"] = scores["und_by_kind"]
-    row |= {key: part[key] for part in (result, scores) for key in DETAILS if key in part}
+    row |= {key: part[key] for part in (result, scores) for key in (*DETAILS, "machine") if key in part}
     if (folder / "alignment.json").exists():
         aligned = read_json(folder / "alignment.json")
         row["alignment"] = {task: aligned[task]["score"]["10"] for task in aia.TASKS}

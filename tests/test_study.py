@@ -114,13 +114,15 @@ def test_a_row_keeps_the_parts_of_its_scores(tmp_path):
         folder = tmp_path / f"raw-seed{seed}"
         folder.mkdir()
         write_json({"gen": rows, "und": rows}, folder / "curves.json")
-        write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0, "rss_gb": 0.5 + seed}, folder / "result.json")
+        write_json({"und": 0.5, "gen": 0.5, "seconds": 1.0, "rss_gb": 0.5 + seed, "machine": {"cores": 2}},
+                   folder / "result.json")
         write_json({topics: {"count": 0.25 + 0.5 * seed}, "gen_by_skill": {"colours": seed}, "psnr": 30 + seed,
                     "story": [1.0, seed]}, folder / "scores.json")
         write_json({"seed": seed}, folder / "settings.json")
         write_json({"commit": "abc", "started": "today"}, tmp_path / f"raw-seed{seed}.started.json")
     found = finished_rows(tmp_path)
-    assert [(one["gen_curve"], one["gen_sink"], one["commit"]) for one in found] == [([0.1], [0.05], "abc")] * 2
+    kept = ("gen_curve", "gen_sink", "commit", "machine")
+    assert [[one[key] for key in kept] for one in found] == [[[0.1], [0.05], "abc", {"cores": 2}]] * 2
     row = summary_of(found)["raw"]
     assert (row["und_by_topic"], row["gen_by_skill"]) == ({"count": 0.5}, {"colours": 0.5})
     assert (row["psnr"], row["rss_gb"]) == (30.5, 1.0) and "reader" not in row and row["story"] == [1.0, 0.5]
