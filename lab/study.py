@@ -216,14 +216,22 @@ def lambdas_at_the_end(config, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many runs, side by side
 # ---------------------------------------------------------------------------------------------------------------------
+def waits_for(name, seed, runs):
+    """The rows that must be finished first. For weights alone it is enough that they have been kept."""
+    row = ROWS[name]
+    start, _, kept = row.start.partition("/")
+    begun = kept and row.lambdas != start and (folder_of(start, seed, runs) / kept).exists()
+    return [needed for needed in needs(name) if not (begun and needed == start)]
+
+
 def side_by_side(todo, jobs, runs):
-    """Run each (row, seed) in a process of its own, as soon as what it needs is finished -> those that failed."""
+    """Run each (row, seed) in a process of its own, as soon as what it needs is there -> those that failed."""
     runs.mkdir(parents=True, exist_ok=True)
     context, asked = multiprocessing.get_context("spawn"), []
     waiting, going, failed = list(todo), {}, []
     with interruptible(asked.append):
         while waiting or going:
-            needed = {run: [(other, run[1]) for other in needs(run[0])] for run in waiting}
+            needed = {run: [(other, run[1]) for other in waits_for(*run, runs)] for run in waiting}
             lost = [run for run in waiting if {*needed[run]} & {*failed}]
             waiting = [run for run in waiting if run not in lost]
             failed += lost

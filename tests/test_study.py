@@ -171,6 +171,21 @@ def test_rows_that_run_side_by_side_wait_for_what_they_need(tmp_path, monkeypatc
     assert last[-1] == "7 of 10 runs finished, minutes left: 0"
 
 
+def test_a_row_waits_for_weights_and_not_for_the_rest_of_their_run(tmp_path):
+    """A short study would be spent waiting for scores; a lambda or targets of that run have to be waited for."""
+    kept = {"unified": "aia/before", "early-fork": "narrow/answered", "early": "narrow/answered",
+            "small+aia": "small/before", "experts-curves": "aia/before", "tuned": "janus"}
+    before = {name: lab.study.waits_for(name, 3, tmp_path) for name in kept}
+    assert before == {name: needs(name) for name in kept}
+    for folder in kept.values():
+        row, _, part = folder.partition("/")
+        (tmp_path / f"{row}-seed3" / part).mkdir(parents=True, exist_ok=True)
+    assert {name: lab.study.waits_for(name, 3, tmp_path) for name in kept} == {
+        "unified": [], "early-fork": [], "early": ["narrow"], "small+aia": [], "tuned": ["janus"],
+        "experts-curves": ["expert-gen", "expert-und"]}
+    assert lab.study.waits_for("unified", 4, tmp_path) == ["aia"]
+
+
 def test_a_study_side_by_side_stops_its_runs(tmp_path, monkeypatch):
     """They save before they end, so the same command goes on."""
     ended = []
