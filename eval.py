@@ -10,6 +10,9 @@ the manner of POPE, MME and MMBench. Everything is asked about held-out combinat
     python eval.py curves   --checkpoint runs/tiny-emu3-seed0
     python eval.py check    Janus-Pro-7B              # does this code read a folder of public weights rightly?
     python eval.py score pope --data POPE --preds answers.jsonl --out scores/pope
+
+The runs come from train.py: python train.py, and for conversations python train.py --preset tiny-mixed. Flags of a
+command: python eval.py generate --help
 """
 
 from parts.installed import missing  # noqa: F401  before what may be missing

@@ -10,6 +10,9 @@ curves and samples.
     python train.py --data train.jsonl --val val.jsonl
     python train.py --resume                          # continue where the same run stopped
     torchrun --nproc-per-node 8 train.py --parallel fsdp --preset janus-pro-7b --init FOLDER --data train.jsonl
+
+Other commands: python eval.py (draw, chat, score, curves), python data.py (export, index, encode), python -m lab.study
+(lab.summary, figures, maps, explore, report, plans, knockout, gradients, alignment, references, dry_run, speed, gpu)
 """
 
 from parts.installed import missing  # noqa: F401  before what may be missing
@@ -126,11 +129,6 @@ class TrainConfig:
     log_every: int = opt(50, "steps between reports", section="reports and checkpoints")
     save_every: int = opt(300, "steps between checkpoints")
     keep: int = opt(2, "checkpoints to keep")
-
-
-OTHER_COMMANDS = """other commands: python eval.py (draw, chat, score, curves); python data.py (export, index, encode);
-python -m lab.study, lab.summary, lab.figures, lab.maps, lab.explore, lab.report, lab.plans, lab.knockout,
-lab.gradients, lab.alignment, lab.references, lab.dry_run, lab.speed, lab.gpu"""
 
 
 @dataclass(frozen=True)
@@ -1057,7 +1055,7 @@ def score_arm(run, name, m):
 
 def settings_from(argv, cls=TrainConfig, prog="train.py", more=()):
     """Settings from flags. What no flag gives comes from the recipe, else from `more`, else from the preset."""
-    config = settings.parse(cls, argv, prog, epilog=OTHER_COMMANDS)
+    config = settings.parse(cls, argv, prog, doc=__doc__ if cls is TrainConfig else "")
     recipe = RECIPES[config.recipe][1] if config.recipe else {}
     return settings.parse(cls, argv, prog, SETTINGS_OF.get(config.preset, {}) | dict(more) | recipe)
 

@@ -71,12 +71,13 @@ class Extend(argparse.Action):
         setattr(namespace, self.dest, (*before, *values))
 
 
-def parse(cls, argv=None, prog=None, defaults=(), epilog=""):
+def parse(cls, argv=None, prog=None, defaults=(), doc=""):
     """A settings dataclass from a command line: a --flag for every field, except for those named in cls.POSITIONAL.
-    defaults {field: value} replace those of the class. Bad flags exit with status 2."""
+    defaults {field: value} replace those of the class, doc its docstring. Bad flags exit with status 2."""
     positional = getattr(cls, "POSITIONAL", ())
     short = "%(prog)s [--flag value ...]" if fields(cls)[0].metadata["section"] else None       # too many to list
-    cli = argparse.ArgumentParser(prog=prog, usage=short, description=cls.__doc__, epilog=epilog, allow_abbrev=False)
+    cli = argparse.ArgumentParser(prog=prog, usage=short, description=doc or cls.__doc__, allow_abbrev=False)
+    cli.formatter_class = argparse.RawDescriptionHelpFormatter if doc else argparse.HelpFormatter
     section = cli
     for f in fields(cls):
         if f.metadata["section"]:

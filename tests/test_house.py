@@ -137,10 +137,12 @@ def test_a_module_has_its_tests_in_one_file():
 
 
 def test_training_has_few_flags_and_names_the_other_commands(capsys):
-    """The first ten are those that most runs need; the others stand in titled parts."""
+    """Whole commands come first, as a newcomer needs them; the flags stand in titled parts."""
     assert len(fields(train.TrainConfig)) <= 45
     with pytest.raises(SystemExit):
         train.main(["--help"])
     told = capsys.readouterr().out
     assert "first of all:" in told and "built-in world:" in told
-    assert all(name in told for name in ("eval.py", "data.py", "lab.study", "lab.dry_run", "lab.figures"))
+    commands = told.partition("options:")[0]
+    assert "\n    python train.py --preset tiny-janus --seed 1\n" in commands
+    assert all(name in commands for name in ("eval.py", "data.py", "lab.study", "dry_run", "figures"))
