@@ -33,12 +33,12 @@ class Figures:
     POSITIONAL = ("runs",)
     runs: tuple = opt((), "run folders, or JSON files of eval.py curves")
     references: tuple = opt((), "further reference curves for Fig. 4: JSON files of lab.references")
-    study: str = opt("", "JSON file of lab.study: draws study.png as well, or alone")
+    study: tuple = opt((), "JSON files of lab.study: draws study.png and study-moves.png as well, or alone")
     out: str = opt("figures", "folder to write to")
 
 
 def figures(settings):
-    """Write fig1.png, fig3.png, fig4.png, fig5.png and figures.json, and study.png of a study."""
+    """Write fig1.png, fig3.png, fig4.png, fig5.png and figures.json, and two figures of a study."""
     if not (settings.runs or settings.study):
         raise InputError("figures needs run folders: python -m lab.figures runs/tiny-emu3-seed0")
     paper = read_json(aia.CURVES)
@@ -50,7 +50,7 @@ def figures(settings):
     except OSError as error:
         raise InputError(f"--out {out}: the folder cannot be created ({error.strerror}): choose another") from error
     if settings.study:
-        content = read_json(settings.study)
+        content = joined(settings.study)
         figure_study(content, out / "study.png")
         figure_moves(content, out / "study-moves.png")
     if not settings.runs:
@@ -308,6 +308,24 @@ def figure_5(runs, paper, file):
     return numbers
 
 
+WIDEST = 0.15                                       # of scores; wider intervals leave the panel, or hide all others
+
+
+def joined(files):
+    """Summaries and moves of several files of lab.study in one. The same row may stand in one of them only."""
+    found = {"summary": {}, "moves": {}, "dates": []}
+    for file in files:
+        content = read_json(file)
+        if not {"summary", "moves", "machine"} <= content.keys():
+            raise InputError(f"--study {file}: give files that lab.study wrote")
+        if twice := sorted({*found["summary"]} & {*content["summary"]}):
+            raise InputError(f"--study {file}: {twice[0]} stands in another file, too; leave one out")
+        found["summary"] |= content["summary"]
+        found["moves"] |= content["moves"]
+        found["dates"].append(content["machine"]["date"])
+    return found
+
+
 def group_of(name):
     """The first group of a row, or of the row that it belongs to."""
     for begin in (name, name.partition("+")[0], name.removesuffix("-experts"), "unified"):
@@ -327,8 +345,6 @@ def figure_study(content, file):
     """Both scores of each row minus those of its baseline with the same seed: mean and 95 % interval, grey and without
     one below three seeds; and how far its curves, and those of the baseline, are from the targets. Two experts share a
     row."""
-    if not {"summary", "moves", "machine"} <= content.keys():
-        raise InputError("--study: give a file that lab.study wrote")
     from matplotlib.figure import Figure
     summary = content["summary"]
     names = sorted((name for name in summary if summary[name]["baseline"]), key=group_of)
@@ -347,7 +363,7 @@ def figure_study(content, file):
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_title(TASK_NAME[task], fontsize=11)
         panel.set_xlabel("worse \N{LEFTWARDS ARROW} difference of scores \N{RIGHTWARDS ARROW} better")
-    most = max(abs(end) for panel in panels[:2] for end in panel.get_xlim())
+    most = min(max(abs(end) for panel in panels[:2] for end in panel.get_xlim()), WIDEST)
     for panel in panels[:2]:
         panel.set_xlim(-most, most)
     for i, name in enumerate(lines):
@@ -361,7 +377,7 @@ def figure_study(content, file):
                 panels[2].plot([base], [-i], "|", color=COLOUR[task], markersize=6)
     panels[2].set_xlim(0)
     panels[2].set_title("distance to the targets", fontsize=11)
-    panels[2].set_xlabel("baseline \N{RIGHTWARDS ARROW} row\n(alone: a row with other targets)")
+    panels[2].set_xlabel("baseline \N{RIGHTWARDS ARROW} row\n(alone: other targets)")
     panels[0].set_yticks([-i for i in range(len(lines))], [
         f"{TOLD.get(name, name)} \N{MINUS SIGN} {summary[name]['baseline']} ({len(summary[name]['paired'])})"
         if name in summary else name for name in lines], fontsize=8.5)
@@ -372,7 +388,7 @@ def figure_study(content, file):
         panel.tick_params(axis="y", length=0)
     panels[0].set_ylim(0.8 - len(lines), 0.8)
     save_figure(figure, (), file)
-    print(f"{file}: rows and their number of seeds, of {content['machine']['date']}")
+    print(f"{file}: rows and their number of seeds, of {', '.join(content['dates'])}")
 
 
 def figure_moves(content, file):
@@ -385,7 +401,7 @@ def figure_moves(content, file):
     for name, points in content["moves"].items():
         moved, gains = zip(*points, strict=True)
         i = groups.index(group_of(name))
-        style = {"color": PALETTE[i % len(PALETTE)], "marker": "os^Dvp*"[i % 7], "linestyle": ""}
+        style = {"color": (*PALETTE, "black")[i % 7], "marker": "os^DvpP"[i % 7], "linestyle": ""}
         panel.plot(moved, gains, markersize=3, alpha=0.35, **style)
         panel.plot([np.mean(moved)], [np.mean(gains)], markersize=7, markeredgecolor="white",
                    label=GROUPS[groups[i]], **style)

@@ -85,7 +85,21 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
     size = Image.open(tmp_path / "drawn/study.png").size
     assert size == (1650, round(150 * (1.3 + 0.24 * 5)))                        # three rows, in two groups
     assert {file.name for file in (tmp_path / "drawn").iterdir()} == {"study.png", "study-moves.png"}
+    write_json({"summary": {"raw": rows["raw"]}, "moves": {}, "machine": {"date": "later"}}, tmp_path / "more.json")
+    assert lab.figures.joined([tmp_path / "more.json"])["dates"] == ["later"]
     write_json({}, tmp_path / "other.json")
-    with pytest.raises(SystemExit, match="2"):
-        command("figures", "--study", tmp_path / "other.json", "--out", tmp_path / "drawn")
-    assert "give a file that lab.study wrote" in capsys.readouterr().err
+    for name, message in (("other", "give files that lab.study wrote"), ("more", "raw stands in another file")):
+        files = tmp_path / "study.json", tmp_path / f"{name}.json"
+        with pytest.raises(SystemExit, match="2"):
+            command("figures", "--study", *files, "--out", tmp_path / "drawn")
+        assert message in capsys.readouterr().err
+
+
+def test_several_files_of_a_study_are_drawn_as_one(tmp_path):
+    """Runs of one plan lie in one file; a figure of all rows needs them all."""
+    for number, name in enumerate(("raw", "early")):
+        write_json({"summary": {name: {"seeds": [number]}}, "moves": {name: [[0.1, number]]},
+                    "machine": {"date": str(number)}}, tmp_path / f"{number}.json")
+    found = lab.figures.joined([tmp_path / "0.json", tmp_path / "1.json"])
+    assert found == {"summary": {"raw": {"seeds": [0]}, "early": {"seeds": [1]}},
+                     "moves": {"raw": [[0.1, 0]], "early": [[0.1, 1]]}, "dates": ["0", "1"]}
