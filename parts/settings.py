@@ -257,8 +257,8 @@ def aside(path):
 
 def check_out(file, flag="--out"):
     """Refuse a file that cannot be written, before hours of work for it. Empty: nothing is to be written."""
-    if not Path(file).parent.is_dir() or (file and Path(file).is_dir()):
-        raise InputError(f"{flag} {file} cannot be written: give a file in a folder that exists")
+    if file and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK | os.X_OK)):
+        raise InputError(f"{flag} {file} cannot be written: give a file in a folder that exists and can be written")
 
 
 def write_json(content, file):

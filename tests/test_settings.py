@@ -1,11 +1,12 @@
 """Claims about settings and flags (parts/settings.py)."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from parts.settings import InputError, device_of, json_lines, moved, opt, parse, read_json, text_lines
+from parts.settings import InputError, check_out, device_of, json_lines, moved, opt, parse, read_json, text_lines
 
 
 def test_a_flag_given_twice_adds():
@@ -40,6 +41,19 @@ def test_text_that_is_not_utf_8_is_refused(encoding, tmp_path):
     for good in ("utf-8", "utf-8-sig"):
         file.write_bytes(text.encode(good))
         assert [row["word"] for _, row in json_lines(file, "word")] == ["é", "b"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Hours of work would be lost at its end; no file at all is no reason to stop."""
+    (tmp_path / "file").touch()
+    check_out("")
+    check_out(tmp_path / "new.json")
+    for wrong in (tmp_path, tmp_path / "file/new.json", tmp_path / "none/new.json"):
+        with pytest.raises(InputError, match="cannot be written: give a file in a folder that exists"):
+            check_out(wrong)
+    monkeypatch.setattr(os, "access", lambda folder, mode: not mode & os.W_OK)                # one that only root may
+    with pytest.raises(InputError, match="can be written"):
+        check_out(tmp_path / "new.json")
 
 
 @pytest.mark.parametrize("rank, expected", [(None, "cuda:0"), ("3", "cuda:3")])
