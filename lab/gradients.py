@@ -8,6 +8,7 @@ for one task makes the other worse. The AIA loss itself does not enter: only wha
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,16 +178,32 @@ def cosine_of(weights, a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # The figure
 # ---------------------------------------------------------------------------------------------------------------------
+def seeds_together(rows):
+    """{run without its seed: [the rows of each seed]}."""
+    groups = {}
+    for run, kept in rows.items():
+        groups.setdefault(re.sub(r"-seed\d+$", "", run), []).append(kept)
+    return groups
+
+
 def draw_gradients(rows, file):
-    """The cosine over all shared layers while runs trained, and that of each layer and kind at their last
-    checkpoint."""
-    figure, (line, *maps) = canvas(["the layers that both tasks train", *(f"{run}, last checkpoint" for run in rows)],
-                                   "cosine of the two gradients", "training step", None, shared=False)
-    for i, (run, kept) in enumerate(rows.items()):
-        line.plot([row["steps"] for row in kept], [row["cosine"]["layers"] for row in kept], label=run,
-                  color=PALETTE[i % len(PALETTE)], marker=MARKS[i % len(MARKS)], markersize=5)
+    """The cosine over all shared layers while runs trained (thin: each seed, thick: their mean), and that of each layer
+    and kind at their last checkpoint (mean over seeds)."""
+    groups = seeds_together(rows)
+    titles = [f"{Path(name).name}, last checkpoint" for name in groups]
+    figure, (line, *maps) = canvas(["the layers that both tasks train", *titles], "cosine of the two gradients",
+                                   "training step", None, shared=False)
+    ends = []                                                                   # (L, kinds) of each group
+    for i, (name, seeds) in enumerate(groups.items()):
+        style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKS[i % len(MARKS)]}
+        curves = [{row["steps"]: row["cosine"]["layers"] for row in kept} for kept in seeds]
+        for curve in curves:
+            line.plot([*curve], [*curve.values()], markersize=2, linewidth=0.7, alpha=0.4, **style)
+        shared = sorted(set.intersection(*map(set, curves)))
+        line.plot(shared, np.mean([[curve[step] for step in shared] for curve in curves], 0), markersize=5,
+                  label=f"{Path(name).name} ({len(seeds)})", **style)
+        ends.append(np.mean([np.array([kept[-1]["cosine"][kind] for kind in KINDS], float).T for kept in seeds], 0))
     line.axhline(0, color="black", linewidth=0.8)
-    ends = [np.array([kept[-1]["cosine"][kind] for kind in KINDS], float).T for kept in rows.values()]      # (L, kinds)
     most = max(np.nanmax(np.abs(end)) for end in ends)                          # 0 is the same grey in all panels
     for panel, end in zip(maps, ends, strict=True):
         panel.imshow(end, cmap="Greys_r", vmin=-most, vmax=most, aspect="auto")

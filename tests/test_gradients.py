@@ -163,6 +163,12 @@ def test_each_row_is_of_the_weights_of_its_checkpoint(runs, tmp_path):
     assert kept_rows(folder, tmp_path / "second.json") == [second]
 
 
+def test_seeds_of_one_row_are_drawn_as_one():
+    """Nine runs would be nine maps; runs of the same name in two folders stay apart."""
+    runs = {"a/x-seed1": [1], "a/x-seed22": [2], "b/x-seed1": [3], "a/seed-y": [4]}
+    assert gradients.seeds_together(runs) == {"a/x": [[1], [2]], "b/x": [[3]], "a/seed-y": [[4]]}
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_only_what_training_moves_has_a_gradient(rank, runs, tmp_path):
     """With LoRA that is what it adds to the decoder; without, decoder, embedding and head: what only one task of
