@@ -34,7 +34,7 @@ from formats.records import Record, conversation, first_question
 from parts import settings
 from parts.decoding import finite
 from parts.pictures import Drawn, grid_for, load_picture, picture_form, to_picture, to_tensor
-from parts.plots import BLUE, SKY, VERMILION, canvas, check_figure, save_figure
+from parts.plots import LABEL, WITHOUT, check_figure, label_of, plot_curves
 from parts.settings import InputError, aside, opt, read_json, shortened, stream, write_json
 from parts.stories import EDITS, MEND, PLAN, RIGHT, edits, held_out_edit, pick, rated
 from parts.terminal import Typist, converse
@@ -521,17 +521,6 @@ def curves(models, preparer, samples, targets, n=100, decode=False, final=""):
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of results
-# ---------------------------------------------------------------------------------------------------------------------
-COLOUR = {"gen": VERMILION, "und": BLUE, "target": "black",
-          "before": "#999999", "control": SKY, "after": VERMILION, "public": VERMILION}
-ARMS = ("before", "control", "after", "public")     # models of a run in the order of training, or public weights
-LABEL = {"before": "before AIA", "control": "same steps, without AIA", "after": "with AIA", "target": "target",
-         "public": "the model"}
-WITHOUT = "at the end, without AIA"
-
-
 def final_label(folder):
     """Label of the final weights of a run folder, which depends on whether its last phase had AIA."""
     *_, last = [None, *checkpoints.checkpoint_folders(folder)]
@@ -540,35 +529,6 @@ def final_label(folder):
     manifest = read_json(last / "manifest.json")
     lambdas = manifest.get("lambdas") or manifest.get("weights") or {}          # older runs: weights
     return LABEL["after"] if any(lambdas.values()) else WITHOUT
-
-
-def label_of(name, row):
-    """Label of a model beside its curve: the one stored with it, or the usual one."""
-    return row.get("label", LABEL[name])
-
-
-PANEL = {"gen": "generation: image tokens look at text", "und": "understanding: answers look at the image"}
-
-
-def plot_arms(panel, x, rows):
-    """One task over x (L,): the target, the intensity of each arm, and what even attention would give the last one."""
-    panel.step(x, rows["target"], where="mid", color=COLOUR["target"], linewidth=1.5, label=LABEL["target"])
-    even = None
-    for name in filter(rows.get, ARMS):
-        row = rows[name]
-        panel.plot(x, row["intensity"], color=COLOUR[name], marker="o", markersize=4, label=label_of(name, row))
-        even = row.get("uniform")                   # older files have none
-    if even is not None:
-        panel.axhline(even, color="black", linewidth=0.8, linestyle="--", alpha=0.5, label="share of the keys")
-
-
-def plot_curves(result, file):
-    """Intensity per layer of both tasks; result: what `curves` returned."""
-    figure, panels = canvas([PANEL[task] for task in aia.TASKS], "attention on the other modality", "layer", None)
-    for panel, task in zip(panels, aia.TASKS, strict=True):
-        plot_arms(panel, range(len(result[task]["target"])), result[task])
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, panels, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -751,16 +711,18 @@ def curve_command(config):
                     final_label(folder) if run else "")
     own = run and not config.data and not config.decode                         # what the run wrote itself
     out = Path(config.out or (folder / "curves.png" if own else "curves.png"))
-    show_curves(result, out, m.config.kind)
+    name = f"{run['preset']}, seed {run['seed']}" if run else folder.resolve().name
+    show_curves(result, out, m.config.kind, name)
     print(f"{out} and {out.with_suffix('.json')}")
     return {f"aia_{task}": {name: row["aia"] for name, row in result[task].items() if isinstance(row, dict)}
             for task in aia.TASKS}
 
 
-def show_curves(result, out, kind):
-    """Draw and store what `curves` returned, and print a line per model and task."""
+def show_curves(result, out, kind, name):
+    """Draw and store what `curves` returned of a run or model with that name, and print a line per model and task."""
+    result = result | {"kind": kind, "run": name}
     plot_curves(result, out)
-    write_json(result | {"kind": kind}, out.with_suffix(".json"))
+    write_json(result, out.with_suffix(".json"))
     for task in aia.TASKS:
         for name, row in result[task].items():
             if isinstance(row, dict):

@@ -1036,7 +1036,7 @@ def curves_of(run, m):
     targets = {task: tuple(x.cpu() for x in pair) for task, pair in run.targets.items()}
     curves = evaluation.curves(evaluation.arms(run.folder, m), data.Preparer(m, run.text), samples, targets,
                                final=evaluation.final_label(run.folder))
-    evaluation.show_curves(curves, run.folder / "curves.png", run.kind)
+    evaluation.show_curves(curves, run.folder / "curves.png", run.kind, f"{run.config.preset}, seed {run.config.seed}")
     return curves
 
 

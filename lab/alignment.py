@@ -13,11 +13,10 @@ import torch
 
 import aia
 import data
-from eval import COLOUR, Loaded, load_run
+from eval import Loaded, load_run
 from formats.datasets import FileSource, every
 from formats.records import Record
-from lab.figures import TASK_NAME
-from parts.plots import canvas, save_figure
+from parts.plots import COLOUR, TASK_NAME, canvas, save_figure
 from parts.settings import InputError, opt, parse, run_command, stream, tell, write_json
 from parts.world import DESCRIBE, describe, draw_scenes, world_of
 

@@ -22,9 +22,9 @@ import data
 import eval as evaluation
 from formats.datasets import FileSource, parse_ratio
 from formats.records import RECORD_TASKS, Record
-from lab.figures import TASK_NAME
 from lab.maps import attention_maps, stretches
 from parts.pictures import to_picture
+from parts.plots import TASK_NAME
 from parts.settings import InputError, aside, at_least, check_out, opt, parse, run_command, shortened, stream, tell
 from parts.stories import story_about
 from parts.world import draw_scenes, world_of

@@ -12,13 +12,25 @@ import numpy as np
 
 import aia
 import model
-from eval import ARMS, COLOUR, LABEL, distance, label_of, plot_arms
+from eval import distance
 from lab.rows import GROUPS, ROWS, TOLD
-from parts.plots import GREY, PALETTE, canvas, save_figure
+from parts.plots import (
+    ARMS,
+    COLOUR,
+    GREY,
+    LABEL,
+    PALETTE,
+    SKY,
+    TASK_NAME,
+    VERMILION,
+    canvas,
+    label_of,
+    save_figure,
+)
 from parts.settings import InputError, opt, parse, read_json, run_command, tell, whole_lines, write_json
 
 # L layers. A run here is what load_result returns: {"curves": {task: {"target", "arms"}}, "kind", "log"}.
-TASK_NAME = {"gen": "generation", "und": "understanding"}
+ARM_COLOUR = {"before": GREY, "control": SKY, "after": VERMILION, "public": VERMILION}
 YLABEL = "attention on the other modality"
 # Of a kind of model: name in the file of digitised curves, name in a legend, standard deviation in Table 1.
 PAPER_MODEL = {"emu3": ("emu3", "Emu3", 0.13), "janus": ("janus_pro", "Janus-Pro", 0.02)}
@@ -285,6 +297,17 @@ def figure_4(references, file):
     return references
 
 
+def plot_arms(panel, x, rows):
+    """One task over x (L,): the target, the intensity of each arm, and what even attention would give the last one."""
+    panel.step(x, rows["target"], where="mid", color=COLOUR["target"], linewidth=1.5, label=LABEL["target"])
+    even = None
+    for name, row in rows["arms"].items():
+        panel.plot(x, row["intensity"], color=ARM_COLOUR[name], marker="o", markersize=4, label=label_of(name, row))
+        even = row.get("uniform")                   # older files have none
+    if even is not None:
+        panel.axhline(even, color="black", linewidth=0.8, linestyle="--", alpha=0.5, label="attention spread evenly")
+
+
 def figure_5(runs, paper, file):
     """Without AIA, with it, and the target; the paper's own change dotted (Fig. 5)."""
     shown = [(name, task) for name in runs for task in aia.TASKS]
@@ -296,11 +319,11 @@ def figure_5(runs, paper, file):
         if not rows:
             panel.annotate("no samples", (0.5, 0.5), xycoords="axes fraction", ha="center")
             continue
-        plot_arms(panel, depths(len(rows["target"])), rows | rows["arms"])
+        plot_arms(panel, depths(len(rows["target"])), rows)
         if kind:
             key, title, _ = PAPER_MODEL[kind]
             for which, arm in (("without", "before"), ("with", "after")):
-                dotted(panel, paper["fig5"][f"{key}_{which}_aia"][DIRECTION[task]], COLOUR[arm],
+                dotted(panel, paper["fig5"][f"{key}_{which}_aia"][DIRECTION[task]], ARM_COLOUR[arm],
                        f"{title} {which} AIA (paper)")
         numbers.setdefault(name, {})[task] = {arm: row["intensity"] for arm, row in rows["arms"].items()} | {
             "target": rows["target"]}

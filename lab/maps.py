@@ -16,9 +16,8 @@ import aia
 import data
 import eval as evaluation
 import model
-from lab.figures import TASK_NAME
 from lab.plans import opened_run
-from parts.plots import check_figure, save_figure
+from parts.plots import COLOUR, TASK_NAME, check_figure, save_figure
 from parts.settings import InputError, at_least, opt, parse, read_json, run_command, tell
 
 # Legend: B samples, H heads, T tokens, L layers.
@@ -105,7 +104,7 @@ def draw_method(shown, curves, targets, layer, file):
     for panel, task in zip(panels, aia.TASKS, strict=False):
         (i, length, condition, queries), attention = shown[task]
         panel.imshow(attention[i].mean(0)[:length, :length] ** 0.5, cmap="Greys", interpolation="nearest")
-        colour = evaluation.COLOUR[task]
+        colour = COLOUR[task]
         columns, rows, far = stretches(condition[:length]), stretches(queries[:length]), -length / 25
         bar = {"linewidth": 5, "solid_capstyle": "butt", "clip_on": False}
         for first, last in columns:
@@ -122,7 +121,7 @@ def draw_method(shown, curves, targets, layer, file):
         panel.spines[:].set_visible(False)
     last = panels[-1]
     for task in aia.TASKS:
-        colour, x = evaluation.COLOUR[task], range(len(curves[task]))
+        colour, x = COLOUR[task], range(len(curves[task]))
         last.plot(x, curves[task], color=colour, marker="o" if task == "gen" else "s", label=f"I, {TASK_NAME[task]}")
         last.step(x, targets[task], where="mid", color=colour, linestyle="--", linewidth=1.3,
                   label=f"target, {TASK_NAME[task]}")

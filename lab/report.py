@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import aia
-from eval import LABEL, distance, final_label, label_of
-from lab.figures import TASK_NAME, load_result, named, training_log
-from parts.plots import BLUE, VERMILION, canvas, save_figure
+from eval import distance, final_label
+from lab.figures import load_result, named, training_log
+from parts.plots import BLUE, LABEL, TASK_NAME, VERMILION, canvas, label_of, save_figure
 from parts.settings import InputError, aside, opt, parse, read_json, run_command, tell
 
 

@@ -24,7 +24,7 @@ import aia
 import data
 import formats.weights
 import train
-from eval import ARMS, distance
+from eval import distance
 from formats.checkpoints import checkpoint_folders
 from formats.datasets import parse_ratio
 from lab.alignment import Alignment, alignment
@@ -41,6 +41,7 @@ from lab.claims import (
 )
 from lab.rows import EXPERTS, QUICK, ROWS, needs
 from parts import settings
+from parts.plots import ARMS
 from parts.processes import interruptible
 from parts.settings import InputError, Stop, check_out, opt, read_json, write_json
 from parts.text import Text

@@ -270,7 +270,7 @@ def test_curves_are_stored_for_every_layer(name, runs, tmp_path, capsys):
     command("curves", "--checkpoint", runs[name], "--n", 3, "--out", tmp_path / "curves.png")
     _, result = result_of(capsys)
     stored, (m, text) = json.loads((tmp_path / "curves.json").read_text()), opened(runs[name])
-    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    assert Image.open(tmp_path / "curves.png").size[0] > 500 and stored["run"] == f"{name}, seed 0"
     for task in aia.TASKS:
         target, delta = aia.targets(2, task)
         rows = stored[task]

@@ -975,6 +975,7 @@ def test_a_short_run_leaves_its_results(name, tmp_path, capsys):
     assert 0 < result["seconds"] < 100 and 0.1 < result["rss_gb"] < 100
     for file in ("checkpoints/4-0000000/manifest.json", "curves.png", "samples.png", "settings.json"):
         assert (tmp_path / "run" / file).stat().st_size > 0
+    assert json.loads((tmp_path / "run/curves.json").read_text())["run"] == f"{name}, seed 0"
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(entry["name"], entry["step"]) for entry in log] == [("tokenizer", 2), ("answer", 2), ("joint", 2),
                                                                  ("tune", 2)]
