@@ -97,21 +97,21 @@ def test_the_tasks_can_be_told_apart_without_colour(drawn):
     assert {line.get_linestyle() for line in look["s"]} == {"None", "--"}
 
 
-@pytest.mark.parametrize("layers", [4, 32])
-def test_legend_and_caption_stand_outside_the_data(layers, drawn):
-    """Also with the longest labels, and the caption ends within the picture."""
+@pytest.mark.parametrize("layers, run", [(4, "janus-pro-7b, seed 0"), (32, "a folder of a long name " * 2 + "at all")])
+def test_legend_and_caption_stand_outside_the_data(layers, run, drawn):
+    """Also with the longest labels, and the caption ends within the picture, in a third line if need be."""
     rows = {name: row(*[0.3] * layers, samples=100, uniform=0.12) for name in ("before", "control", "after")}
     rows = {"target": [0.4] * layers} | rows
     und = rows | {"after": row(*[0.2] * layers, samples=37, uniform=0.6)}
-    panel, _ = drawn({"gen": rows, "und": und, "run": "janus-pro-7b, seed 0"})
+    panel, _ = drawn({"gen": rows, "und": und, "run": run})
     figure = panel.figure
     caption, = (text for text in panel.findobj(Text) if text.get_text().startswith(WHOSE))
     inside, whole = panel.get_window_extent(), figure.bbox
     legend, title = figure.legends[0].get_window_extent(), caption.get_window_extent()
     assert 0 <= legend.y0 and legend.y1 < inside.y0 and inside.y1 < title.y0
     assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and title.x1 <= whole.x1
-    told = panel.get_title("left").splitlines()[-1]
-    assert told == ("janus-pro-7b, seed 0; samples of each task: 100 and 37; "
+    told = " ".join(panel.get_title("left").splitlines()[1:])
+    assert told == (f"{run}; samples of each task: 100 and 37; "
                     "if spread evenly over the visible tokens: 0.12 and 0.60")
 
 
