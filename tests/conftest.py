@@ -92,6 +92,16 @@ def runs(tmp_path_factory):
     return make_runs(tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def two_steps(runs, tmp_path_factory):
+    """A run of two steps with both arms, from fresh weights, scored. It is there to be read only."""
+    from made_runs import command
+    folder = tmp_path_factory.mktemp("two steps") / "run"
+    command("--init", runs["tiny-emu3"], "--arms", "both", "--steps", 2, "--batch-size", 4, "--pool", 8, "--eval-n", 1,
+            "--calibration", 1, "--micro-batch", 3, "--log-every", 1, "--lr", 0.01, "--out", folder)
+    return folder
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):

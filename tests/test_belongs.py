@@ -42,21 +42,12 @@ def test_the_checksum_of_weights_tells_all_of_them_apart():
     assert len(set(found)) == len(found)
 
 
-@pytest.fixture(scope="module")
-def compared(runs, tmp_path_factory):
-    """A run with both arms, from fresh weights, scored."""
-    folder = tmp_path_factory.mktemp("belongs") / "run"
-    command("--init", runs["tiny-emu3"], "--arms", "both", "--steps", 2, "--batch-size", 4, "--pool", 8, "--eval-n", 1,
-            "--calibration", 1, "--micro-batch", 3, "--log-every", 1, "--lr", 0.01, "--out", folder)
-    return folder
-
-
-def test_scores_and_curves_name_the_weights_they_were_measured_on(compared):
+def test_scores_and_curves_name_the_weights_they_were_measured_on(two_steps):
     """Three arms, three weights, each the same in both files and in the checkpoint of that name."""
-    scores, curves = read_json(compared / "scores.json"), read_json(compared / "curves.json")
-    m, named = load(compared), {}
-    for name, folder in (("before", compared / "before"), ("control", compared / "control"),
-                         ("after", checkpoint_folders(compared)[-1])):
+    scores, curves = read_json(two_steps / "scores.json"), read_json(two_steps / "curves.json")
+    m, named = load(two_steps), {}
+    for name, folder in (("before", two_steps / "before"), ("control", two_steps / "control"),
+                         ("after", checkpoint_folders(two_steps)[-1])):
         read_tensors(tensors_of(m), folder)
         named[name] = digest(m)
     assert {name: (scores if name == "after" else scores[name])["weights"] for name in named} == named
@@ -65,25 +56,25 @@ def test_scores_and_curves_name_the_weights_they_were_measured_on(compared):
 
 
 @pytest.mark.parametrize("task, other", [("und", "gen"), ("gen", "und")])
-def test_a_study_refuses_scores_and_curves_of_different_weights(task, other, compared):
+def test_a_study_refuses_scores_and_curves_of_different_weights(task, other, two_steps):
     """Of any arm; runs that are older than the checksums still count."""
     def parts():
-        return read_json(compared / "scores.json"), read_json(compared / "curves.json")
-    check_weights(*parts(), compared)
+        return read_json(two_steps / "scores.json"), read_json(two_steps / "curves.json")
+    check_weights(*parts(), two_steps)
     for name in ("before", "control", "after"):
         scores, curves = parts()
         curves[task][name]["weights"] = "0"
         with pytest.raises(InputError, match=f"run: .*different weights \\({name}\\)"):
-            check_weights(scores, curves, compared)
+            check_weights(scores, curves, two_steps)
         del curves[task][name]["weights"], curves[other][name]["weights"]
-        check_weights(scores, curves, compared)
+        check_weights(scores, curves, two_steps)
 
 
-def test_scores_of_the_final_weights_are_those_of_the_command(compared, tmp_path):
+def test_scores_of_the_final_weights_are_those_of_the_command(two_steps, tmp_path):
     """`eval.py score` and the end of training measure alike, and say so by the same checksum."""
-    own = read_json(compared / "scores.json")
-    m = load(compared)
-    world = world_of(read_json(compared / "settings.json"))
+    own = read_json(two_steps / "scores.json")
+    m = load(two_steps)
+    world = world_of(read_json(two_steps / "settings.json"))
     again, _ = evaluation.score_both(m, Text(m.tokenizer_file, "emu3"), world, 1)
     assert {key: own[key] for key in again} == again and again["weights"] == digest(m)
 
@@ -100,11 +91,11 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_logged_step_names_its_samples(compared):
+def test_a_logged_step_names_its_samples(two_steps):
     """Beside the losses stand the origins of that step, all micro-batches of both tasks, the same for both arms."""
     for arm in ("control", "tune"):
-        named = [row["origins"] for row in log_of(compared) if row["name"] == arm]
-        assert named == [samples_of(compared, step) for step in range(2)]
+        named = [row["origins"] for row in log_of(two_steps) if row["name"] == arm]
+        assert named == [samples_of(two_steps, step) for step in range(2)]
     assert named[0] != named[1] and len(named[0]) == 4
 
 

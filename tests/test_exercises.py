@@ -2,10 +2,12 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +65,61 @@ def test_a_page_has_all_its_parts(number):
 def test_the_grader_is_read_in_one_sitting():
     """A teacher reads it before trusting its marks."""
     assert len((ROOT / "exercises" / "grade.py").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The notebook
+# ---------------------------------------------------------------------------------------------------------------------
+NOTEBOOK = ROOT / "exercises" / "story.ipynb"
+
+
+def cells(kind):
+    """{id: source} of the notebook's cells, in their order."""
+    content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return {cell["id"]: "".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == kind}
+
+
+def run_cells(ids, run, names):
+    """Run cells as Jupyter does, in one namespace, on another run folder."""
+    for name in ids:
+        exec(compile(cells("code")[name].replace("runs/tiny-emu3-seed0", str(run)), f"cell {name}", "exec"), names)
+    return names
+
+
+def test_the_notebook_is_stored_clean():
+    """Without outputs, so that it stays small and a diff shows what was changed; with all that Jupyter asks for."""
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    content = json.loads(text)
+    assert content.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"} and len(text) < 20_000
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)           # from 4.5 on, cells have ids
+    assert content["metadata"]["kernelspec"].keys() >= {"name", "display_name"}
+    for cell in content["cells"]:
+        kind, source = cell["cell_type"], cell["source"]
+        more = {"execution_count": None, "outputs": []} if kind == "code" else {}
+        assert cell == {"cell_type": kind, "id": cell["id"], "metadata": {}, "source": source} | more
+        assert kind in ("code", "markdown") and re.fullmatch(r"[\w-]{1,64}", cell["id"])
+        assert all(line.endswith("\n") for line in source[:-1])
+    assert len(cells("code")) + len(cells("markdown")) == len(content["cells"])
+
+
+def test_the_notebook_runs_cell_by_cell(two_steps, monkeypatch):
+    """From its own folder, where Jupyter starts it; its asserts hold what is done by hand against the code."""
+    shown = []
+    plt.switch_backend("Agg")
+    monkeypatch.setattr(plt, "show", lambda: (shown.extend(plt.get_fignums()), plt.close("all")))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT / "exercises")
+    names = run_cells(cells("code"), two_steps, {})
+    assert names["ROOT"] == ROOT and names["RUN"] == two_steps and len(shown) == 6
+    assert all({*names["found"][task]} == {"target", "before", "control", "after"} for task in ("gen", "und"))
+
+
+def test_the_notebook_says_what_to_do_without_a_run(tmp_path, monkeypatch):
+    """From the repository's folder, where some start Jupyter."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(FileNotFoundError, match="run `python train.py` in"):
+        run_cells(("setup", "imports", "run"), tmp_path / "none", {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
