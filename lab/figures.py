@@ -1,7 +1,7 @@
 """The paper's figures from finished runs: Fig. 1, 3, 4, 5 and Table 1, with the paper's own curves dotted.
 
     python -m lab.figures runs/tiny-emu3-seed0 runs/tiny-janus-seed0
-    python -m lab.figures --study assets/study.json --out assets        # study.png alone
+    python -m lab.figures --study assets/study*.json --out assets       # study.png and study-moves.png alone
 """
 
 import os
