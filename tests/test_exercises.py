@@ -111,7 +111,7 @@ def test_the_notebook_runs_cell_by_cell(two_steps, monkeypatch):
     monkeypatch.chdir(ROOT / "exercises")
     names = run_cells(cells("code"), two_steps, {})
     assert names["ROOT"] == ROOT and names["RUN"] == two_steps and len(shown) == 6
-    assert all({*names["found"][task]} == {"target", "before", "control", "after"} for task in ("gen", "und"))
+    assert all({*names["found"][task]} == {"before", "control", "after"} for task in ("gen", "und"))
 
 
 def test_the_notebook_says_what_to_do_without_a_run(tmp_path, monkeypatch):
