@@ -107,10 +107,11 @@ def test_what_cannot_be_measured_is_a_row_that_says_so():
     assert tried(bench, too_large) == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
 
 
-def test_a_part_that_ran_out_of_time_is_not_complete(tmp_path):
+@pytest.mark.parametrize("part", ["large", "saving"])
+def test_a_part_that_ran_out_of_time_is_not_complete(part, tmp_path):
     """Its rows say so, and the next run does it again."""
     out = tmp_path / "gpu.json"
-    measure_parts(Gpu(("large",), out=str(out), tiny=True, seconds=0.0))
+    measure_parts(Gpu((part,), out=str(out), tiny=True, seconds=0.0))
     content = json.loads(out.read_text())
     assert content["complete"] == [] and {row["failed"] for row in content["rows"]} == {NO_TIME}
 
