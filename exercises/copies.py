@@ -52,6 +52,11 @@ def needed(names, mine):
     return [name for name in mine if name in met]
 
 
+def alike(one, other):
+    """Whether two statements differ in layout and comments at most: many editors reformat a file when they save it."""
+    return ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
+
+
 def put_in(source, given, exercise):
     """The text of an exercise's file with its functions taken from another text. What they use of that text comes
     before them, unless the file has it already."""
@@ -62,7 +67,7 @@ def put_in(source, given, exercise):
             raise Refused(f"there is no function {name}")
     before = []
     for name in needed(exercise.functions, mine):
-        there = name in exercise.functions or mine[name] in (own.get(name), *before)
+        there = name in exercise.functions or mine[name] in before or alike(mine[name], own.get(name, ""))
         if there or mine[name].startswith(f"from {module} "):
             continue
         package = all(text.get(name, "").startswith(f"import {name}") for text in (mine, own))      # or a part of it

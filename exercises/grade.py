@@ -54,9 +54,9 @@ EXERCISES = {
         Group(2, "no queries", "aia", "a_sample_without_queries_has_intensity_zero"),
         Group(2, "bfloat16", "aia", "the_mean_adds_no_bfloat16_error"))),
     2: Exercise("2-no-map.md", "model.py", ("attend_fused",), (
-        Group(2, "even attention", "aia", "uniform_attention_has_a_known_intensity[attend_fused]"),
-        Group(3, "the map's numbers", "model", "all_bodies_of_attention_agree"),
-        Group(3, "no map", "model", "fused_training_never_holds_a_map_nor_all_logits[fused]"),
+        Group(1, "even attention", "aia", "uniform_attention_has_a_known_intensity[attend_fused]"),
+        Group(2, "the map's numbers", "model", "all_bodies_of_attention_agree"),
+        Group(5, "no map", "model", "fused_training_never_holds_a_map_nor_all_logits[fused]"),
         Group(2, "two conditions", "model", "two_conditions_are_measured_under_any_mask"))),
     3: Exercise("3-huber-and-stages.md", "aia.py", ("loss", "stage_at"), (
         Group(2, "Huber", "aia", "pull_is_delta_beyond_delta_and_the_error_within"),
@@ -133,6 +133,8 @@ def grade(exercise, given, timeout):
 
 def hand_out(exercise, options):
     """Write what the flags ask for, at a place where nothing is yet."""
+    if options.trap and exercise is not EXERCISES[7]:
+        raise Refused("--break is for exercise 7 alone")
     out = Path(options.trap[1] if options.trap else options.blank)
     if out.exists():
         raise Refused(f"{out} is there already: give another name")

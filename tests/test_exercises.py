@@ -191,6 +191,15 @@ def test_functions_bring_what_they_use_and_no_more():
     assert text.startswith("import os\n\n\nimport math\n")
 
 
+def test_a_file_that_an_editor_has_laid_out_anew_is_taken():
+    """Its RULE_STAGES are still those of aia.py, though not letter by letter."""
+    source = own(EXERCISES[6])
+    mine = source.replace('RULE_STAGES = {"gen": ((0, 0.20),', 'RULE_STAGES = {\n    "gen": ((0, .2),')
+    assert put_in(source, mine, EXERCISES[6]) == source != mine
+    with pytest.raises(Refused, match="RULE_STAGES is something else"):
+        put_in(source, mine.replace("(0, .2)", "(0, .3)"), EXERCISES[6])
+
+
 def test_what_would_change_the_file_elsewhere_is_refused():
     """A helper with the name of something else would break other functions, and the mark would be about that."""
     with pytest.raises(Refused, match="TASKS is something else in aia.py"):
@@ -204,7 +213,8 @@ def test_what_would_change_the_file_elsewhere_is_refused():
 @pytest.mark.parametrize("arguments, message", [
     (("1",), "give the student's file"), (("11", "mine.py"), "invalid choice: 11"), (("1", "nowhere.py"), "nowhere.py"),
     (("1", "wrong.py"), "line 2: expected ':'"), (("1", "empty.py"), "no function intensity"),
-    (("7", "--break", "D", "new"), "no error D"), (("9", "empty.py"), "name both run folders"),
+    (("7", "--break", "D", "new"), "no error D"), (("5", "--break", "A", "new"), "for exercise 7"),
+    (("9", "empty.py"), "name both run folders"),
 ])
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     """And status 2, so that a script tells it from a bad mark."""
