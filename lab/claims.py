@@ -13,6 +13,7 @@ import aia
 from eval import MIXED_SCORES
 from lab.figures import correlation
 from lab.rows import EXPERTS, PAIRS, ROWS
+from parts.plots import TASK_NAME
 
 # 97.5 % point of Student's t for 1, 2, ... degrees of freedom; with more seeds the last, which is a little too wide
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -134,10 +135,11 @@ def verdict(mean, interval):
 
 def sign_flip(values):
     """Exact p of a mean of paired differences, two-sided: if neither row were better, each difference could as well
-    have had the other sign, so p is the share of all 2^n choices of signs whose mean is as far from zero."""
+    have had the other sign, so p is the share of all 2^n choices of signs whose mean is as far from zero. values (n,),
+    or (n, L): differences of curves, whose mean is as far from zero as its layers are on average."""
     n = len(values)
     signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.int8)                  # (2^n, n)
-    sums = np.abs(signs @ np.array(values))
+    sums = np.abs(signs @ np.array(values).reshape(n, -1)).sum(1)                                   # (2^n,)
     return float(np.mean(sums >= sums[0] - 1e-9))                               # the first has all signs as they are
 
 
@@ -148,24 +150,36 @@ def holm(ps):
     return [float(raised[np.flatnonzero(order == at)[0]]) for at in range(len(ps))]
 
 
-def gap(row, other):
-    """Mean distance of the curves of two rows, both tasks."""
-    return float(np.mean([np.abs(np.array(row[f"{task}_curve"]) - other[f"{task}_curve"]) for task in aia.TASKS]))
+def shift(row, other, task):
+    """Curve of a row minus that of another, (L,)."""
+    return np.array(row[f"{task}_curve"]) - other[f"{task}_curve"]
+
+
+def gap(row, other, tasks=aia.TASKS):
+    """Mean distance of the curves of two rows, over layers and tasks."""
+    return float(np.mean([np.abs(shift(row, other, task)) for task in tasks]))
 
 
 def curves_apart(rows):
-    """{unified model: how far apart curves are}: of its two experts and of itself, seed by seed, and of itself between
-    seeds; each a mean with its interval. Experts whose curves differ by no more than seeds do are no targets."""
+    """{unified model: {task: how curves differ}}. experts: distance of the expert's and the unified model's, seed by
+    seed; seeds: of the unified models of two seeds; each a mean with its interval. shift: expert minus unified by
+    layer, as a distance says nothing of direction, and p of the whole (sign_flip)."""
     table, found = by_row(rows), {}
     for name, (_, joint) in PAIRS.items():
         shared, experts = table.get(name, {}), table.get(joint, {})
         seeds = sorted({*shared} & {*experts})
         if len(seeds) < 2 or not all("gen_curve" in shared[seed] and "gen_curve" in experts[seed] for seed in seeds):
             continue
-        between = [np.mean([gap(shared[one], shared[other]) for other in seeds if other != one]) for one in seeds]
-        own = [gap(experts[seed], shared[seed]) for seed in seeds]
-        found[name] = {key: dict(zip(("mean", "interval"), interval(values), strict=True))
-                       for key, values in (("experts", own), ("seeds", between))} | {"n": len(seeds)}
+        found[name] = {"n": len(seeds)}
+        for task in aia.TASKS:
+            own = [gap(experts[seed], shared[seed], (task,)) for seed in seeds]
+            between = [np.mean([gap(shared[one], shared[other], (task,)) for other in seeds if other != one])
+                       for one in seeds]
+            shifts = [shift(experts[seed], shared[seed], task) for seed in seeds]                   # n of (L,)
+            measured = {"experts": interval(own), "seeds": interval(between)}
+            found[name][task] = {key: {"mean": mean, "interval": half} for key, (mean, half) in measured.items()}
+            found[name][task] |= {"shift": [interval(layer) for layer in zip(*shifts, strict=True)],
+                                  "p": sign_flip(shifts)}
     return found
 
 
@@ -397,11 +411,17 @@ def print_conflicts(summary):
 
 
 def print_apart(apart):
-    """How far apart curves are, of experts and of seeds."""
-    rows = [[name, str(row["n"]), *(with_interval(**row[key], sign="") for key in ("experts", "seeds"))]
-            for name, row in apart.items()]
-    print_table("Distance between curves, mean over layers and tasks",
-                ("setting", "seeds", "experts and unified model", "unified models of two seeds"), rows)
+    """How curves of experts differ from the unified model's, and those of seeds from one another."""
+    rows = []
+    for name, row in apart.items():
+        for task in aia.TASKS:
+            found = row[task]
+            apart_by = [with_interval(**found[key], sign="") for key in ("experts", "seeds")]
+            shifts = ", ".join(with_interval(*layer) for layer in found["shift"])
+            rows.append([name, TASK_NAME[task], str(row["n"]), *apart_by, shifts, f"{found['p']:.3f}"])
+    print_table("Distance between curves (mean over layers), and where experts lie", (
+        "setting", "task", "seeds", "expert and unified model", "unified models of two seeds",
+        "expert minus unified, layer by layer", "p of the whole"), rows)
 
 
 def print_claims(claims):

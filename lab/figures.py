@@ -384,8 +384,9 @@ def figure_study(content, file):
                 panel.errorbar(found["mean"], -i, xerr=found["interval"], fmt="o", capsize=2.5, color=colour,
                                markersize=4.5)
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_title(TASK_NAME[task], fontsize=11)
-        panel.set_xlabel("worse \N{LEFTWARDS ARROW} difference of scores \N{RIGHTWARDS ARROW} better")
+        panel.set_title(TASK_NAME[task], fontsize=11, color=COLOUR[task])
+        panel.set_xlabel("worse \N{LEFTWARDS ARROW} difference of scores \N{RIGHTWARDS ARROW} better\n"
+                         "(bars that reach the edge go on)")
     most = min(max(abs(end) for panel in panels[:2] for end in panel.get_xlim()), WIDEST)
     for panel in panels[:2]:
         panel.set_xlim(-most, most)
@@ -417,7 +418,7 @@ def figure_study(content, file):
 def figure_moves(content, file):
     """Does it help to move curves? The gain in the mean of both scores against how far the curves were moved, of all
     rows: a small mark for each seed, a large one for their mean, a colour for each group."""
-    figure, (panel,) = canvas(["do scores follow the curves?"], "gain in the mean of both scores",
+    figure, (panel,) = canvas(["do scores follow the curves? (small: a seed, large: their mean)"], "gain in the mean of both scores",
                               "how far curves were moved (mean over layers and tasks)", None)
     figure.set_size_inches(6, 4.6)
     groups = sorted({group_of(name) for name in content["moves"]})

@@ -196,6 +196,12 @@ def test_intervals_are_those_of_students_distribution():
 def test_the_sign_flip_test_counts_signs(values, p):
     """All 2^n choices, counted by hand."""
     assert sign_flip(values) == p and sign_flip([-value for value in values]) == p
+    assert sign_flip([[value, -2 * value] for value in values]) == p                    # layers that move together
+
+
+def test_the_sign_flip_test_keeps_the_layers_of_a_seed_together():
+    """Seeds that move a layer each are no evidence, however far: any choice of signs is as far from zero."""
+    assert sign_flip([[1.0, 0.0], [0.0, 1.0]]) == 1.0 and sign_flip([[1.0, 1.0], [1.0, 1.0]]) == 0.5
 
 
 def test_holms_correction_is_that_of_the_textbook():
@@ -276,13 +282,18 @@ def test_the_share_on_the_first_token_is_that_of_what_moved():
 
 
 def test_experts_are_compared_with_how_seeds_differ():
-    """Curves of one seed and of two, all tasks and layers alike."""
+    """Curves of one seed and of two, task by task; and whether all experts lie on the same side."""
     rows = [made_up_row(name, seed, 0.5, 0.5, lift) for seed, far in enumerate((0.0, 0.1, 0.4)) for name, lift in (
-        ("unified", far), ("expert-gen", far + 0.02), ("expert-und", far - 0.04))]
+        ("unified", far), ("expert-gen", far + 0.02), ("expert-und", far - 0.04 * (-1) ** seed))]
     found = curves_apart(rows)["unified"]
-    assert (found["n"], found["experts"]["mean"]) == (3, pytest.approx(0.03))
-    assert found["seeds"]["mean"] == pytest.approx(((0.1 + 0.4) / 2 + (0.1 + 0.3) / 2 + (0.4 + 0.3) / 2) / 3)
-    assert curves_apart(rows[:3]) == {} and found["seeds"]["interval"] > 0
+    assert found["n"] == 3
+    for task, far, shift, p in (("gen", 0.02, 0.02, 0.25), ("und", 0.04, -0.04 / 3, 1.0)):
+        one = found[task]
+        assert (one["experts"]["mean"], one["p"]) == (pytest.approx(far), p)
+        assert [mean for mean, _ in one["shift"]] == pytest.approx([shift] * 3)
+        assert one["seeds"]["mean"] == pytest.approx(((0.1 + 0.4) / 2 + (0.1 + 0.3) / 2 + (0.4 + 0.3) / 2) / 3)
+        assert one["seeds"]["interval"] > 0
+    assert curves_apart(rows[:3]) == {}
 
 
 def test_moves_are_those_of_the_same_seed():
