@@ -418,7 +418,8 @@ def figure_study(content, file):
 def figure_moves(content, file):
     """Does it help to move curves? The gain in the mean of both scores against how far the curves were moved, of all
     rows: a small mark for each seed, a large one for their mean, a colour for each group."""
-    figure, (panel,) = canvas(["do scores follow the curves? (small: a seed, large: their mean)"], "gain in the mean of both scores",
+    figure, (panel,) = canvas(["do scores follow the curves? (small: a seed, large: their mean)"],
+                              "gain in the mean of both scores",
                               "how far curves were moved (mean over layers and tasks)", None)
     figure.set_size_inches(6, 4.6)
     groups = sorted({group_of(name) for name in content["moves"]})
