@@ -2,7 +2,7 @@
 
 Each seed has its own world, and rows of one seed are compared. The plan of group 8, made before its runs: lab/STUDY.md.
 
-    python -m lab.study --quick                 # five rows of one seed
+    python -m lab.study --quick --jobs 2        # five rows of one seed, ten minutes on two cores
     python -m lab.study                         # groups 1 and 2, five seeds: hours
     python -m lab.study --rows 8 --seeds 20 21 22 --jobs 2
 """
