@@ -391,17 +391,17 @@ def figure_study(content, file):
     for panel in panels[:2]:
         panel.set_xlim(-most, most)
     for i, name in enumerate(lines):
-        for task in aia.TASKS if name in summary else ():
+        for task, y in (("und", 0.17 - i), ("gen", -0.17 - i)) if name in summary else ():
             own, base = (summary[one][task].get("distance") for one in (name, summary[name]["baseline"]))
             if own is not None:
-                panels[2].plot([own], [-i], "|", color=COLOUR[task], markersize=6)
+                panels[2].plot([own], [y], "|", color=COLOUR[task], markersize=5)
             if None not in (own, base) and not own_targets(name):
-                panels[2].annotate("", (own, -i), (base, -i), arrowprops={
+                panels[2].annotate("", (own, y), (base, y), arrowprops={
                     "arrowstyle": "->", "color": COLOUR[task], "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0})
-                panels[2].plot([base], [-i], "|", color=COLOUR[task], markersize=6)
+                panels[2].plot([base], [y], "|", color=COLOUR[task], markersize=5)
     panels[2].set_xlim(0)
     panels[2].set_title("distance to the targets", fontsize=11)
-    panels[2].set_xlabel("baseline \N{RIGHTWARDS ARROW} row\n(alone: other targets)")
+    panels[2].set_xlabel("baseline \N{RIGHTWARDS ARROW} row\n(upper: understanding;\nalone: other targets)")
     panels[0].set_yticks([-i for i in range(len(lines))], [
         f"{TOLD.get(name, name)} \N{MINUS SIGN} {summary[name]['baseline']} ({len(summary[name]['paired'])})"
         if name in summary else name for name in lines], fontsize=8.5)
@@ -410,7 +410,7 @@ def figure_study(content, file):
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
-    panels[0].set_ylim(0.8 - len(lines), 0.8)
+    panels[0].set_ylim(0.5 - len(lines), 0.8)
     save_figure(figure, (), file)
     print(f"{file}: rows and their number of seeds, of {', '.join(content['dates'])}")
 
