@@ -560,6 +560,13 @@ def load_run(config):
     return m, Text(m.tokenizer_file, m.config.kind, config.allow_special), run
 
 
+def own_world(run, folder, remedy="give the folder of a run that did"):
+    """The built-in world that a run has learned; refuses public weights, and runs on other data."""
+    if run is None or run.get("data"):
+        raise InputError(f"{folder} never saw the built-in world: {remedy}")
+    return world_of(run)
+
+
 @dataclass(frozen=True)
 class Generate(Loaded):
     """Draw pictures from prompts, or edit pictures as a prompt says. Several lie in a sheet, with a row for each
@@ -698,12 +705,10 @@ def curve_command(config):
     check_figure(config.out)
     m, text, run = load_run(config)
     folder = Path(config.checkpoint)
-    if run is None and not config.data:
-        raise InputError("curves of public weights need --data FILE.jsonl: the built-in world means nothing to them")
     if config.data:
         samples = FileBatches(FileSource(config.data, m.config.kind))
     else:
-        samples = HeldOut(world_of(run), config.seed)
+        samples = HeldOut(own_world(run, folder, "curves need --data FILE.jsonl with samples"), config.seed)
     asked = (run["aia_targets"], run["aia_variant"]) if run else ()
     targets = {task: aia.targets(m.config.layers, task, *asked) for task in aia.TASKS}
     models = arms(folder, m) if run else [("public", m)]
@@ -749,9 +754,7 @@ def score_world(config):
     settings.at_least(config, {"n": 1, "seed": 0})
     settings.check_out(config.out)
     m, text, run = load_run(config)
-    if run is None:
-        raise InputError(f"{config.checkpoint} never saw the built-in world: score takes the folder of a run")
-    world = world_of(run)
+    world = own_world(run, config.checkpoint)
     if m.config.image_size != world.side:
         raise InputError(f"{config.checkpoint} draws pictures of another size than those of the built-in world, so "
                          "they cannot be read: score it on a benchmark (eval.py score --help)")

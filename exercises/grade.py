@@ -161,7 +161,7 @@ def main(argv=None):
     cli.add_argument("--blank", metavar="OUT", help="write the student's copy")
     cli.add_argument("--break", dest="trap", nargs=2, metavar=("LETTER", "FOLDER"), help="exercise 7: a broken copy")
     cli.add_argument("--timeout", type=float, default=120, help="seconds for all tests")
-    options = cli.parse_args(argv)
+    options = cli.parse_intermixed_args(argv)
     exercise = EXERCISES[options.number]
     try:
         if options.blank or options.trap:

@@ -27,7 +27,7 @@ from parts.pictures import to_picture
 from parts.plots import TASK_NAME
 from parts.settings import InputError, aside, at_least, check_out, opt, parse, run_command, shortened, stream, tell
 from parts.stories import story_about
-from parts.world import draw_scenes, world_of
+from parts.world import draw_scenes
 
 # Legend: H heads, T tokens, L layers; h maps of a layer and N blocks of tokens, as the page has them. In a short sample
 # each token is a block.
@@ -95,10 +95,8 @@ def usable(settings, m, text, run):
         source = FileSource(settings.data, m.config.kind)
         own = evaluation.FileBatches(source)
         found = {task: own.batches(preparer, task, settings.n, 1) for task in RECORD_TASKS if source.count(task)}
-    elif run is None:
-        raise InputError(f"{settings.run} never saw the built-in world: give the folder of a run, or --data FILE.jsonl")
     else:
-        world = world_of(run)
+        world = evaluation.own_world(run, settings.run, "give the folder of a run that did, or --data FILE.jsonl")
         held_out = evaluation.HeldOut(world, settings.seed)
         found = {task: held_out.batches(preparer, task, settings.n, 1) for task in aia.TASKS}
         if parse_ratio(run["ratio"])[2]:

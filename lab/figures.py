@@ -423,7 +423,7 @@ def figure_moves(content, file):
                               "how far curves were moved (mean over layers and tasks)", None)
     figure.set_size_inches(6, 4.6)
     groups = sorted({group_of(name) for name in content["moves"]})
-    for name, points in content["moves"].items():
+    for name, points in sorted(content["moves"].items(), key=lambda item: group_of(item[0])):
         moved, gains = zip(*points, strict=True)
         i = groups.index(group_of(name))
         style = {"color": (*PALETTE, "black")[i % 7], "marker": "os^DvpP"[i % 7], "linestyle": ""}

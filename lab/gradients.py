@@ -105,7 +105,7 @@ def kept_rows(m, folder, batches):
         found = agreement(m, {task: gradient_of(m, batches[task]) for task in aia.TASKS})
         rows.append({"phase": phase, "step": step, "steps": steps} | found)
         cosine, kind, layer = lowest(found["cosine"])
-        print(f"  phase {phase} step {step:5d}   layers {found['cosine']['layers']:6.3f}   lowest {cosine:6.3f}, "
+        print(f"  phase {phase + 1} step {step:5d}   layers {found['cosine']['layers']:6.3f}   lowest {cosine:6.3f}, "
               f"{kind} of layer {layer}")
     return rows
 

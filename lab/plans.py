@@ -36,7 +36,7 @@ from parts.settings import (
     write_json,
 )
 from parts.stories import PLAN, plan_of, scene_of
-from parts.world import describe, draw_scenes, prompt_text, world_of
+from parts.world import describe, draw_scenes, prompt_text
 
 # Legend: B samples, T tokens, U keys, L layers.
 
@@ -76,9 +76,7 @@ def plans(settings):
 def opened_run(run, device, dtype="stored"):
     """Model, tokenizer and world of a run that has learned it."""
     m, text, made = evaluation.load_run(evaluation.ScoreWorld(checkpoint=run, device=device, dtype=dtype))
-    if made is None or made.get("data"):
-        raise InputError(f"{run} never saw the built-in world: give the folder of a run that did")
-    return m, text, world_of(made)
+    return m, text, evaluation.own_world(made, run)
 
 
 def plans_of(m, text, world, settings):

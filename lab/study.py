@@ -67,9 +67,9 @@ class Study:
 def study(config):
     """All rows and seeds -> {claim: verdict}."""
     names = chosen_rows(config)
-    seeds = config.seeds[:1] if config.quick else config.seeds
+    seeds = dict.fromkeys(map(int, config.seeds[:1] if config.quick else config.seeds))         # each once
     runs = Path(config.runs)
-    todo = [(name, int(seed)) for seed in seeds for name in names]
+    todo = [(name, seed) for seed in seeds for name in names]
     torch.set_num_threads(1)                        # whatever the number of jobs, so that results do not depend on it
     if config.jobs > 1:
         failed = side_by_side(todo, config.jobs, runs)
@@ -107,6 +107,8 @@ def chosen_rows(config):
     groups = {group for row in ROWS.values() for group in row.groups}
     unknown = {*config.rows} - {*ROWS} - groups
     names = QUICK
+    if config.quick and config.rows != Study.rows:
+        raise InputError("--quick has rows of its own: leave out --rows")
     if not config.quick:
         names = [name for name, row in ROWS.items() if {name, *row.groups} & {*config.rows}]
     if unknown or not names:

@@ -28,7 +28,7 @@ class InputError(ValueError):
 
 def first_line(error):
     """The first line of a library's error message, cut to fit into one of ours."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return shortened((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def shortened(value, most=200):

@@ -936,3 +936,12 @@ def test_a_picture_that_is_shown_is_never_written_over(command, runs, capsys, tm
     line = refused(capsys, command, "--checkpoint", runs["tiny-emu3"], "--image", file, "--out",
                    tmp_path / ".." / tmp_path.name / "mine.png", main=evaluation.main)
     assert "would be lost: give another --out" in line and file.read_bytes() == before
+
+
+def test_a_run_on_other_data_is_not_measured_on_the_built_in_world(capsys, tmp_path, monkeypatch):
+    """Its curves would be overwritten by those of samples that it never saw."""
+    settings = {"data": ["mine.jsonl"], "aia_targets": "depth", "aia_variant": "full"}
+    monkeypatch.setattr(evaluation, "load_run", lambda config: (SimpleNamespace(), None, settings))
+    for word, remedy in (("curves", "curves need --data FILE.jsonl"), ("score", "give the folder of a run that did")):
+        line = refused(capsys, word, "--checkpoint", tmp_path / "run", main=evaluation.main)
+        assert f"run never saw the built-in world: {remedy}" in line

@@ -254,7 +254,7 @@ def test_an_endless_loop_ends_and_what_came_before_it_counts(tmp_path, capsys):
     mine.write_text(own(EXERCISES[1]).replace("    per_token =", "    while len(queries) == 2 and mass.dim() == 3:\n"
                                               "        pass\n    per_token ="))
     with pytest.raises(SystemExit) as end:
-        grade.main(["1", str(mine), "--timeout", "20"])
+        grade.main(["1", "--timeout", "20", str(mine)])     # flags may stand before the file
     *_, last = capsys.readouterr().out.splitlines()
     result = json.loads(last.removeprefix("result "))
     assert end.value.code == 1 and result["remark"] == "stopped after 20 s: an endless loop?"

@@ -171,6 +171,21 @@ def test_rows_that_run_side_by_side_wait_for_what_they_need(tmp_path, monkeypatc
     assert last[-1] == "7 of 10 runs finished, minutes left: 0"
 
 
+def test_seeds_named_twice_run_once(tmp_path, monkeypatch):
+    """Side by side, two processes would want the same folder."""
+    asked = []
+    monkeypatch.setattr(lab.study, "side_by_side", lambda todo, jobs, runs: asked.extend(todo) or [])
+    words = ["--rows", "aia", "--seeds", "1", "01", "1", "--jobs", "2", "--runs", str(tmp_path)]
+    lab.study.main([*words, "--out", str(tmp_path / "study.json")])
+    assert asked == [("aia", 1)]
+
+
+def test_the_quick_study_takes_no_rows():
+    """It has its own, and would run others than those asked for."""
+    with pytest.raises(InputError, match="--quick has rows of its own: leave out --rows"):
+        lab.study.chosen_rows(lab.study.Study(rows=("9",), quick=True))
+
+
 def test_a_row_waits_for_weights_and_not_for_the_rest_of_their_run(tmp_path):
     """A short study would be spent waiting for scores; a lambda or targets of that run have to be waited for."""
     kept = {"unified": "aia/before", "early-fork": "narrow/answered", "early": "narrow/answered",
