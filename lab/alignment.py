@@ -13,12 +13,12 @@ import torch
 
 import aia
 import data
-from eval import Loaded, load_run
+from eval import Loaded, load_run, own_world
 from formats.datasets import FileSource, every
 from formats.records import Record
 from parts.plots import COLOUR, TASK_NAME, canvas, save_figure
 from parts.settings import InputError, opt, parse, run_command, stream, tell, write_json
-from parts.world import DESCRIBE, describe, draw_scenes, world_of
+from parts.world import DESCRIBE, describe, draw_scenes
 
 # Legend: n pairs of caption and picture, B of them in a batch, T tokens, C channels, L layers.
 NEIGHBOURS = (10, 5, 20)                             # the measure comes first, the others show what k does
@@ -45,12 +45,9 @@ def different_pairs(settings, kind, run):
     if settings.data:
         records = every(FileSource(settings.data, kind), "gen")
         found = ((record.turns[0][0], record.pictures[0]) for record in records)
-    elif run is None or run.get("data"):
-        raise InputError(f"{settings.checkpoint} never saw the built-in world: alignment needs --data FILE.jsonl with "
-                         "drawing records")
     else:
         rng = stream(settings.seed, "pairs")
-        world = world_of(run)
+        world = own_world(run, settings.checkpoint, "alignment needs --data FILE.jsonl with drawing records")
         scenes = (world.held_out_scene(world.skills[i % len(world.skills)], rng)[0] for i in range(20 * settings.n))
         found = ((describe(scene), scene) for scene in scenes)
     pairs = []

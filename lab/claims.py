@@ -133,6 +133,9 @@ def verdict(mean, interval):
     return "holds" if mean > 0 else "does not hold"
 
 
+MOST_SEEDS = 20                                 # whose 2^n choices of signs fit into memory
+
+
 def sign_flip(values):
     """Exact p of a mean of paired differences, two-sided: if neither row were better, each difference could as well
     have had the other sign, so p is the share of all 2^n choices of signs whose mean is as far from zero. values (n,),
@@ -163,7 +166,7 @@ def gap(row, other, tasks=aia.TASKS):
 def curves_apart(rows):
     """{unified model: {task: how curves differ}}. experts: distance of the expert's and the unified model's, seed by
     seed; seeds: of the unified models of two seeds; each a mean with its interval. shift: expert minus unified by
-    layer, as a distance says nothing of direction, and p of the whole (sign_flip)."""
+    layer, as a distance says nothing of direction, and p of the whole (sign_flip; None for too many seeds)."""
     table, found = by_row(rows), {}
     for name, (_, joint) in PAIRS.items():
         shared, experts = table.get(name, {}), table.get(joint, {})
@@ -179,7 +182,7 @@ def curves_apart(rows):
             measured = {"experts": interval(own), "seeds": interval(between)}
             found[name][task] = {key: {"mean": mean, "interval": half} for key, (mean, half) in measured.items()}
             found[name][task] |= {"shift": [interval(layer) for layer in zip(*shifts, strict=True)],
-                                  "p": sign_flip(shifts)}
+                                  "p": sign_flip(shifts) if len(seeds) <= MOST_SEEDS else None}
     return found
 
 
@@ -418,7 +421,8 @@ def print_apart(apart):
             found = row[task]
             apart_by = [with_interval(**found[key], sign="") for key in ("experts", "seeds")]
             shifts = ", ".join(with_interval(*layer) for layer in found["shift"])
-            rows.append([name, TASK_NAME[task], str(row["n"]), *apart_by, shifts, f"{found['p']:.3f}"])
+            p = "-" if found["p"] is None else f"{found['p']:.3f}"
+            rows.append([name, TASK_NAME[task], str(row["n"]), *apart_by, shifts, p])
     print_table("Distance between curves (mean over layers), and where experts lie", (
         "setting", "task", "seeds", "expert and unified model", "unified models of two seeds",
         "expert minus unified, layer by layer", "p of the whole"), rows)

@@ -16,6 +16,7 @@ from lab.claims import (
     interval,
     moves_of,
     on_first,
+    print_apart,
     sign_flip,
     summary_of,
 )
@@ -294,6 +295,15 @@ def test_experts_are_compared_with_how_seeds_differ():
         assert one["seeds"]["mean"] == pytest.approx(((0.1 + 0.4) / 2 + (0.1 + 0.3) / 2 + (0.4 + 0.3) / 2) / 3)
         assert one["seeds"]["interval"] > 0
     assert curves_apart(rows[:3]) == {}
+
+
+def test_many_seeds_are_told_without_all_their_signs(capsys):
+    """2^40 choices of signs would fill any memory."""
+    rows = [made_up_row(name, seed, 0.5, 0.5) for seed in range(40) for name in ("unified", "expert-gen", "expert-und")]
+    found = curves_apart(rows)
+    assert found["unified"]["gen"]["p"] is None and found["unified"]["n"] == 40
+    print_apart(found)
+    assert capsys.readouterr().out.rstrip().endswith("| - |")
 
 
 def test_moves_are_those_of_the_same_seed():

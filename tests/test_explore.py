@@ -100,6 +100,13 @@ def test_a_block_is_marked_as_a_whole():
         lab.explore.blocks(same, 2)
 
 
+def test_the_example_is_a_page_of_the_present_template():
+    """A page in assets/ that was made before a change of the template would show what no longer is."""
+    page = (lab.explore.TEMPLATE.parents[1] / "assets/explore.html").read_text(encoding="utf-8")
+    content = json.loads(re.search('<script type="application/json" id="data">(.*)</script>', page)[1])
+    assert page == lab.explore.page_of("tiny-emu3-seed0", content)
+
+
 def test_many_small_weights_do_not_vanish(monkeypatch):
     """Below half a step of 16 bits, 512 keys are worth 0.003 together: their roots are rounded, not they."""
     attention = torch.full((1, 1, 512, 512), 6e-6)
