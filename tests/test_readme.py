@@ -57,6 +57,20 @@ def test_every_number_with_decimals_has_a_file():
     assert missing == []
 
 
+def test_every_share_and_every_time_has_a_file():
+    """The same for whole numbers that somebody measured."""
+    text = re.sub(r"```.*?```", "", PAGE, flags=re.S)
+    told = {shown for _, shown, _ in ITEMS}
+    assert {*re.findall(r"(?<![\w.])(\d+) (?:%|minutes|ms|GiB)", text)} - told == set()
+
+
+def test_the_last_line_of_a_run_is_that_of_its_file():
+    """What the README shows, a run has printed."""
+    line, = re.findall(r"^result ({.*})$", PAGE, re.M)
+    content = json.loads((ROOT / "assets/tiny-emu3-seed0.json").read_text(encoding="utf-8"))
+    assert json.loads(line) == {key: value for key, value in content.items() if key != "machine"}
+
+
 def test_links_and_pictures_are_there():
     """A reader who follows one finds a file."""
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", PAGE)
