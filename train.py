@@ -364,7 +364,7 @@ def start_processes(config):
 def replicated(m):
     """A model that every process holds in full (ddp). Modules of one task get no gradient from the other."""
     alone = m.config.kind == "janus" or m.config.fork_layer > 0
-    return DistributedDataParallel(m, find_unused_parameters=alone, broadcast_buffers=False)
+    return DistributedDataParallel(m, find_unused_parameters=alone)
 
 
 def shard_model(m, config, frozen, device, node=None):

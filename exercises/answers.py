@@ -73,7 +73,7 @@ def run_numbers(folder):
             rows = zip(curves[task]["after"]["intensity"], curves[task]["target"], strict=True)
             apart = [abs(intensity - target) for intensity, target in rows]
             found[task] = sum(apart) / len(apart)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise Refused(f"{folder} is no finished run that tuned with AIA: {type(error).__name__} {error}") from error
     return found
 

@@ -172,7 +172,8 @@ def main(argv=None):
     except (Refused, OSError, UnicodeDecodeError) as error:
         refuse(f"{error}")
     except SyntaxError as error:
-        refuse(f"{options.file}, line {error.lineno}: {error.msg}")
+        where = f", line {error.lineno}" if error.lineno else ""                # none: a null byte
+        refuse(f"{options.file}{where}: {error.msg}")
     total, of = (sum(row[i] for row in rows) for i in (0, 1))
     for points, most, title, why in [*rows, (total, of, "total", remark)]:
         print(f"{title:26} {points} / {most}   {why}".rstrip())

@@ -57,12 +57,12 @@ def figures(settings):
     out = Path(settings.out)
     runs = {name: load_result(path) for name, path in named(settings.runs).items()}
     references = load_references(settings.references, paper)
+    content = joined(settings.study)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: the folder cannot be created ({error.strerror}): choose another") from error
     if settings.study:
-        content = joined(settings.study)
         figure_study(content, out / "study.png")
         figure_moves(content, out / "study-moves.png")
     if not settings.runs:

@@ -200,15 +200,16 @@ def first_word(batch):
 
 
 def print_knockout(run, row):
-    """One run as a table for the terminal."""
+    """One run for the terminal: a table of layers for each score and part of the prompt."""
     print(run)
     for name, related in row["correlation"].items():
         score = row["und" if name == "und_first_word" else name]
         for part, value in related.items():
-            print(f"  {name:15s}{part:10s} attention by layer " + " ".join(
-                f"{share:.2f}" for share in row["mass"][name][MASS[part]]) + f"   right {score['plain']:.2f}, if cut "
-                "in layer " + " ".join(f"{layer}: {share:.2f}" for layer, share in score[part].items())
-                + "   correlation of mass and fall " + ("none" if value is None else f"{value:+.2f}"))
+            print(f"  {name}, {part}: right {score['plain']:.2f}, correlation of mass and fall "
+                  + ("none" if value is None else f"{value:+.2f}"))
+            print("    layer       " + "".join(f"{layer:>6}" for layer in score[part]))
+            print("    attention   " + "".join(f"{share:6.2f}" for share in row["mass"][name][MASS[part]]))
+            print("    right if cut" + "".join(f"{share:6.2f}" for share in score[part].values()))
 
 
 def main(argv=None):

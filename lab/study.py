@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import multiprocessing
 import os
+import signal
 import subprocess
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -112,7 +113,7 @@ def chosen_rows(config):
     if not config.quick:
         names = [name for name, row in ROWS.items() if {name, *row.groups} & {*config.rows}]
     if unknown or not names:
-        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 9, or some of {', '.join(ROWS)}")
+        raise InputError(f"--rows {' '.join(sorted(unknown))}: give groups 1 to 9, or names of ROWS in lab/rows.py")
     if not (config.seeds and all(seed.isdecimal() for seed in config.seeds)):
         raise InputError(f"--seeds {' '.join(config.seeds)}: give whole numbers")
     settings.at_least(config, {"jobs": 1})
@@ -242,7 +243,9 @@ def side_by_side(todo, jobs, runs):
             for run in ready if not asked else ():
                 waiting.remove(run)
                 going[run] = context.Process(target=work, args=(*run, runs))
+                ours = signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C goes to all: one that imports is deaf
                 going[run].start()
+                signal.signal(signal.SIGINT, ours)
             if ready or lost:
                 print_progress(todo, going, failed, jobs, runs)
             wait([process.sentinel for process in going.values()], timeout=1)

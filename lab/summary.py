@@ -30,17 +30,15 @@ def summary(settings):
     for run in map(Path, settings.runs):
         if not (run / "result.json").exists():
             raise InputError(f"{run} has no result.json: give the folder of a finished run")
-        result, scores = read_json(run / "result.json"), {}
-        if (run / "scores.json").exists():          # none of a run on own pictures
-            scores = read_json(run / "scores.json")
-        curves = read_json(run / "curves.json")
-        far = {task: {name: distance(curves[task], name) for name in ("before", "after") if curves[task].get(name)}
-               for task in ("gen", "und")}
-        machines.append(result["machine"])
-        seeds = found.setdefault(result["preset"], {})
-        if result["seed"] in seeds:
-            raise InputError(f"{run} is a second run of {result['preset']} with seed {result['seed']}: give one")
-        seeds[result["seed"]] = numbers(result | scores | {"distance": far})
+        try:
+            result, row = of_run(run)
+            seeds = found.setdefault(result["preset"], {})
+            if result["seed"] in seeds:
+                raise InputError(f"{run} is a second run of {result['preset']} with seed {result['seed']}: give one")
+            seeds[result["seed"]] = row
+            machines.append(result["machine"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{run} has a damaged JSON file ({error}): train it again") from error
     rows = {preset: {"seeds": sorted(seeds), "n": len(seeds)} | over_seeds([*seeds.values()])
             for preset, seeds in found.items()}
     write_json({"runs": rows, "machines": [one for i, one in enumerate(machines) if one not in machines[:i]]},
@@ -50,6 +48,16 @@ def summary(settings):
             f"{name} {row[name]['mean']:.2f} ({row[name]['low']:.2f} to {row[name]['high']:.2f})"
             for name in ("und", "gen", "seconds") if name in row))
     return {preset: len(seeds) for preset, seeds in found.items()}
+
+
+def of_run(run):
+    """A run's result.json, and all its numbers, with the distances of its curves to their targets."""
+    result, curves, scores = read_json(run / "result.json"), read_json(run / "curves.json"), {}
+    if (run / "scores.json").exists():              # none of a run on own pictures
+        scores = read_json(run / "scores.json")
+    far = {task: {name: distance(curves[task], name) for name in ("before", "after") if curves[task].get(name)}
+           for task in ("gen", "und")}
+    return result, numbers(result | scores | {"distance": far})
 
 
 def numbers(content):

@@ -213,6 +213,7 @@ def test_what_would_change_the_file_elsewhere_is_refused():
 @pytest.mark.parametrize("arguments, message", [
     (("1",), "give the student's file"), (("11", "mine.py"), "invalid choice: 11"), (("1", "nowhere.py"), "nowhere.py"),
     (("1", "wrong.py"), "line 2: expected ':'"), (("1", "empty.py"), "no function intensity"),
+    (("1", "null.py"), "null.py: source code"),
     (("7", "--break", "D", "new"), "no error D"), (("5", "--break", "A", "new"), "for exercise 7"),
     (("9", "empty.py"), "name both run folders"),
 ])
@@ -221,6 +222,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("wrong.py").write_text("x = 1\ndef intensity(mass, queries)\n    pass\n")
     Path("empty.py").write_text("")
+    Path("null.py").write_text("x = 1\0")
     assert message in refused(capsys, *arguments)
 
 
@@ -314,5 +316,7 @@ def test_distances_are_recomputed_from_the_runs(tmp_path):
     assert [points for points, *_ in answers.distances(told.format(*folders, "small"))] == [2, 3, 0, 2]
     other = made_run(tmp_path / "other", 1, 0.009, "abd")
     assert [points for points, *_ in answers.distances(told.format(folders[0], other, 0.009))] == [0, 3, 3, 2]
-    with pytest.raises(Refused, match="no finished run"):
-        answers.distances(told.format(folders[0], tmp_path, 0.009))
+    (other / "metrics.jsonl").write_text("1")
+    for broken in (tmp_path, other):
+        with pytest.raises(Refused, match="no finished run"):
+            answers.distances(told.format(folders[0], broken, 0.009))

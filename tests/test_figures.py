@@ -91,8 +91,8 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
     for name, message in (("other", "give files that lab.study wrote"), ("more", "raw stands in another file")):
         files = tmp_path / "study.json", tmp_path / f"{name}.json"
         with pytest.raises(SystemExit, match="2"):
-            command("figures", "--study", *files, "--out", tmp_path / "drawn")
-        assert message in capsys.readouterr().err
+            command("figures", "--study", *files, "--out", tmp_path / "not drawn")
+        assert message in capsys.readouterr().err and not (tmp_path / "not drawn").exists()
 
 
 def test_several_files_of_a_study_are_drawn_as_one(tmp_path):

@@ -202,8 +202,9 @@ def test_a_row_waits_for_weights_and_not_for_the_rest_of_their_run(tmp_path):
 
 
 def test_a_study_side_by_side_stops_its_runs(tmp_path, monkeypatch):
-    """They save before they end, so the same command goes on."""
-    ended = []
+    """They save before they end, so the same command goes on. A Ctrl-C goes to them too, and one that still imports
+    must not end in a traceback."""
+    ended, deaf, handler = [], [], signal.getsignal(signal.SIGINT)
 
     class Pretended:
         sentinel = 0
@@ -212,6 +213,7 @@ def test_a_study_side_by_side_stops_its_runs(tmp_path, monkeypatch):
             self.run = args[:2]
 
         def start(self):
+            deaf.append(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
             os.kill(os.getpid(), signal.SIGTERM)
 
         def terminate(self):
@@ -227,6 +229,7 @@ def test_a_study_side_by_side_stops_its_runs(tmp_path, monkeypatch):
     with pytest.raises(Stop) as stop:
         lab.study.side_by_side([("narrow", 0), ("narrow", 1), ("narrow", 2)], 2, tmp_path)
     assert stop.value.args == (signal.SIGTERM,) and ended == [("narrow", 0), ("narrow", 1)]
+    assert deaf == [True, True] and signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_run_tells_from_which_commit_it_was_started(tmp_path, monkeypatch):

@@ -43,3 +43,6 @@ def test_a_seed_counts_once_and_runs_are_finished(tmp_path):
         main([str(tmp_path)])
     with pytest.raises(InputError, match="summary needs run folders"):
         main([])
+    write_json({}, tmp_path / "one/result.json")
+    with pytest.raises(InputError, match="one has a damaged JSON file .*train it again"):
+        main([runs[0]])
