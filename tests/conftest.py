@@ -114,7 +114,9 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--slow"):
+    # Some of them would replace all in the file.
+    chosen = config.option.keyword or config.args_source is pytest.Config.ArgsSource.ARGS
+    if config.getoption("--slow") and not chosen:
         rows = [{"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
                 for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)
                 if report.when == "call" and "slow" in report.keywords]
