@@ -759,7 +759,7 @@ def score_world(config):
         raise InputError(f"{config.checkpoint} draws pictures of another size than those of the built-in world, so "
                          "they cannot be read: score it on a benchmark (eval.py score --help)")
     scores, _ = score_both(m, text, world, config.n, config.seed)
-    scores |= score_tokenizer(m, world, 2 * config.n, config.seed)
+    scores |= score_tokenizer(m, world, 4 * config.n, config.seed)
     if parse_ratio(run["ratio"])[2]:
         scores |= score_mixed(m, text, world, config.n, config.seed)[0]
     if config.out:
@@ -791,10 +791,11 @@ def main(argv=None):
     if argv[:1] == ["score"] and argv[1:] and not argv[1].startswith("-"):
         import benchmarks.score  # it stands above this file
         return settings.tell(benchmarks.score.score(settings.parse(benchmarks.score.Score, argv[1:], "eval.py score")))
-    if argv[:1] == ["check"]:
+    commands = COMMANDS
+    if argv and argv[0] not in COMMANDS:
         import lab.check  # it stands above this file too
-        return settings.tell(lab.check.check(settings.parse(lab.check.Check, argv[1:], "eval.py check")))
-    command, config = settings.chosen(COMMANDS, "eval.py", __doc__, argv)
+        commands = COMMANDS | {"check": (lab.check.Check, lab.check.check)}
+    command, config = settings.chosen(commands, "eval.py", __doc__, argv)
     settings.tell(command and command(config))
 
 

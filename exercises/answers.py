@@ -67,13 +67,14 @@ def run_numbers(folder):
     try:
         curves, settings = (json.loads((folder / name).read_text()) for name in ("curves.json", "settings.json"))
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        tuned = [row["und"]["lambda"] for row in log if row.get("name") == "tune" and "und" in row]
         found = {"rho": settings["rho"], "start": curves["und"]["before"]["weights"],
-                 "lambda": [row["und"]["lambda"] for row in log if row.get("name") == "tune" and "und" in row][-1]}
+                 "lambda": float(tuned[-1])}
         for task in ("gen", "und"):
             rows = zip(curves[task]["after"]["intensity"], curves[task]["target"], strict=True)
             apart = [abs(intensity - target) for intensity, target in rows]
             found[task] = sum(apart) / len(apart)
-    except (AttributeError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise Refused(f"{folder} is no finished run that tuned with AIA: {type(error).__name__} {error}") from error
     return found
 

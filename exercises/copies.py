@@ -25,7 +25,7 @@ def extent(node):
 
 def top_level(source):
     """{name: statement} of all that a text defines or imports at its top level; of an import that name alone."""
-    found, lines = {}, source.splitlines()
+    found, lines = {}, source.split("\n")           # a form feed ends a line for splitlines, not for Python
     for node in ast.parse(source).body:
         first, end = extent(node)
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -75,7 +75,7 @@ def put_in(source, given, exercise):
             before.append(mine[name])
         else:
             raise Refused(f"{name} is something else in {exercise.file}: give yours another name")
-    lines = source.splitlines()
+    lines = source.removesuffix("\n").split("\n")
     places = [(*extent(node), node.name) for node in ast.parse(source).body
               if getattr(node, "name", None) in exercise.functions]
     for first, end, name in sorted(places, reverse=True):           # from below, so that places stay right

@@ -168,9 +168,11 @@ def main(argv=None):
             return hand_out(exercise, options)
         if not options.file:
             raise Refused("give the student's file, or --blank OUT for a fresh one")
-        rows, remark, ran = grade(exercise, Path(options.file).read_text(encoding="utf-8"), options.timeout)
+        rows, remark, ran = grade(exercise, Path(options.file).read_text(encoding="utf-8-sig"), options.timeout)
     except (Refused, OSError, UnicodeDecodeError) as error:
         refuse(f"{error}")
+    except (MemoryError, RecursionError):
+        refuse(f"{options.file}: an expression is nested too deeply")
     except SyntaxError as error:
         where = f", line {error.lineno}" if error.lineno else ""                # none: a null byte
         refuse(f"{options.file}{where}: {error.msg}")

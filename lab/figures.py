@@ -36,6 +36,7 @@ YLABEL = "attention on the other modality"
 PAPER_MODEL = {"emu3": ("emu3", "Emu3", 0.13), "janus": ("janus_pro", "Janus-Pro", 0.02)}
 DIRECTION = {"gen": "T2I", "und": "I2T"}             # names of the tasks in that file
 PAPER_STYLE = {"linestyle": (0, (1, 1.2)), "linewidth": 1.3, "alpha": 0.8}      # dotted: not measured here
+NOT_STUDY = "give files that lab.study wrote, as they are"
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,20 @@ def figures(settings):
     out = Path(settings.out)
     runs = {name: load_result(path) for name, path in named(settings.runs).items()}
     references = load_references(settings.references, paper)
-    content = joined(settings.study)
+    try:
+        content = joined(settings.study)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"--study: {NOT_STUDY} ({error!r})") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: the folder cannot be created ({error.strerror}): choose another") from error
     if settings.study:
-        figure_study(content, out / "study.png")
-        figure_moves(content, out / "study-moves.png")
+        try:
+            figure_study(content, out / "study.png")
+            figure_moves(content, out / "study-moves.png")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:       # rows cut out of a file, say
+            raise InputError(f"--study: {NOT_STUDY} ({error!r})") from error
     if not settings.runs:
         return {"out": str(out / "study.png")}
     numbers = {"fig1": figure_1(runs, paper, references, out / "fig1.png"), "table1": table_1(runs),
@@ -340,7 +347,7 @@ def joined(files):
     for file in files:
         content = read_json(file)
         if not {"summary", "moves", "machine"} <= content.keys():
-            raise InputError(f"--study {file}: give files that lab.study wrote")
+            raise InputError(f"--study {file}: {NOT_STUDY}")
         if twice := sorted({*found["summary"]} & {*content["summary"]}):
             raise InputError(f"--study {file}: {twice[0]} stands in another file, too; leave one out")
         found["summary"] |= content["summary"]

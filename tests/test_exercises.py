@@ -204,6 +204,8 @@ def test_what_would_change_the_file_elsewhere_is_refused():
     """A helper with the name of something else would break other functions, and the mark would be about that."""
     with pytest.raises(Refused, match="TASKS is something else in aia.py"):
         put_in(own(EXERCISES[1]), MINE.replace("from aia import TASKS", "TASKS = 1"), EXERCISES[1])
+    ended = put_in(own(EXERCISES[1]), "# a form feed: \f\n" + MINE, EXERCISES[1])
+    assert ended == put_in(own(EXERCISES[1]), MINE, EXERCISES[1])
     part = "import torch.nn.functional\n\n\ndef intensity(mass, queries):\n    return torch.nn.functional.relu(mass)\n"
     assert part.splitlines()[-1] in put_in(own(EXERCISES[1]), part, EXERCISES[1])         # the same torch, no conflict
     with pytest.raises(Refused, match="no function intensity"):

@@ -88,7 +88,9 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
     write_json({"summary": {"raw": rows["raw"]}, "moves": {}, "machine": {"date": "later"}}, tmp_path / "more.json")
     assert lab.figures.joined([tmp_path / "more.json"])["dates"] == ["later"]
     write_json({}, tmp_path / "other.json")
-    for name, message in (("other", "give files that lab.study wrote"), ("more", "raw stands in another file")):
+    write_json({"summary": {}, "moves": {}, "machine": None}, tmp_path / "odd.json")
+    for name, message in (("other", "give files that lab.study wrote"), ("more", "raw stands in another file"),
+                          ("odd", "give files that lab.study wrote, as they are (TypeError")):
         files = tmp_path / "study.json", tmp_path / f"{name}.json"
         with pytest.raises(SystemExit, match="2"):
             command("figures", "--study", *files, "--out", tmp_path / "not drawn")

@@ -16,6 +16,7 @@ def made_up_run(folder, preset, seed, und):
                 "machine": {"cores": 2}}, folder / "result.json")
     write_json({"weights": "checksum", "und_by_topic": {"count": und / 2}, "story": [und, 1.0]}, folder / "scores.json")
     write_json({"gen": curve, "und": curve}, folder / "curves.json")
+    write_json({"preset": preset, "seed": seed, "steps": 0}, folder / "settings.json")
     return str(folder)
 
 
@@ -44,5 +45,24 @@ def test_a_seed_counts_once_and_runs_are_finished(tmp_path):
     with pytest.raises(InputError, match="summary needs run folders"):
         main([])
     write_json({}, tmp_path / "one/result.json")
-    with pytest.raises(InputError, match="one has a damaged JSON file .*train it again"):
+    with pytest.raises(InputError, match="one: result.json, .* is damaged .*train it again"):
         main([runs[0]])
+
+
+def test_runs_of_other_settings_and_odd_numbers_are_refused(tmp_path):
+    """Two steps beside two thousand are no mean over seeds; and nothing is written that was not understood."""
+    out = tmp_path / "laptop.json"
+    runs = [made_up_run(tmp_path / str(seed), "tiny-emu3", seed, 0.8) for seed in (0, 1)]
+    write_json({"preset": "tiny-emu3", "seed": 1, "steps": 2}, tmp_path / "1/settings.json")
+    with pytest.raises(InputError, match="1 differs from the runs before it in --steps"):
+        main([*runs, "--out", str(out)])
+    result = json.loads((tmp_path / "0/result.json").read_text())
+    write_json(result | {"und": [0.8, 0.9]}, tmp_path / "0/result.json")
+    curves = json.loads((tmp_path / "0/curves.json").read_text())
+    with pytest.raises(InputError, match="is damaged"):
+        main([runs[0], "--out", str(out)])
+    curves["gen"]["after"]["intensity"] = []
+    write_json(curves, tmp_path / "0/curves.json")
+    with pytest.raises(InputError, match="is damaged"):
+        main([runs[0], "--out", str(out)])
+    assert not out.exists()
