@@ -166,6 +166,8 @@ def main(argv=None):
     try:
         if options.blank or options.trap:
             return hand_out(exercise, options)
+        if not 0 < options.timeout:
+            raise Refused(f"--timeout {options.timeout:g}: give seconds above 0")
         if not options.file:
             raise Refused("give the student's file, or --blank OUT for a fresh one")
         rows, remark, ran = grade(exercise, Path(options.file).read_text(encoding="utf-8-sig"), options.timeout)

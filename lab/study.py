@@ -243,7 +243,7 @@ def side_by_side(todo, jobs, runs):
             for run in ready if not asked else ():
                 waiting.remove(run)
                 going[run] = context.Process(target=work, args=(*run, runs))
-                ours = signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C goes to all: one that imports is deaf
+                ours = signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches all; who imports must not hear
                 going[run].start()
                 signal.signal(signal.SIGINT, ours)
             if ready or lost:

@@ -215,7 +215,7 @@ def test_what_would_change_the_file_elsewhere_is_refused():
 @pytest.mark.parametrize("arguments, message", [
     (("1",), "give the student's file"), (("11", "mine.py"), "invalid choice: 11"), (("1", "nowhere.py"), "nowhere.py"),
     (("1", "wrong.py"), "line 2: expected ':'"), (("1", "empty.py"), "no function intensity"),
-    (("1", "null.py"), "null.py: source code"),
+    (("1", "null.py"), "null.py: source code"), (("1", "empty.py", "--timeout", "nan"), "give seconds above 0"),
     (("7", "--break", "D", "new"), "no error D"), (("5", "--break", "A", "new"), "for exercise 7"),
     (("9", "empty.py"), "name both run folders"),
 ])
