@@ -243,7 +243,7 @@ def side_by_side(todo, jobs, runs):
             for run in ready if not asked else ():
                 waiting.remove(run)
                 going[run] = context.Process(target=work, args=(*run, runs))
-                ours = signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches all; who imports must not hear
+                ours = signal.signal(signal.SIGINT, signal.SIG_IGN)     # it reaches all, also those that still import
                 going[run].start()
                 signal.signal(signal.SIGINT, ours)
             if ready or lost:

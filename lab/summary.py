@@ -28,25 +28,21 @@ def summary(settings):
     check_out(settings.out)
     if not settings.runs:
         raise InputError("summary needs run folders: python -m lab.summary runs/tiny-emu3-seed*")
-    found, kept, machines = {}, {}, []
+    found, plans, machines = {}, {}, []
     for run in map(Path, settings.runs):
         if not (run / "result.json").exists():
             raise InputError(f"{run} has no result.json: give the folder of a finished run")
-        try:
-            result, row = of_run(run)
-            seeds = found.setdefault(result["preset"], {})
-            same = read_json(run / "settings.json")
-            first = kept.setdefault(result["preset"], same)
-            if other := sorted(name for name in same if name not in MAY_DIFFER and same[name] != first.get(name)):
-                raise InputError(f"{run} differs from the runs before it in --{other[0].replace('_', '-')}: means over "
-                                 "seeds need equal runs")
-            if result["seed"] in seeds:
-                raise InputError(f"{run} is a second run of {result['preset']} with seed {result['seed']}: give one")
-            seeds[result["seed"]] = row
-            machines.append(result["machine"])
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{run}: result.json, scores.json, curves.json or settings.json is damaged ({error}): "
-                             "train it again") from error
+        preset, seed, machine, row = read_run(run)
+        plan = read_json(run / "settings.json")
+        first = plans.setdefault(preset, plan)
+        if other := sorted(name for name in plan if name not in MAY_DIFFER and plan[name] != first.get(name)):
+            raise InputError(f"{run} differs from the runs before it in --{other[0].replace('_', '-')}: means over "
+                             "seeds need equal runs")
+        seeds = found.setdefault(preset, {})
+        if seed in seeds:
+            raise InputError(f"{run} is a second run of {preset} with seed {seed}: give one")
+        seeds[seed] = row
+        machines.append(machine)
     rows = {preset: {"seeds": sorted(seeds), "n": len(seeds)} | over_seeds([*seeds.values()])
             for preset, seeds in found.items()}
     write_json({"runs": rows, "machines": [one for i, one in enumerate(machines) if one not in machines[:i]]},
@@ -58,16 +54,20 @@ def summary(settings):
     return {preset: len(seeds) for preset, seeds in found.items()}
 
 
-def of_run(run):
-    """A run's result.json, and all its numbers, with the distances of its curves to their targets."""
+def read_run(run):
+    """Preset, seed and machine of a run, and all its numbers, with the distances of its curves to their targets."""
     result, curves, scores = read_json(run / "result.json"), read_json(run / "curves.json"), {}
-    for name in ("seed", "seconds", "und", "gen"):
-        float(result[name] or 0)                    # an error unless it is a number, or null
     if (run / "scores.json").exists():              # none of a run on own pictures
         scores = read_json(run / "scores.json")
-    far = {task: {name: distance(curves[task], name) for name in ("before", "after") if curves[task].get(name)}
-           for task in ("gen", "und")}
-    return result, numbers(result | scores | {"distance": far})
+    try:
+        for name in ("seed", "seconds", "und", "gen"):
+            float(result[name] or 0)                # an error unless it is a number, or null
+        far = {task: {name: distance(curves[task], name) for name in ("before", "after") if curves[task].get(name)}
+               for task in ("gen", "und")}
+        return result["preset"], result["seed"], result["machine"], numbers(result | scores | {"distance": far})
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run}: result.json, scores.json or curves.json is damaged ({error}): train it "
+                         "again") from error
 
 
 def numbers(content):

@@ -90,7 +90,7 @@ def test_a_study_is_drawn_with_its_intervals(tmp_path, capsys):
     write_json({}, tmp_path / "other.json")
     write_json({"summary": {}, "moves": {}, "machine": None}, tmp_path / "odd.json")
     for name, message in (("other", "give files that lab.study wrote"), ("more", "raw stands in another file"),
-                          ("odd", "give files that lab.study wrote, as they are (TypeError")):
+                          ("odd", "give files that lab.study wrote, as they are")):
         files = tmp_path / "study.json", tmp_path / f"{name}.json"
         with pytest.raises(SystemExit, match="2"):
             command("figures", "--study", *files, "--out", tmp_path / "not drawn")

@@ -38,7 +38,7 @@ def test_runs_are_put_together_by_preset(tmp_path, capsys):
 def test_a_seed_counts_once_and_runs_are_finished(tmp_path):
     """A copy would count twice, and a run under way has no scores."""
     runs = [made_up_run(tmp_path / name, "tiny-emu3", 0, 0.8) for name in ("one", "copy")]
-    with pytest.raises(InputError, match="copy is a second run of tiny-emu3 with seed 0"):
+    with pytest.raises(InputError, match=f"^{runs[1]} is a second run of tiny-emu3 with seed 0"):
         main([*runs, "--out", str(tmp_path / "laptop.json")])
     with pytest.raises(InputError, match="no result.json: give the folder of a finished run"):
         main([str(tmp_path)])
@@ -54,7 +54,7 @@ def test_runs_of_other_settings_and_odd_numbers_are_refused(tmp_path):
     out = tmp_path / "laptop.json"
     runs = [made_up_run(tmp_path / str(seed), "tiny-emu3", seed, 0.8) for seed in (0, 1)]
     write_json({"preset": "tiny-emu3", "seed": 1, "steps": 2}, tmp_path / "1/settings.json")
-    with pytest.raises(InputError, match="1 differs from the runs before it in --steps"):
+    with pytest.raises(InputError, match=f"^{runs[1]} differs from the runs before it in --steps"):
         main([*runs, "--out", str(out)])
     result = json.loads((tmp_path / "0/result.json").read_text())
     write_json(result | {"und": [0.8, 0.9]}, tmp_path / "0/result.json")
